@@ -1,0 +1,42 @@
+"""What a backend brings: the stores, the bus, and a lifetime."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+from asgi_cluster.bus.bus import Bus, Receiver
+from asgi_cluster.ids import NodeId
+from asgi_cluster.realtime.history import HistoryStore
+from asgi_cluster.realtime.presence import PresenceStore
+from asgi_cluster.sessions.store import SessionStore
+
+__all__ = ["Backend"]
+
+
+class Backend(Protocol):
+    """One cluster's way to the others. ``open`` may be entered again after it was left, on another loop too."""
+
+    store: SessionStore
+    bus: Bus
+    history: HistoryStore
+    presence: PresenceStore
+
+    needs_start: bool
+    """Whether anything works before ``open``. False for memory."""
+    crosses_loops: bool
+    """Whether receivers may be called from another thread than their sockets' loops run in. True for memory."""
+
+    def open(self, node: NodeId, receiver: Receiver, *, listen: bool) -> AbstractAsyncContextManager[None]:
+        """Connect, register the node and receive, until the context is left.
+
+        Entering returns when sessions can be read and messages arrive, or raises ``StoreUnavailable`` with a reason that
+        names the address and what is wrong, never the password. Later outages do not end it.
+        ``listen=False``: no subscriber, no registration; publishing and stores only.
+        """
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """False for a deaf node: the store answers and the bus's echo does not."""
+        ...

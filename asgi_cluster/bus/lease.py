@@ -1,0 +1,63 @@
+"""How long a node may trust its cache without hearing from the bus.
+
+The heartbeat is a write on the subscriber's own connection. Redis executes commands one after another, and what it pushed
+to a connection before it executed a command of that connection arrives before the command's reply. So the reply to a
+beat sent at *s* proves: every invalidation committed before *s* has been delivered. Until *s + duration* nothing that
+this node has not heard of can be older than *duration*.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+__all__ = ["Clock", "Lease", "boot_clock"]
+
+Clock = Callable[[], float]
+
+
+def _boot_clock() -> Clock:
+    # CLOCK_BOOTTIME goes on while the machine sleeps: a laptop or a paused VM must not wake up with a live lease.
+    clock_id = getattr(time, "CLOCK_BOOTTIME", None)
+    if clock_id is None:
+        return time.monotonic
+    return lambda: time.clock_gettime(clock_id)
+
+
+boot_clock: Clock = _boot_clock()
+"""Seconds on a clock that never goes back and counts suspended time where the system can."""
+
+
+class Lease:
+    """The time until which no invalidation can have been missed.
+
+    ``until`` is a reading of ``clock``; 0.0 means revoked.
+    """
+
+    __slots__ = ("clock", "duration", "until")
+
+    def __init__(self, duration: float, *, clock: Clock = boot_clock) -> None:
+        self.duration = duration
+        self.clock = clock
+        self.until = 0.0
+
+    def renew(self, sent_at: float) -> None:
+        """The beat sent at ``sent_at`` was answered by the server that our subscriptions live on."""
+        self.until = max(self.until, sent_at + self.duration)
+
+    def revoke(self) -> None:
+        """A gap: messages may have been lost, and only a beat sent from now on can tell anything."""
+        self.until = 0.0
+
+    @property
+    def live(self) -> bool:
+        """Whether a cached entry may be served at this moment."""
+        return self.clock() < self.until
+
+    @property
+    def remaining(self) -> float:
+        """Seconds until it lapses; 0.0 when it has."""
+        return max(0.0, self.until - self.clock())
+
+    def __repr__(self) -> str:
+        return f"<Lease {self.remaining:.3f} s of {self.duration} s>"

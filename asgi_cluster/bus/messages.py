@@ -1,0 +1,155 @@
+"""What travels between the nodes: small frozen structs in msgpack, tagged, never pickle.
+
+Every message goes to one *audience*: the nodes that watch a session bucket, the members of a room, or one node.
+Session messages are published by the same script that changes the record, before it changes it, so that whoever
+hears nothing has missed nothing. A message that cannot be decoded raises ``MalformedMessage``; on the session channels
+that counts as a gap, because it may have been an invalidation.
+
+Arrays, not maps, on the wire: fields are only ever appended, each with a default, and an unknown tag is malformed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+__all__ = [
+    "Ack",
+    "Changed",
+    "Disconnect",
+    "Ended",
+    "Joined",
+    "Left",
+    "MalformedMessage",
+    "Message",
+    "PersonalMessage",
+    "Published",
+    "UserEnded",
+    "decode",
+    "encode",
+]
+
+PayloadKind = Literal["t", "j", "b"]
+"""``t`` text as given, ``j`` JSON, ``b`` binary."""
+
+
+class Changed(msgspec.Struct, frozen=True, array_like=True, tag="c"):
+    """A session's record changed: drop it from the cache."""
+
+    handle: str
+    origin: str
+
+
+class Ended(msgspec.Struct, frozen=True, array_like=True, tag="e"):
+    """A session is over (logout, login as somebody, expiry by hand): drop it, close its sockets, answer with ``Ack``.
+
+    ``request`` is ``""`` when nobody waits for an answer.
+    """
+
+    handle: str
+    code: int
+    reason: str
+    origin: str
+    request: str = ""
+
+
+class UserEnded(msgspec.Struct, frozen=True, array_like=True, tag="u"):
+    """Every session of a user is over, but ``keep``: drop them, close their sockets, answer with ``Ack``."""
+
+    user: str
+    keep: str | None
+    code: int
+    reason: str
+    origin: str
+    request: str = ""
+
+
+class Ack(msgspec.Struct, frozen=True, array_like=True, tag="a"):
+    """To the origin of a request: this node has done it, and closed that many sockets."""
+
+    request: str
+    node: str
+    sockets: int
+
+
+class Published(msgspec.Struct, frozen=True, array_like=True, tag="p"):
+    """A room broadcast. ``data`` is ready to be framed: UTF-8 text, JSON text or raw bytes, as ``kind`` says.
+
+    ``exclude`` is a connection id that is skipped live; ``client`` the connection that published, if one did.
+    ``info`` is the publisher's client info as JSON, ``key`` what the ``latest`` policy keeps the last of.
+    """
+
+    kind: PayloadKind
+    data: bytes
+    id: str
+    origin: str
+    exclude: str | None = None
+    key: str | None = None
+    client: str | None = None
+    info: bytes | None = None
+
+
+class Joined(msgspec.Struct, frozen=True, array_like=True, tag="j"):
+    """Somebody joined a room that tells joins and leaves. ``info`` is the client info as JSON."""
+
+    client: str
+    info: bytes
+
+
+class Left(msgspec.Struct, frozen=True, array_like=True, tag="l"):
+    """Somebody left a room that tells joins and leaves. ``info`` is the client info as JSON."""
+
+    client: str
+    info: bytes
+
+
+class PersonalMessage(msgspec.Struct, frozen=True, array_like=True, tag="m"):
+    """A message to every socket of one user, or of one session."""
+
+    user: str | None
+    handle: str | None
+    kind: PayloadKind
+    data: bytes
+    id: str
+    origin: str
+
+
+class Disconnect(msgspec.Struct, frozen=True, array_like=True, tag="d"):
+    """Close the sockets of a user or of a session, or take a user out of ``room`` (``user`` None: everybody)."""
+
+    user: str | None
+    handle: str | None
+    room: str | None
+    code: int
+    reason: str
+    origin: str
+
+
+Message = Changed | Ended | UserEnded | Ack | Published | Joined | Left | PersonalMessage | Disconnect
+
+
+class MalformedMessage(ValueError):
+    """Bytes on the bus that are no message of ours, or of a version that we do not know."""
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Message)
+
+
+def encode(message: Message) -> bytes:
+    """The message as it travels."""
+    return _encoder.encode(message)
+
+
+def decode(data: bytes) -> Message:
+    """The message in ``data``.
+
+    Raises:
+        MalformedMessage: it is none.
+    """
+    try:
+        message: Message = _decoder.decode(data)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise MalformedMessage(str(error)) from error
+    return message

@@ -1,0 +1,204 @@
+"""Configuration: frozen, keyword-only, refused at construction when it makes no sense."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from asgi_cluster.realtime.rooms import ConnectRequest, RoomRule
+    from asgi_cluster.realtime.connection import Connection
+
+__all__ = ["CacheConfig", "CookieConfig", "RealtimeConfig", "SessionConfig"]
+
+_COOKIE_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 6265 section 4.1.1: an RFC 7230 token
+
+
+def _positive(**values: float) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise ValueError(f"{name} must be a number above 0, not {value!r}")
+
+
+def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CookieConfig:
+    """How the session cookie is written (RFC 6265bis). It is always ``HttpOnly``."""
+
+    name: str = "session"
+    """The cookie's name, without prefix. With ``secure``, no ``domain`` and ``path="/"`` it goes out as ``__Host-<name>``."""
+    secure: bool = True
+    """Send over https only. Browsers make an exception for localhost; other clients do not."""
+    same_site: Literal["lax", "strict", "none"] = "lax"
+    """``none`` needs ``secure``."""
+    domain: str | None = None
+    """``None``: this host alone. A domain shares the session with its subdomains and drops the ``__Host-`` prefix."""
+    path: str = "/"
+    """The cookie's path. Anything but ``/`` drops the ``__Host-`` prefix."""
+    partitioned: bool = False
+    """CHIPS: one cookie jar per top-level site. Needs ``secure``."""
+
+    def __post_init__(self) -> None:
+        if not _COOKIE_NAME.fullmatch(self.name):
+            raise ValueError(f"cookie name must be an RFC 6265 token, not {self.name!r}")
+        if self.name.startswith(("__Host-", "__Secure-")):
+            raise ValueError("cookie name must not carry a __Host- or __Secure- prefix: it is added when it applies")
+        _one_of("same_site", self.same_site, ("lax", "strict", "none"))
+        if not self.path.startswith("/") or any(c in self.path for c in ";\r\n"):
+            raise ValueError(f"cookie path must start with '/' and hold no ';', not {self.path!r}")
+        if self.domain is not None and not re.fullmatch(r"\.?[A-Za-z0-9.-]+", self.domain):
+            raise ValueError(f"cookie domain must be a host name, not {self.domain!r}")
+        if not self.secure and self.same_site == "none":
+            raise ValueError('same_site="none" needs secure=True: browsers refuse the cookie otherwise')
+        if not self.secure and self.partitioned:
+            raise ValueError("partitioned=True needs secure=True: browsers refuse the cookie otherwise")
+
+    @property
+    def wire_name(self) -> str:
+        """The name the browser sees."""
+        if self.secure and self.domain is None and self.path == "/":
+            return f"__Host-{self.name}"
+        return self.name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheConfig:
+    """The node's local session cache."""
+
+    ttl: float = 30.0
+    """Seconds an entry may be served without asking Redis again, however quiet the bus is."""
+    max_entries: int = 10_000
+    """Sessions kept; the least recently used go first. 0 turns the cache off."""
+    lease: float = 2.0
+    """Seconds: no cached read is older than this with respect to changes made through this library."""
+
+    def __post_init__(self) -> None:
+        _positive(ttl=self.ttl, lease=self.lease)
+        if not isinstance(self.max_entries, int) or self.max_entries < 0:
+            raise ValueError(f"max_entries must be a whole number of at least 0, not {self.max_entries!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SessionConfig:
+    """Server-side sessions."""
+
+    scope_key: str | None = "session"
+    """The scope key the app finds its session under. ``None`` leaves that key alone (Django); use ``get_session``."""
+    idle_timeout: float = 7200.0
+    """Seconds without a request after which a session ends."""
+    absolute_timeout: float = 43200.0
+    """Seconds after which a session ends however busy it is; ``login(lifetime=…)`` sets both for one session."""
+    rotate_grace: float = 10.0
+    """Seconds for which the old secret is still good after ``rotate()``, for requests already under way."""
+    conflict: Literal["merge", "error"] = "merge"
+    """Parallel requests: ``merge`` their changes key by key, or ``error``: raise ``SessionConflict`` for the later one."""
+    on_store_error: Literal["unavailable", "anonymous", "stale"] = "unavailable"
+    """A session that cannot be read: 503 at first access, an empty session, or the last cached state up to ``stale_for``."""
+    stale_for: float = 60.0
+    """Seconds after its last confirmed read for which ``on_store_error="stale"`` serves an entry."""
+    max_bytes: int = 65_536
+    """Bytes one session may hold, encoded; more is a ``ValueError`` at save."""
+    cookie: CookieConfig = field(default_factory=CookieConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+
+    def __post_init__(self) -> None:
+        _positive(
+            idle_timeout=self.idle_timeout,
+            absolute_timeout=self.absolute_timeout,
+            stale_for=self.stale_for,
+            max_bytes=self.max_bytes,
+        )
+        if self.rotate_grace < 0:
+            raise ValueError(f"rotate_grace must be at least 0, not {self.rotate_grace!r}")
+        if self.idle_timeout > self.absolute_timeout:
+            raise ValueError("idle_timeout must not be longer than absolute_timeout")
+        if self.scope_key is not None and (not self.scope_key or self.scope_key == "asgi_cluster"):
+            raise ValueError(f"scope_key must be a name of its own, or None, not {self.scope_key!r}")
+        _one_of("conflict", self.conflict, ("merge", "error"))
+        _one_of("on_store_error", self.on_store_error, ("unavailable", "anonymous", "stale"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RealtimeConfig:
+    """Rooms, the built-in endpoint and every WebSocket of the wrapped app."""
+
+    path: str | None = "/realtime"
+    """Where the built-in endpoint lives (``<path>/websocket``, ``<path>/client.js``). ``None`` turns it off."""
+    rules: Sequence[RoomRule] = ()
+    """Which rooms clients may subscribe to and publish in. Without a rule a room is closed to clients."""
+    connect: Callable[[ConnectRequest], Any] | None = None
+    """``(ConnectRequest) -> str | None`` or awaitable: may name the user (a token of the app's own), or raise ``NotPermitted``."""
+    rpc: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    """``{"method": f}``: ``f(connection, data)`` or awaitable; its result goes back to the client."""
+    on_connect: Callable[[Connection], Awaitable[None] | None] | None = None
+    """Called when a client of the built-in endpoint has connected."""
+    on_disconnect: Callable[[Connection, int, str], Awaitable[None] | None] | None = None
+    """Called with the close code and reason when a client of the built-in endpoint is gone."""
+    allowed_origins: Sequence[str] | None = None
+    """``None``: the same host as the request. Else full origins (``https://app.example``); ``*`` allows every one."""
+    on_bus_error: Literal["raise", "local"] = "raise"
+    """A broadcast that cannot reach the bus raises ``BusUnavailable``, or reaches this node's members only."""
+    ping_interval: float = 25.0
+    """Seconds between protocol pings to each client of the built-in endpoint."""
+    pong_timeout: float = 10.0
+    """Seconds a client has to answer a ping before it is closed with 3012."""
+    connect_timeout: float = 10.0
+    """Seconds a client has to send the connect command before it is closed with 3502."""
+    outbox_bytes: int = 1 << 20
+    """Bytes that may wait for one slow client; what happens then is the room's ``slow`` policy."""
+    max_message_bytes: int = 65_536
+    """Bytes a client may send in one frame; more closes it with 1009."""
+    max_broadcast_bytes: int = 1 << 20
+    """Bytes one broadcast may hold, encoded; more is a ``ValueError``."""
+    max_rooms: int = 128
+    """Rooms one connection may be in; more is error 106."""
+    max_commands_per_second: float = 100.0
+    """Commands per second a client may send over time (bursts of ten seconds' worth pass); more closes it with 3013."""
+    max_connections_per_user: int | None = None
+    """Connections one user may have to the built-in endpoint in the whole cluster; ``None``: no limit."""
+    max_connections_per_session: int | None = None
+    """Connections one session may have to the built-in endpoint in the whole cluster; ``None``: no limit."""
+    unverified_limit: float = 60.0
+    """Seconds an open socket outlives a Redis that does not answer (spread over a quarter of it)."""
+    close_timeout: float = 2.0
+    """Seconds a forced close may take before the transport is cut."""
+    drain: float | None = None
+    """Seconds over which SIGTERM spreads the closing of sockets before the server stops; ``None``: not at all."""
+
+    def __post_init__(self) -> None:
+        _positive(
+            ping_interval=self.ping_interval,
+            pong_timeout=self.pong_timeout,
+            connect_timeout=self.connect_timeout,
+            outbox_bytes=self.outbox_bytes,
+            max_message_bytes=self.max_message_bytes,
+            max_broadcast_bytes=self.max_broadcast_bytes,
+            max_rooms=self.max_rooms,
+            max_commands_per_second=self.max_commands_per_second,
+            unverified_limit=self.unverified_limit,
+            close_timeout=self.close_timeout,
+        )
+        for name in ("max_connections_per_user", "max_connections_per_session", "drain"):
+            value = getattr(self, name)
+            if value is not None:
+                _positive(**{name: value})
+        if self.path is not None and (not self.path.startswith("/") or self.path != self.path.rstrip("/")):
+            raise ValueError(f"realtime path must start with '/' and not end with one, not {self.path!r}")
+        if self.pong_timeout >= self.ping_interval:
+            raise ValueError("pong_timeout must be shorter than ping_interval")
+        if isinstance(self.allowed_origins, str):
+            raise TypeError("allowed_origins must be a list of origins, not one string")
+        for origin in self.allowed_origins or ():
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+                raise ValueError(f"an origin is scheme://host[:port] without a path, not {origin!r}")
+        _one_of("on_bus_error", self.on_bus_error, ("raise", "local"))
+        for earlier, rule in enumerate(self.rules):
+            for other in self.rules[:earlier]:
+                if other.covers(rule):
+                    raise ValueError(f"room rule {rule.pattern!r} can never match: {other.pattern!r} comes first")

@@ -1,0 +1,47 @@
+"""The identifiers that travel, as types of their own."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from typing import NewType
+
+BUCKETS = 256
+
+NodeId = NewType("NodeId", str)
+"""``label-pid-random``: one running cluster object."""
+
+Handle = NewType("Handle", str)
+"""``<bucket>.<token>``: names a session without giving access to it; safe to show and to log."""
+
+UserId = NewType("UserId", str)
+"""The application's own name for a person, at most 255 characters."""
+
+ConnectionId = NewType("ConnectionId", str)
+"""One WebSocket connection, unique in the cluster."""
+
+
+def bucket_of(user: str) -> int:
+    """The bucket (0 to 255) that holds everything of ``user``."""
+    return hashlib.sha256(user.encode()).digest()[0]
+
+
+def new_handle(user: str | None) -> Handle:
+    """A fresh handle, in the user's bucket, or in a random one when ``user`` is ``None``."""
+    bucket = secrets.randbelow(BUCKETS) if user is None else bucket_of(user)
+    return Handle(f"{bucket:02x}.{secrets.token_urlsafe(16)}")
+
+
+def new_secret() -> str:
+    """A fresh cookie secret with 256 bits of entropy (OWASP asks for at least 64)."""
+    return secrets.token_urlsafe(32)
+
+
+def secret_hash(secret: str) -> bytes:
+    """SHA-256 of a cookie secret: what the record holds. The secret itself is never stored."""
+    return hashlib.sha256(secret.encode()).digest()
+
+
+def new_token() -> str:
+    """A fresh random name with 96 bits: write ids, request ids, epochs, connection ids."""
+    return secrets.token_urlsafe(12)

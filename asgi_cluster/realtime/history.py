@@ -1,0 +1,105 @@
+"""The port for what a room remembers, and the envelope in which a room message travels.
+
+A room with history numbers its publications. ``epoch`` names one numbering; when it changes, offsets cannot be compared.
+``previous`` is the offset of the publication before: normally ``offset - 1``, but a store that lost its last writes
+(a failover) jumps ahead instead of handing out a number twice. A subscriber has everything if and only if each
+publication's ``previous`` is the ``offset`` it saw last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+__all__ = ["Entry", "HistoryStore", "Page", "Position", "open_envelope", "seal_envelope"]
+
+
+class Position(msgspec.Struct, frozen=True):
+    """A place in a room's history: after the publication with this offset (0: before the first)."""
+
+    offset: int
+    epoch: str
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One remembered publication: ``payload`` is the encoded ``bus.messages.Published``."""
+
+    offset: int
+    previous: int
+    payload: bytes
+
+
+class Page(msgspec.Struct, frozen=True):
+    """What a history read gave: entries, and where the room stood at that moment.
+
+    ``complete`` tells, for a read ``since`` a position, whether nothing between it and ``top`` is missing from
+    what the store had (``limit`` aside).
+    """
+
+    entries: Sequence[Entry]
+    top: Position
+    complete: bool
+
+
+class HistoryStore(Protocol):
+    """Where publications are remembered."""
+
+    async def publish(
+        self, room: str, payload: bytes, *, size: int, ttl: float, idempotency_key: str | None, epoch: str, timeout: float
+    ) -> Position:
+        """Number, remember and publish in one atomic step; return the position it got.
+
+        ``size`` publications are kept, for ``ttl`` seconds after the last. ``epoch`` names the numbering if the room has
+        none. The same ``idempotency_key`` within five minutes returns the first result and publishes nothing.
+
+        Raises:
+            BusUnavailable: not sent, or no reply in ``timeout`` seconds (``outcome_unknown``).
+        """
+        ...
+
+    async def read(
+        self,
+        room: str,
+        *,
+        since: Position | None,
+        limit: int | None,
+        reverse: bool = False,
+        epoch: str,
+        ttl: float,
+        timeout: float,
+    ) -> Page:
+        """Entries after ``since`` (``None``: from the oldest), at most ``limit`` (``None``: all; 0: only the position).
+
+        ``epoch`` names the numbering if the room has none yet. Raises ``BusUnavailable`` as ``publish``.
+        """
+        ...
+
+
+def seal_envelope(position: Position | None, previous: int, payload: bytes) -> bytes:
+    """``payload`` as it is published in a room: ``offset previous epoch`` (or nothing), a newline, the message.
+
+    Plain text in front, so that a Redis script can write it without decoding the message.
+    """
+    if position is None:
+        return b"\n" + payload
+    return b"%d %d %s\n%s" % (position.offset, previous, position.epoch.encode(), payload)
+
+
+def open_envelope(data: bytes) -> tuple[Position | None, int, bytes]:
+    """The position (``None`` without history), the previous offset, and the message.
+
+    Raises:
+        ValueError: this is no envelope.
+    """
+    head, separator, payload = data.partition(b"\n")
+    if not separator:
+        raise ValueError("a room message without envelope")
+    if not head:
+        return None, 0, payload
+    try:
+        offset, previous, epoch = head.split(b" ")
+        return Position(int(offset), epoch.decode()), int(previous), payload
+    except ValueError:
+        raise ValueError("a room message with a malformed envelope") from None

@@ -1,0 +1,155 @@
+"""The port that a session store fills: one method, one round trip, all or nothing.
+
+A record is keyed by its handle. ``fields`` are the application's values, each encoded by itself, so that two requests
+that change different keys do not undo each other. All times inside a store are the store's own clock; what leaves it
+is a remaining duration, so that no two clocks are ever compared.
+
+Every method takes ``timeout``, seconds, and raises ``StoreUnavailable`` when no reply came in that time. A method that
+changes something publishes ``message`` (see ``bus.messages``) to whoever watches the handle's bucket, *before* it
+changes it and in the same atomic step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol
+
+import msgspec
+
+from asgi_cluster.ids import Handle, UserId
+
+__all__ = ["Device", "Draft", "Ending", "Record", "SessionStore", "WriteOutcome"]
+
+WriteOutcome = Literal["written", "gone", "conflict"]
+"""``gone``: the record does not exist any more, or its user was logged out; nothing was written."""
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """One stored session, as read at one moment. Durations are seconds from the moment the read was *sent*."""
+
+    handle: Handle
+    secret: bytes
+    """SHA-256 of the cookie's secret."""
+    previous: bytes | None
+    """SHA-256 of the secret before the last rotation, while its grace lasts; else ``None``."""
+    previous_for: float
+    """How long ``previous`` is still good."""
+    user: UserId | None
+    version: int
+    write_id: str
+    """Changes with every write: what ``conflict="error"`` compares."""
+    created_at: float
+    """Unix time of the store's clock."""
+    expires_in: float
+    """Until the idle or the absolute timeout, whichever comes first."""
+    absolute_in: float
+    """Until the absolute timeout."""
+    idle: float
+    """The idle timeout of this session."""
+    persistent: bool
+    """Made by ``login(lifetime=…)``: its cookie outlives the browser session."""
+    fields: Mapping[str, bytes]
+    """The application's values, each in msgpack."""
+
+
+class Draft(msgspec.Struct, frozen=True, kw_only=True):
+    """A session to be created."""
+
+    handle: Handle
+    secret: bytes
+    user: UserId | None
+    fields: Mapping[str, bytes]
+    write_id: str
+    idle: float
+    absolute: float
+    persistent: bool = False
+    epoch: str = ""
+    """A nonce to become the user's epoch, if the user has none yet. Chosen by the caller, so that a script stays pure."""
+    agent: str = ""
+    """The User-Agent header of the login, at most 256 characters, for the list of devices."""
+    address: str = ""
+    """The client address of the login, for the list of devices."""
+
+
+class Device(msgspec.Struct, frozen=True, kw_only=True):
+    """One signed-in session in a user's list. Unix times of the store's clock."""
+
+    handle: Handle
+    created_at: float
+    seen_at: float
+    """When the idle time was last extended: right to a tenth of the idle timeout."""
+    expires_in: float
+    agent: str
+    address: str
+
+
+class Ending(msgspec.Struct, frozen=True, kw_only=True):
+    """What ending sessions did."""
+
+    sessions: int
+    """Records that existed and are gone."""
+    nodes: Sequence[str]
+    """Nodes registered at the moment of the change: those that must acknowledge."""
+    replicas: int | None = None
+    """Replicas that confirmed the write, when ``WAIT`` was asked for; else ``None``."""
+
+
+class SessionStore(Protocol):
+    """Where sessions live."""
+
+    async def read(self, handle: Handle, *, timeout: float) -> Record | None:
+        """The record, or ``None`` when there is none, it has expired, or its user was logged out."""
+        ...
+
+    async def create(self, draft: Draft, *, timeout: float) -> None:
+        """Store a new session; with a user, enter it in the user's index. Publishes nothing: nobody can know it."""
+        ...
+
+    async def write(
+        self,
+        handle: Handle,
+        *,
+        changed: Mapping[str, bytes],
+        removed: Sequence[str],
+        write_id: str,
+        expected: str | None,
+        message: bytes,
+        timeout: float,
+    ) -> WriteOutcome:
+        """Set and remove fields of a session that still exists, and extend its idle time.
+
+        ``expected`` is the write id the caller read, or ``None`` to merge.
+        """
+        ...
+
+    async def touch(self, handle: Handle, *, timeout: float) -> bool:
+        """Extend the idle time. False when the session is gone. Publishes nothing: a cache may only forget earlier."""
+        ...
+
+    async def rotate(
+        self, handle: Handle, *, secret: bytes, current: bytes, grace: float, write_id: str, message: bytes, timeout: float
+    ) -> WriteOutcome:
+        """Replace the secret whose hash is ``current``; it stays good for ``grace`` seconds. Another current secret: ``conflict``."""
+        ...
+
+    async def end(self, handle: Handle, *, message: bytes, timeout: float) -> Ending:
+        """Remove one session, and its entry in the user's index. Published even when there was none."""
+        ...
+
+    async def devices(self, user: UserId, *, timeout: float) -> Sequence[Device]:
+        """The user's living sessions, the most recently seen first. Prunes what expired."""
+        ...
+
+    async def end_all(
+        self, user: UserId, *, keep: Handle | None, epoch: str, message: bytes, timeout: float
+    ) -> Ending:
+        """Give the user a new epoch, so that every session but ``keep`` is dead at once, and remove their records."""
+        ...
+
+    async def lock(self, handle: Handle, *, token: str, hold: float, timeout: float) -> bool:
+        """Take the session's lock for ``hold`` seconds. False when somebody has it."""
+        ...
+
+    async def unlock(self, handle: Handle, *, token: str, timeout: float) -> bool:
+        """Give the lock back, if ``token`` still holds it."""
+        ...
