@@ -37,9 +37,9 @@ def new_secret() -> str:
     return secrets.token_urlsafe(32)
 
 
-def secret_hash(secret: str) -> bytes:
+def secret_hash(secret: bytes) -> bytes:
     """SHA-256 of a cookie secret: what the record holds. The secret itself is never stored."""
-    return hashlib.sha256(secret.encode()).digest()
+    return hashlib.sha256(secret).digest()
 
 
 def new_token() -> str:

@@ -1,0 +1,255 @@
+"""The node's local session cache: TTL, LRU, statistics, and the rules that keep it honest.
+
+Pure and synchronous: it does no I/O and takes its time from the lease's clock. Who reads the store does it in a *flight*:
+
+    flight = cache.depart(handle)       # before the read is sent
+    record = await store.read(handle)
+    cache.land(flight, record)          # kept only if nothing happened in between
+
+An invalidation, a local write or a gap *detaches* the flights it touches: their result may be from before the change, so
+it is given to those who were already waiting and to nobody else. Entries are served only while their bucket's lease is
+live, at the moment they are returned.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from asgi_cluster.bus.lease import Lease
+from asgi_cluster.ids import Handle, UserId, bucket_of
+from asgi_cluster.sessions.store import Record
+
+__all__ = ["CacheStats", "Entry", "Flight", "SessionCache"]
+
+_MAX_ABSENT = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheStats:
+    """Counted since the cluster object was made."""
+
+    hits: int
+    """Reads answered without Redis."""
+    misses: int
+    """Reads that asked Redis."""
+    bypassed: int
+    """Misses because the lease had lapsed: asked Redis, kept nothing."""
+    evictions: int
+    """Entries that went because the cache was full."""
+    invalidations: int
+    """Entries dropped because their session changed, here or elsewhere."""
+    flushes: int
+    """Times everything was dropped because messages may have been lost."""
+    size: int
+    """Entries now."""
+    max_entries: int
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits among all reads, 0.0 to 1.0; 0.0 when there were none."""
+        reads = self.hits + self.misses
+        return self.hits / reads if reads else 0.0
+
+
+class Entry:
+    """One cached answer. ``record`` is ``None`` when the store has no such session."""
+
+    __slots__ = ("expires_at", "lease", "read_at", "record", "until")
+
+    def __init__(self, record: Record | None, read_at: float, ttl: float, lease: Lease) -> None:
+        self.record = record
+        self.read_at = read_at
+        # The remaining time was measured by the store after the read was sent: counting from the sending can only be early.
+        self.expires_at = read_at + record.expires_in if record is not None else read_at + ttl
+        self.until = min(self.expires_at, read_at + ttl)
+        self.lease = lease
+
+
+class Flight:
+    """One read of the store under way."""
+
+    __slots__ = ("attached", "departed_at", "handle", "lease", "waiters")
+
+    def __init__(self, handle: Handle, departed_at: float, lease: Lease) -> None:
+        self.handle = handle
+        self.departed_at = departed_at
+        self.lease = lease
+        self.attached = True
+        self.waiters: object = None
+        """Whatever the readers share while they wait; the cache does not look at it."""
+
+
+class SessionCache:
+    """Answers for handles, bounded in number and in age.
+
+    ``lease(bucket)`` is the lease that vouches for a bucket. ``stale_for`` above 0 keeps what a gap flushes, up to that many
+    seconds after its read, for ``stale`` alone.
+    """
+
+    def __init__(
+        self, lease: Callable[[int], Lease], *, ttl: float, max_entries: int, stale_for: float = 0.0
+    ) -> None:
+        self._lease = lease
+        self._ttl = ttl
+        self._max_entries = max_entries
+        self._stale_for = stale_for
+        self._entries: OrderedDict[Handle, Entry] = OrderedDict()
+        # Answers "no such session" are cheap to provoke with invented cookies: they must not push real sessions out.
+        self._absent: OrderedDict[Handle, Entry] = OrderedDict()
+        self._flushed: OrderedDict[Handle, Entry] = OrderedDict()
+        self._flights: dict[Handle, Flight] = {}
+        self._by_user: dict[UserId, set[Handle]] = {}
+        self._hits = self._misses = self._bypassed = 0
+        self._evictions = self._invalidations = self._flushes = 0
+
+    def get(self, handle: Handle) -> Entry | None:
+        """The entry, if it may be served at this moment. Counts a hit or a miss."""
+        entry = self._entries.get(handle)
+        if entry is None:
+            entry = self._absent.get(handle)
+        if entry is not None:
+            now = entry.lease.clock()
+            if now < entry.lease.until:
+                if now < entry.until:
+                    self._hits += 1
+                    if entry.record is not None:
+                        self._entries.move_to_end(handle)
+                    return entry
+                self._remove(handle)
+            else:
+                self._bypassed += 1
+        self._misses += 1
+        return None
+
+    def stale(self, handle: Handle) -> Entry | None:
+        """The last confirmed state, not older than ``stale_for``, for when the store does not answer."""
+        entry = self._entries.get(handle) or self._flushed.get(handle)
+        if entry is None or entry.record is None:
+            return None
+        now = entry.lease.clock()
+        return entry if now < min(entry.read_at + self._stale_for, entry.expires_at) else None
+
+    # Reading
+
+    def flight(self, handle: Handle) -> Flight | None:
+        """The read under way that a new reader may join: one that nothing has overtaken."""
+        return self._flights.get(handle)
+
+    def depart(self, handle: Handle) -> Flight:
+        """A read of the store is about to be sent."""
+        lease = self._lease(int(handle[:2], 16))
+        flight = Flight(handle, lease.clock(), lease)
+        self._flights[handle] = flight
+        return flight
+
+    def land(self, flight: Flight, record: Record | None) -> Entry:
+        """The store answered. The answer is kept if the flight is still attached and the lease is live."""
+        entry = Entry(record, flight.departed_at, self._ttl, flight.lease)
+        if self._may_keep(flight):
+            self._keep(flight.handle, entry)
+        self.abort(flight)
+        return entry
+
+    def abort(self, flight: Flight) -> None:
+        """The read has ended, with or without an answer: nobody can join it any more."""
+        if self._flights.get(flight.handle) is flight:
+            del self._flights[flight.handle]
+
+    def _may_keep(self, flight: Flight) -> bool:
+        return flight.attached and flight.lease.live
+
+    def _keep(self, handle: Handle, entry: Entry) -> None:
+        self._remove(handle)
+        record = entry.record
+        if record is None:
+            self._absent[handle] = entry
+            if len(self._absent) > _MAX_ABSENT:
+                self._absent.popitem(last=False)
+            return
+        if self._max_entries == 0:
+            return
+        self._entries[handle] = entry
+        if record.user is not None:
+            self._by_user.setdefault(record.user, set()).add(handle)
+        if len(self._entries) > self._max_entries:
+            self._remove(next(iter(self._entries)))
+            self._evictions += 1
+
+    def _remove(self, handle: Handle) -> bool:
+        found = self._absent.pop(handle, None) is not None
+        entry = self._entries.pop(handle, None)
+        if entry is None:
+            return found
+        if entry.record is not None and entry.record.user is not None:
+            handles = self._by_user[entry.record.user]
+            handles.discard(handle)
+            if not handles:
+                del self._by_user[entry.record.user]
+        return True
+
+    # Forgetting
+
+    def drop(self, handle: Handle) -> None:
+        """The session changed, or is about to."""
+        if self._remove(handle):
+            self._invalidations += 1
+        self._flushed.pop(handle, None)
+        self._detach(handle)
+
+    def drop_user(self, user: UserId, *, keep: Handle | None = None) -> None:
+        """Every session of ``user`` is over, or changed, as ``keep`` did: it has a new epoch."""
+        for handle in list(self._by_user.get(user, ())):
+            if handle != keep:
+                self.drop(handle)
+        for handle in [h for h, e in self._flushed.items() if e.record is not None and e.record.user == user]:
+            if handle != keep:
+                del self._flushed[handle]
+        # Whose sessions are being read is not known yet, but they live in the user's bucket.
+        self._detach_bucket(bucket_of(user))
+
+    def flush(self, buckets: frozenset[int] | None = None) -> None:
+        """Messages may have been lost, for these buckets or (``None``) for all."""
+        self._flushes += 1
+        if self._stale_for:
+            self._flushed.update(self._entries)
+            while len(self._flushed) > self._max_entries:
+                self._flushed.popitem(last=False)
+        if buckets is None:
+            self._entries.clear()
+            self._absent.clear()
+            self._by_user.clear()
+            for handle in list(self._flights):
+                self._detach(handle)
+            return
+        for handle in [h for h in (*self._entries, *self._absent) if int(h[:2], 16) in buckets]:
+            self._remove(handle)
+        for bucket in buckets:
+            self._detach_bucket(bucket)
+
+    def _detach(self, handle: Handle) -> None:
+        flight = self._flights.pop(handle, None)
+        if flight is not None:
+            flight.attached = False
+
+    def _detach_bucket(self, bucket: int) -> None:
+        prefix = f"{bucket:02x}."
+        for handle in [h for h in self._flights if h.startswith(prefix)]:
+            self._detach(handle)
+
+    def stats(self) -> CacheStats:
+        """A snapshot."""
+        return CacheStats(
+            hits=self._hits,
+            misses=self._misses,
+            bypassed=self._bypassed,
+            evictions=self._evictions,
+            invalidations=self._invalidations,
+            flushes=self._flushes,
+            size=len(self._entries),
+            max_entries=self._max_entries,
+        )
+
+    def __repr__(self) -> str:
+        return f"<SessionCache {len(self._entries)}/{self._max_entries}, {len(self._flights)} in flight>"

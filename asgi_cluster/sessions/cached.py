@@ -1,0 +1,156 @@
+"""The session store behind the local cache: single flight for reads, drop before and after every local write."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from asgi_cluster.exceptions import StoreUnavailable
+from asgi_cluster.ids import Handle, UserId
+from asgi_cluster.sessions.cache import Entry, Flight, SessionCache
+from asgi_cluster.sessions.store import Device, Draft, Ending, Record, SessionStore, WriteOutcome
+
+__all__ = ["CachedStore"]
+
+
+class CachedStore:
+    """A ``SessionStore`` whose reads may come from the cache. Everything that changes a session goes through it."""
+
+    def __init__(self, store: SessionStore, cache: SessionCache) -> None:
+        self._store = store
+        self.cache = cache
+
+    async def read(self, handle: Handle, *, timeout: float) -> Entry:
+        """The record (or its absence), at most one lease old with respect to changes made through this library.
+
+        One read of the store serves everybody who asked before it was overtaken by a change. Raises as the store.
+        """
+        entry = self.cache.get(handle)
+        if entry is not None:
+            return entry
+        loop = asyncio.get_running_loop()
+        flight = self.cache.flight(handle)
+        if flight is not None and isinstance(flight.waiters, asyncio.Future) and flight.waiters.get_loop() is loop:
+            try:
+                async with asyncio.timeout(timeout):
+                    shared: Entry = await asyncio.shield(flight.waiters)
+                return shared
+            except TimeoutError as error:
+                raise StoreUnavailable(f"no answer within {timeout:.2f} s") from error
+            except asyncio.CancelledError:
+                # Either this request was cancelled, or the one that flew: then this one reads for itself.
+                if not flight.waiters.cancelled() or _cancelling():
+                    raise
+        return await self._fly(self.cache.depart(handle), loop, timeout)
+
+    async def _fly(self, flight: Flight, loop: asyncio.AbstractEventLoop, timeout: float) -> Entry:
+        landed: asyncio.Future[Entry] = loop.create_future()
+        flight.waiters = landed
+        try:
+            record = await self._store.read(flight.handle, timeout=timeout)
+        except BaseException as error:
+            self.cache.abort(flight)
+            if isinstance(error, StoreUnavailable):
+                landed.set_exception(error)
+                landed.exception()  # nobody need be waiting
+            else:
+                landed.cancel()
+            raise
+        entry = self.cache.land(flight, record)
+        landed.set_result(entry)
+        return entry
+
+    async def read_fresh(self, handle: Handle, *, timeout: float) -> Record | None:
+        """The record as the store has it now: for handshakes and checks that must not rest on a cache."""
+        return await self._store.read(handle, timeout=timeout)
+
+    @contextmanager
+    def _changing(self, handle: Handle) -> Iterator[None]:
+        # Before: nobody on this node may read the old value once the write can have happened. After, whatever became of it:
+        # a read that departed in between may have seen the old value, and an unknown outcome counts as changed.
+        self.cache.drop(handle)
+        try:
+            yield
+        finally:
+            self.cache.drop(handle)
+
+    async def create(self, draft: Draft, *, timeout: float) -> None:
+        """Raises as the store."""
+        with self._changing(draft.handle):
+            await self._store.create(draft, timeout=timeout)
+
+    async def write(
+        self,
+        handle: Handle,
+        *,
+        changed: Mapping[str, bytes],
+        removed: Sequence[str],
+        write_id: str,
+        expected: str | None,
+        message: bytes,
+        timeout: float,
+    ) -> WriteOutcome:
+        """Raises as the store."""
+        with self._changing(handle):
+            return await self._store.write(
+                handle,
+                changed=changed,
+                removed=removed,
+                write_id=write_id,
+                expected=expected,
+                message=message,
+                timeout=timeout,
+            )
+
+    async def touch(self, handle: Handle, *, timeout: float) -> bool:
+        """Raises as the store."""
+        with self._changing(handle):
+            return await self._store.touch(handle, timeout=timeout)
+
+    async def rotate(
+        self, handle: Handle, *, secret: bytes, current: bytes, grace: float, write_id: str, message: bytes, timeout: float
+    ) -> WriteOutcome:
+        """Raises as the store."""
+        with self._changing(handle):
+            return await self._store.rotate(
+                handle,
+                secret=secret,
+                current=current,
+                grace=grace,
+                write_id=write_id,
+                message=message,
+                timeout=timeout,
+            )
+
+    async def end(self, handle: Handle, *, message: bytes, timeout: float) -> Ending:
+        """Raises as the store."""
+        with self._changing(handle):
+            return await self._store.end(handle, message=message, timeout=timeout)
+
+    async def end_all(
+        self, user: UserId, *, keep: Handle | None, epoch: str, message: bytes, timeout: float
+    ) -> Ending:
+        """Raises as the store."""
+        self.cache.drop_user(user, keep=keep)
+        try:
+            return await self._store.end_all(user, keep=keep, epoch=epoch, message=message, timeout=timeout)
+        finally:
+            self.cache.drop_user(user, keep=keep)
+
+    def devices(self, user: UserId, *, timeout: float) -> Awaitable[Sequence[Device]]:
+        """Never cached. Raises as the store."""
+        return self._store.devices(user, timeout=timeout)
+
+    def lock(self, handle: Handle, *, token: str, hold: float, timeout: float) -> Awaitable[bool]:
+        """Raises as the store."""
+        return self._store.lock(handle, token=token, hold=hold, timeout=timeout)
+
+    def unlock(self, handle: Handle, *, token: str, timeout: float) -> Awaitable[bool]:
+        """Raises as the store."""
+        return self._store.unlock(handle, token=token, timeout=timeout)
+
+
+def _cancelling() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

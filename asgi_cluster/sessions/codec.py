@@ -1,0 +1,54 @@
+"""Session values as bytes: msgpack, value by value, and only what comes back equal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+__all__ = ["decode_fields", "encode_value"]
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder().decode
+
+
+def encode_value(key: object, value: Any, known: bytes | None = None) -> bytes:
+    """``value`` in msgpack; ``known`` itself when it still encodes to those bytes.
+
+    Raises:
+        TypeError: the key is no string, or the value would come back as something else. Names the key.
+    """
+    if not isinstance(key, str):
+        raise TypeError(f"session keys are strings, not {type(key).__name__}: {key!r}")
+    try:
+        data = _encode(value)
+        if data == known:
+            return known
+        back = _decode(data)
+    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
+        raise TypeError(f"session[{key!r}] cannot be stored: {error}") from error
+    # Tuples come back as lists, and that is allowed; anything else has to be equal.
+    if back != value and back != _as_lists(value):
+        raise TypeError(
+            f"session[{key!r}] cannot be stored: a {type(value).__name__} would not come back equal. "
+            "Store plain values: None, bool, int, float, str, bytes, datetime, and lists and dicts of them."
+        )
+    return data
+
+
+def decode_fields(fields: Mapping[str, bytes]) -> dict[str, Any]:
+    """The values of a record, fresh objects at every call.
+
+    Raises:
+        msgspec.DecodeError: the record is corrupt.
+    """
+    return {key: _decode(value) for key, value in fields.items()}
+
+
+def _as_lists(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_as_lists(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _as_lists(item) for key, item in value.items()}
+    return value

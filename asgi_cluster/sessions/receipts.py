@@ -1,0 +1,90 @@
+"""Who has acknowledged the end of a session, and what the caller is told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from asgi_cluster.ids import NodeId, new_token
+
+__all__ = ["Acknowledgements", "LogoutReceipt", "PendingAck"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogoutReceipt:
+    """What ending one or more sessions did, as far as it was known within the timeout.
+
+    "Closed" means that the close was handed to the socket, not that the browser has seen it.
+    """
+
+    sessions: int
+    """Sessions that existed and are gone from the store."""
+    nodes_acked: Sequence[NodeId]
+    """Nodes that serve none of them any more, and have closed their sockets."""
+    nodes_missing: Sequence[NodeId]
+    """Registered nodes that did not answer in time. They stop serving them when their lease lapses."""
+    complete: bool
+    """No node serves any of them any more: all acknowledged, or a whole lease has passed since."""
+    sockets_closed: int
+    """Sockets closed on the nodes that acknowledged."""
+    elapsed: float
+    """Seconds from the call to the last acknowledgement, or to giving up."""
+    replicas: int | None = None
+    """Replicas that had the change when ``WAIT`` was asked; ``None`` when it was not."""
+
+
+class PendingAck:
+    """One request that nodes acknowledge."""
+
+    __slots__ = ("_changed", "acked", "id", "sockets")
+
+    def __init__(self) -> None:
+        self.id = new_token()
+        self.acked: set[str] = set()
+        self.sockets = 0
+        self._changed: asyncio.Event | None = None
+
+    def add(self, node: str, sockets: int) -> None:
+        """A node has done it. A repeated answer changes nothing."""
+        if node not in self.acked:
+            self.acked.add(node)
+            self.sockets += sockets
+            if self._changed is not None:
+                self._changed.set()
+
+    async def wait_for(self, nodes: Collection[str], *, timeout: float) -> bool:
+        """Whether all of ``nodes`` have answered within ``timeout`` seconds."""
+        wanted = set(nodes)
+        self._changed = asyncio.Event()
+        try:
+            async with asyncio.timeout(timeout):
+                while not wanted <= self.acked:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+class Acknowledgements:
+    """The requests of this node that are waiting for answers; bounded by the callers that wait."""
+
+    def __init__(self) -> None:
+        self._pending: dict[str, PendingAck] = {}
+
+    def open(self) -> PendingAck:
+        """Before the request is sent, so that no answer can be missed."""
+        pending = PendingAck()
+        self._pending[pending.id] = pending
+        return pending
+
+    def close(self, pending: PendingAck) -> None:
+        """Nobody waits any more."""
+        self._pending.pop(pending.id, None)
+
+    def answer(self, request: str, node: str, sockets: int) -> None:
+        """An answer came; one that nobody waits for is ignored."""
+        pending = self._pending.get(request)
+        if pending is not None:
+            pending.add(node, sockets)

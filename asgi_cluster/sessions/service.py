@@ -1,0 +1,157 @@
+"""What a session needs of its cluster, in one place: the store, the secrets, the words that go over the bus."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeVar
+
+from asgi_cluster.bus.messages import Changed, Ended, UserEnded, encode
+from asgi_cluster.config import SessionConfig
+from asgi_cluster.exceptions import StoreUnavailable
+from asgi_cluster.ids import Handle, NodeId, UserId, new_token
+from asgi_cluster.sessions.cached import CachedStore
+from asgi_cluster.sessions.cookies import Cookie
+from asgi_cluster.sessions.receipts import Acknowledgements, LogoutReceipt, PendingAck
+from asgi_cluster.sessions.store import Ending
+
+__all__ = ["LocalSockets", "SessionService"]
+
+logger = logging.getLogger("asgi_cluster.sessions")
+
+T = TypeVar("T")
+
+
+class LocalSockets(Protocol):
+    """This node's sockets, as far as sessions are concerned."""
+
+    def close_session(self, handle: str, code: int, reason: str) -> int:
+        """Close the sockets of a session; how many there were."""
+        ...
+
+    def close_user(self, user: str, *, keep: str | None, code: int, reason: str) -> int:
+        """Close the sockets of a user but those of the session ``keep``; how many there were."""
+        ...
+
+
+class SessionService:
+    """Shared by all sessions of one cluster object."""
+
+    def __init__(
+        self,
+        store: CachedStore,
+        config: SessionConfig,
+        *,
+        deadline: float,
+        sockets: LocalSockets,
+        node: Callable[[], NodeId],
+        ensure_started: Callable[[str], None],
+    ) -> None:
+        self.store = store
+        self.config = config
+        self.deadline = deadline
+        self.cookie = Cookie(config.cookie)
+        self.acks = Acknowledgements()
+        self.ensure_started = ensure_started
+        self._sockets = sockets
+        self._node = node
+
+    def changed(self, handle: Handle) -> bytes:
+        """The message that a session's record changed."""
+        return encode(Changed(handle, self._node()))
+
+    async def end(
+        self, handle: Handle, *, code: int, reason: str, timeout: float, budget: Budget | None = None
+    ) -> LogoutReceipt:
+        """End one session everywhere; returns when every node has said so, or after ``timeout`` seconds.
+
+        Raises:
+            StoreUnavailable: not stored, as far as is known; nobody was logged out.
+        """
+
+        async def commit(pending: PendingAck, budget: Budget) -> Ending:
+            message = encode(Ended(handle, code, reason, self._node(), pending.id))
+            return await budget.spend(lambda left: self.store.end(handle, message=message, timeout=left))
+
+        return await self._end(
+            commit, lambda: self._sockets.close_session(handle, code, reason), timeout=timeout, budget=budget
+        )
+
+    async def end_all(
+        self, user: UserId, *, keep: Handle | None, code: int, reason: str, timeout: float, budget: Budget | None = None
+    ) -> LogoutReceipt:
+        """End every session of a user but ``keep``. Returns and raises as ``end``."""
+
+        async def commit(pending: PendingAck, budget: Budget) -> Ending:
+            message = encode(UserEnded(user, keep, code, reason, self._node(), pending.id))
+            return await budget.spend(
+                lambda left: self.store.end_all(user, keep=keep, epoch=new_token(), message=message, timeout=left)
+            )
+
+        return await self._end(
+            commit,
+            lambda: self._sockets.close_user(user, keep=keep, code=code, reason=reason),
+            timeout=timeout,
+            budget=budget,
+        )
+
+    async def _end(
+        self,
+        commit: Callable[[PendingAck, Budget], Awaitable[Ending]],
+        close_here: Callable[[], int],
+        *,
+        timeout: float,
+        budget: Budget | None,
+    ) -> LogoutReceipt:
+        self.ensure_started("logging out")
+        clock = asyncio.get_running_loop().time
+        started = clock()
+        pending = self.acks.open()
+        try:
+            ending = await commit(pending, budget or Budget(self.deadline))
+            committed = clock()
+            # This node does not wait for its own message: its bus may be the one that is down.
+            pending.add(self._node(), close_here())
+            lease = self.config.cache.lease
+            everyone = await pending.wait_for(ending.nodes, timeout=max(0.0, min(timeout, lease)))
+            finished = clock()
+        finally:
+            self.acks.close(pending)
+        missing = [NodeId(node) for node in ending.nodes if node not in pending.acked]
+        if missing:
+            logger.warning("%d of %d nodes did not acknowledge a logout in time", len(missing), len(ending.nodes))
+        return LogoutReceipt(
+            sessions=ending.sessions,
+            nodes_acked=tuple(sorted(NodeId(node) for node in pending.acked)),
+            nodes_missing=tuple(missing),
+            complete=everyone or finished - committed >= lease,
+            sockets_closed=pending.sockets,
+            elapsed=finished - started,
+            replicas=ending.replicas,
+        )
+
+
+class Budget:
+    """The seconds of Redis work that one request may spend, however long the request itself lasts."""
+
+    __slots__ = ("left", "total")
+
+    def __init__(self, total: float) -> None:
+        self.total = total
+        self.left = total
+
+    async def spend(self, work: Callable[[float], Awaitable[T]]) -> T:
+        """Run ``work(timeout)`` and deduct what it took.
+
+        Raises:
+            StoreUnavailable: nothing is left, or as the work.
+        """
+        if self.left <= 0:
+            raise StoreUnavailable(f"the request's {self.total:g} s for its session are used up")
+        clock = asyncio.get_running_loop().time
+        started = clock()
+        try:
+            return await work(self.left)
+        finally:
+            self.left -= clock() - started

@@ -1,0 +1,545 @@
+"""The session of one request: a dict to the app, and what one can do with it.
+
+Every session object belongs to one request or one WebSocket. It remembers the record it was read from, and at save time
+sends what differs, key by key. It never writes a record that it did not read or create itself, so a request that was under
+way during a logout cannot bring the session back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal
+
+import msgspec
+
+from asgi_cluster.bus.lease import boot_clock
+from asgi_cluster.codes import CloseCode
+from asgi_cluster.exceptions import SessionConflict, StoreUnavailable
+from asgi_cluster.ids import Handle, UserId, new_handle, new_secret, new_token, secret_hash
+from asgi_cluster.sessions.cache import Entry
+from asgi_cluster.sessions.codec import decode_fields, encode_value
+from asgi_cluster.sessions.data import SessionData
+from asgi_cluster.sessions.receipts import LogoutReceipt
+from asgi_cluster.sessions.service import Budget, SessionService
+from asgi_cluster.sessions.store import Draft, Record
+
+__all__ = ["Session"]
+
+_NO_FIELDS: Mapping[str, bytes] = {}
+_TOUCH_AFTER = 0.1  # of the idle timeout: a session in steady use costs one write per tenth, not one per request
+
+
+class Session(SessionData):
+    """A server-side session, used like a dict.
+
+    Changes, nested ones included, are saved before the response starts, and only when there are any; on a WebSocket call
+    ``save()``. An empty session (no data, no user) is not stored and sets no cookie. ``clear()`` is a logout; what is written after
+    it starts a new anonymous session.
+    """
+
+    __slots__ = (
+        "_budget",
+        "_cookie",
+        "_degraded",
+        "_device",
+        "_expires_at",
+        "_failure",
+        "_headers_sent",
+        "_lost",
+        "_pending_end",
+        "_record",
+        "_sealed",
+        "_secret",
+        "_service",
+        "raised",
+    )
+
+    def __init__(self, service: SessionService, device: tuple[str, str] = ("", "")) -> None:
+        super().__init__()
+        self._service = service
+        self._device = device
+        self._record: Record | None = None
+        self._expires_at = 0.0
+        self._secret = ""
+        self._cookie: Literal["set", "clear"] | None = None
+        self._pending_end: Handle | None = None
+        self._failure: StoreUnavailable | None = None
+        self._degraded = False
+        self._lost = False
+        self._headers_sent = False
+        self._sealed = False
+        self._budget: Budget | None = None
+        self.raised: StoreUnavailable | SessionConflict | None = None
+        """The last error of ours that the app got from this session: what a 500 of the app's is really about."""
+
+    # What it is
+
+    @property
+    def handle(self) -> Handle | None:
+        """The public name of the stored session, safe to show and to log; ``None`` while there is none."""
+        self.mark_accessed()
+        return None if self._record is None else self._record.handle
+
+    @property
+    def user_id(self) -> UserId | None:
+        """Who is signed in, or ``None``."""
+        self.mark_accessed()
+        return None if self._record is None else self._record.user
+
+    @property
+    def is_new(self) -> bool:
+        """True when the request brought no session that exists."""
+        self.mark_accessed()
+        return self._record is None or self._secret != ""
+
+    @property
+    def version(self) -> int:
+        """How often it was written, as far as this request knows; 0 while it is not stored."""
+        self.mark_accessed()
+        return 0 if self._record is None else self._record.version
+
+    @property
+    def created_at(self) -> datetime | None:
+        """When it was stored first, by the store's clock; ``None`` while it is not stored."""
+        self.mark_accessed()
+        return None if self._record is None else datetime.fromtimestamp(self._record.created_at, UTC)
+
+    @property
+    def expires_at(self) -> datetime | None:
+        """When it ends unless it is used: this node's wall clock plus the remaining time. ``None`` while it is not stored."""
+        self.mark_accessed()
+        if self._record is None:
+            return None
+        return datetime.now(UTC) + timedelta(seconds=self._expires_at - boot_clock())
+
+    def mark_accessed(self) -> None:
+        """Raises ``StoreUnavailable`` when the session could not be read."""
+        self.accessed = True
+        if self._failure is not None:
+            self.raised = StoreUnavailable(self._failure.reason, retry_after=self._failure.retry_after)
+            raise self.raised from self._failure
+
+    def mark_modified(self) -> None:
+        """Raises ``RuntimeError`` after the response has started, ``StoreUnavailable`` when the session could not be read."""
+        self.mark_accessed()
+        if self._sealed:
+            raise RuntimeError("the session was changed after the response started: this change would be lost")
+        if self._degraded:
+            # Saving would give the visitor a new anonymous session in place of the one that could not be read.
+            self.raised = StoreUnavailable("the session could not be read, so it cannot be changed")
+            raise self.raised
+        self.modified = True
+
+    def clear(self) -> None:
+        """Log out, at save time: data and user are gone, and with them the stored session."""
+        super().clear()
+        if self._record is not None:
+            self._pending_end = self._pending_end or self._record.handle
+            self._unbind()
+
+    # Who it is
+
+    async def login(self, user_id: str, lifetime: float | None = None) -> None:
+        """Sign ``user_id`` in: a new handle and a new secret; the old ones are dead when this returns.
+
+        Data of an anonymous session, or of the same user, is kept; another user's is dropped. ``lifetime`` in seconds replaces
+        both timeouts and makes the cookie survive the browser ("remember me"); ``None``: as configured. Open sockets of the old
+        session are closed with 3011, which makes clients reconnect with the new cookie.
+
+        Raises:
+            StoreUnavailable: nothing has changed for the browser.
+            RuntimeError: the response has started, or the WebSocket is accepted: no cookie can be set any more.
+        """
+        if not isinstance(user_id, str):
+            raise TypeError(f"user_id must be a string, not {type(user_id).__name__}")
+        if not 1 <= len(user_id) <= 255 or not user_id.isprintable():
+            raise ValueError("user_id must be 1 to 255 printable characters")
+        if lifetime is not None and not lifetime > 0:
+            raise ValueError(f"lifetime must be above 0 seconds, not {lifetime!r}")
+        self._refuse_late("login")
+        if self.user_id not in (None, user_id):
+            dict.clear(self)
+        config = self._service.config
+        replaced = self._pending_end or (None if self._record is None else self._record.handle)
+        await self._create(
+            UserId(user_id),
+            idle=lifetime or config.idle_timeout,
+            absolute=lifetime or config.absolute_timeout,
+            persistent=lifetime is not None,
+            replaces=replaced,
+        )
+        self._pending_end = None
+
+    async def rotate(self) -> None:
+        """Replace the secret, for the same session; the old one stays good for ``rotate_grace`` seconds.
+
+        Does nothing when the session is not stored, or when a parallel request has just rotated it.
+
+        Raises:
+            StoreUnavailable, RuntimeError: as ``login``.
+        """
+        self._refuse_late("rotate")
+        self.mark_accessed()
+        record = self._record
+        if record is None:
+            return
+        secret = new_secret()
+        write_id = new_token()
+        outcome = await self._spend(
+            lambda left: self._service.store.rotate(
+                record.handle,
+                secret=secret_hash(secret.encode()),
+                current=record.secret,
+                grace=self._service.config.rotate_grace,
+                write_id=write_id,
+                message=self._service.changed(record.handle),
+                timeout=left,
+            )
+        )
+        if outcome == "written":
+            self._record = msgspec.structs.replace(
+                record, secret=secret_hash(secret.encode()), write_id=write_id, version=record.version + 1
+            )
+            self._secret = secret
+            self._cookie = "set"
+        elif outcome == "gone":
+            self._lose()
+
+    async def logout(self, reason: str = "logged out", timeout: float = 1.0) -> LogoutReceipt:
+        """End this session on every node and close its sockets with 4501 and ``reason``.
+
+        Returns when every registered node has acknowledged, or after ``timeout`` seconds; the receipt says which. Without a stored
+        session there is nothing to end.
+
+        Raises:
+            StoreUnavailable: it could not be stored; the session goes on, unless ``outcome_unknown``.
+        """
+        self.mark_accessed()
+        handle = self._pending_end or (None if self._record is None else self._record.handle)
+        if handle is None:
+            dict.clear(self)
+            return LogoutReceipt(
+                sessions=0, nodes_acked=(), nodes_missing=(), complete=True, sockets_closed=0, elapsed=0.0
+            )
+        try:
+            receipt = await self._service.end(
+                handle, code=CloseCode.SESSION_ENDED, reason=reason, timeout=timeout, budget=self._allowance()
+            )
+        except StoreUnavailable as error:
+            self.raised = error
+            raise
+        dict.clear(self)
+        self._pending_end = None
+        self._unbind()
+        return receipt
+
+    # Keeping it
+
+    async def save(self) -> bool:
+        """Store what has changed. False when the session was ended meanwhile: nothing was written, and nothing will be.
+
+        Raises:
+            TypeError: a value would not come back equal; names the key.
+            ValueError: it holds more than ``max_bytes``.
+            StoreUnavailable: not stored, unless ``outcome_unknown``.
+            SessionConflict: ``conflict="error"`` and another request wrote it first.
+        """
+        self.mark_accessed()
+        if self._pending_end is not None:
+            handle, self._pending_end = self._pending_end, None
+            await self._service.end(
+                handle, code=CloseCode.SESSION_ENDED, reason="logged out", timeout=1.0, budget=self._allowance()
+            )
+        if self._lost or self._degraded:
+            return False
+        record = self._record
+        changed, removed = self._differences()
+        if record is None:
+            if changed:
+                config = self._service.config
+                await self._create(None, idle=config.idle_timeout, absolute=config.absolute_timeout)
+            return True
+        if not changed and not removed:
+            return await self._touch_when_due(record)
+        if not dict.__len__(self) and record.user is None:
+            self.clear()
+            return await self.save()
+        return await self._write(record, changed, removed)
+
+    async def reload(self) -> bool:
+        """Read it again from the store, past the cache; unsaved changes are dropped. False when it is over.
+
+        Raises:
+            StoreUnavailable: it could not be read; nothing has changed.
+        """
+        self.mark_accessed()
+        record = self._record
+        if record is None:
+            return False
+        sent_at = boot_clock()
+        fresh = await self._spend(lambda left: self._service.store.read_fresh(record.handle, timeout=left))
+        if fresh is None:
+            self._lose()
+            return False
+        self._bind(fresh, sent_at + fresh.expires_in)
+        return True
+
+    @asynccontextmanager
+    async def lock(self, *, wait: float = 5.0, hold: float = 10.0) -> AsyncIterator[None]:
+        """One request at a time: hold the session's lock, with fresh data, and save before giving it back.
+
+        ``wait`` is how many seconds to try, ``hold`` for how long at most the lock is held: work that takes longer is no longer
+        alone. A session that is not stored needs no lock: nobody else has it.
+
+        Raises:
+            TimeoutError: somebody else held it for all of ``wait``.
+            StoreUnavailable: as ``save``.
+        """
+        self.mark_accessed()
+        if self._record is None:
+            yield
+            return
+        store, handle, token = self._service.store, self._record.handle, new_token()
+        give_up_at = boot_clock() + wait
+        pause = 0.005
+        while not await self._spend(lambda left: store.lock(handle, token=token, hold=hold, timeout=left)):
+            if boot_clock() >= give_up_at:
+                raise TimeoutError(f"the lock of session {handle} was not free within {wait:g} s")
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(pause * 2, 0.1)
+        try:
+            await self.reload()
+            yield
+            await self.save()
+        finally:
+            await self._spend(lambda left: store.unlock(handle, token=token, timeout=left))
+
+    def __repr__(self) -> str:
+        name = "failed" if self._failure else "unsaved" if self._record is None else self._record.handle
+        return f"<Session {name}>"
+
+    # For the middleware
+
+    def load(self, entry: Entry, secret: bytes) -> bool:
+        """Become the session in ``entry`` if ``secret`` opens it. A wrong secret is an unknown session."""
+        record = entry.record
+        if record is None or not _opens(record, secret, boot_clock() - entry.read_at):
+            return False
+        self._bind(record, entry.expires_at)
+        return True
+
+    def fail(self, error: StoreUnavailable) -> None:
+        """It could not be read: the first access raises, or it is empty and read-only, as configured."""
+        if self._service.config.on_store_error == "anonymous":
+            self._degraded = True
+        else:
+            self._failure = error
+
+    @property
+    def stored(self) -> Record | None:
+        """The record, without counting as an access and without raising."""
+        return self._record
+
+    @property
+    def failure(self) -> StoreUnavailable | None:
+        """Why it could not be read; ``None`` when it could."""
+        return self._failure
+
+    def replace(self, values: Mapping[str, Any]) -> None:
+        """The app put a plain dict in our place: those are the contents now."""
+        for key, value in values.items():
+            encode_value(key, value)
+        self.mark_modified()
+        dict.clear(self)
+        dict.update(self, values)
+
+    async def commit(self) -> None:
+        """Save before the headers go out, in as few round trips as possible: none for a session nobody looked at."""
+        if self.accessed or self._pending_end is not None:
+            await self.save()
+        elif self._record is not None:
+            await self._touch_when_due(self._record)
+
+    def cookie_header(self) -> tuple[bytes, bytes] | None:
+        """The ``Set-Cookie`` header to send, or ``None``. From now on no cookie can be set."""
+        self._headers_sent = True
+        if self._cookie == "clear":
+            return self._service.cookie.clear()
+        if self._cookie == "set" and self._record is not None:
+            max_age = int(self._record.absolute_in) if self._record.persistent else None
+            return self._service.cookie.set(self._record.handle, self._secret, max_age=max_age)
+        return None
+
+    def seal(self) -> None:
+        """The response has started: from now on a change is an error."""
+        self._sealed = True
+
+    def check_sealed(self) -> None:
+        """Raises ``RuntimeError`` when a nested value was changed after the response started."""
+        if self.accessed and self._sealed and not self._lost and self._record is not None:
+            changed, removed = self._differences()
+            if changed or removed:
+                names = ", ".join(repr(key) for key in (*changed, *removed))
+                raise RuntimeError(f"the session was changed after the response started; lost: {names}")
+
+    # Inside
+
+    def _bind(self, record: Record, expires_at: float) -> None:
+        self._record = record
+        self._expires_at = expires_at
+        dict.clear(self)
+        if record.fields:
+            dict.update(self, decode_fields(record.fields))
+
+    def _unbind(self) -> None:
+        self._record = None
+        self._secret = ""
+        self._cookie = "clear"
+
+    def _lose(self) -> None:
+        # Ended elsewhere while this request was under way. No cookie either: it could overwrite that of a newer login.
+        self._record = None
+        self._secret = ""
+        self._cookie = None
+        self._lost = True
+
+    def _refuse_late(self, what: str) -> None:
+        if self._headers_sent:
+            raise RuntimeError(f"{what} needs a cookie to be set, and the response headers have been sent")
+
+    def _allowance(self) -> Budget:
+        if self._budget is None:
+            self._service.ensure_started("using a session")
+            self._budget = Budget(self._service.deadline)
+        return self._budget
+
+    async def _spend(self, work: Any) -> Any:
+        try:
+            return await self._allowance().spend(work)
+        except StoreUnavailable as error:
+            self.raised = error
+            raise
+
+    def _differences(self) -> tuple[dict[str, bytes], list[str]]:
+        known = _NO_FIELDS if self._record is None else self._record.fields
+        changed = {}
+        for key, value in dict.items(self):
+            before = known.get(key)
+            data = encode_value(key, value, before)
+            if data is not before:
+                changed[key] = data
+        removed = [key for key in known if not dict.__contains__(self, key)]
+        if changed:
+            size = sum(map(len, changed.values())) + sum(len(v) for k, v in known.items() if k not in changed)
+            if size > self._service.config.max_bytes:
+                raise ValueError(f"the session holds {size} bytes; max_bytes is {self._service.config.max_bytes}")
+        return changed, removed
+
+    async def _create(
+        self,
+        user: UserId | None,
+        *,
+        idle: float,
+        absolute: float,
+        persistent: bool = False,
+        replaces: Handle | None = None,
+    ) -> None:
+        if self._headers_sent:
+            raise RuntimeError("a new session needs a cookie to be set, and the response headers have been sent")
+        handle, secret, write_id = new_handle(user), new_secret(), new_token()
+        fields = {key: encode_value(key, value) for key, value in dict.items(self)}
+        agent, address = self._device
+        draft = Draft(
+            handle=handle,
+            secret=secret_hash(secret.encode()),
+            user=user,
+            fields=fields,
+            write_id=write_id,
+            idle=idle,
+            absolute=absolute,
+            persistent=persistent,
+            epoch=new_token() if user is not None else "",
+            agent=agent,
+            address=address,
+        )
+        sent_at = boot_clock()
+        await self._spend(lambda left: self._service.store.create(draft, timeout=left))
+        if replaces is not None:
+            await self._service.end(
+                replaces,
+                code=CloseCode.FORCE_RECONNECT,
+                reason="signed in",
+                timeout=self._service.deadline,
+                budget=self._allowance(),
+            )
+        self._record = Record(
+            handle=handle,
+            secret=draft.secret,
+            previous=None,
+            previous_for=0.0,
+            user=user,
+            version=1,
+            write_id=write_id,
+            created_at=datetime.now(UTC).timestamp(),
+            expires_in=min(idle, absolute),
+            absolute_in=absolute,
+            idle=idle,
+            persistent=persistent,
+            fields=fields,
+        )
+        self._expires_at = sent_at + min(idle, absolute)
+        self._secret = secret
+        self._cookie = "set"
+        self._lost = False
+
+    async def _write(self, record: Record, changed: dict[str, bytes], removed: list[str]) -> bool:
+        write_id = new_token()
+        sent_at = boot_clock()
+        outcome = await self._spend(
+            lambda left: self._service.store.write(
+                record.handle,
+                changed=changed,
+                removed=removed,
+                write_id=write_id,
+                expected=record.write_id if self._service.config.conflict == "error" else None,
+                message=self._service.changed(record.handle),
+                timeout=left,
+            )
+        )
+        if outcome == "gone":
+            self._lose()
+            return False
+        if outcome == "conflict":
+            self.raised = SessionConflict(record.handle)
+            raise self.raised
+        fields = {key: value for key, value in {**record.fields, **changed}.items() if key not in removed}
+        self._record = msgspec.structs.replace(
+            record, fields=fields, write_id=write_id, version=record.version + 1
+        )
+        self._expires_at = max(self._expires_at, sent_at + min(record.idle, record.absolute_in))
+        return True
+
+    async def _touch_when_due(self, record: Record) -> bool:
+        left = self._expires_at - boot_clock()
+        # Near the absolute timeout touching gains nothing.
+        if left > record.idle * (1 - _TOUCH_AFTER) or record.expires_in >= record.absolute_in:
+            return True
+        sent_at = boot_clock()
+        if not await self._spend(lambda left: self._service.store.touch(record.handle, timeout=left)):
+            self._lose()
+            return False
+        self._expires_at = sent_at + record.idle
+        return True
+
+
+def _opens(record: Record, secret: bytes, age: float) -> bool:
+    # The record is looked up by its public handle and the secret compared by hash: what an attacker could time is the
+    # comparison of two hashes, and that tells nothing about a secret.
+    digest = secret_hash(secret)
+    if digest == record.secret:
+        return True
+    return record.previous is not None and digest == record.previous and age < record.previous_for
