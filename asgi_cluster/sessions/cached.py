@@ -26,9 +26,10 @@ class CachedStore:
 
         One read of the store serves everybody who asked before it was overtaken by a change. Raises as the store.
         """
-        entry = self.cache.get(handle)
-        if entry is not None:
-            return entry
+        return self.cache.get(handle) or await self.fetch(handle, timeout=timeout)
+
+    async def fetch(self, handle: Handle, *, timeout: float) -> Entry:
+        """The same, when the cache has just been asked in vain. Raises as the store."""
         loop = asyncio.get_running_loop()
         flight = self.cache.flight(handle)
         if flight is not None and isinstance(flight.waiters, asyncio.Future) and flight.waiters.get_loop() is loop:

@@ -8,10 +8,12 @@ way during a logout cannot bring the session back.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from hmac import compare_digest
 from typing import Any, Literal
 
 import msgspec
@@ -20,14 +22,16 @@ from asgi_cluster.bus.lease import boot_clock
 from asgi_cluster.codes import CloseCode
 from asgi_cluster.exceptions import SessionConflict, StoreUnavailable
 from asgi_cluster.ids import Handle, UserId, new_handle, new_secret, new_token, secret_hash
-from asgi_cluster.sessions.cache import Entry
 from asgi_cluster.sessions.codec import decode_fields, encode_value
 from asgi_cluster.sessions.data import SessionData
+from asgi_cluster.sessions.device import device_of
 from asgi_cluster.sessions.receipts import LogoutReceipt
 from asgi_cluster.sessions.service import Budget, SessionService
 from asgi_cluster.sessions.store import Draft, Record
 
 __all__ = ["Session"]
+
+logger = logging.getLogger("asgi_cluster.sessions")
 
 _NO_FIELDS: Mapping[str, bytes] = {}
 _TOUCH_AFTER = 0.1  # of the idle timeout: a session in steady use costs one write per tenth, not one per request
@@ -44,24 +48,26 @@ class Session(SessionData):
     __slots__ = (
         "_budget",
         "_cookie",
+        "_created",
         "_degraded",
-        "_device",
         "_expires_at",
         "_failure",
         "_headers_sent",
         "_lost",
         "_pending_end",
         "_record",
+        "_scope",
         "_sealed",
         "_secret",
         "_service",
         "raised",
     )
 
-    def __init__(self, service: SessionService, device: tuple[str, str] = ("", "")) -> None:
+    def __init__(self, service: SessionService, scope: Mapping[str, Any]) -> None:
         super().__init__()
         self._service = service
-        self._device = device
+        self._scope = scope
+        self._created = False
         self._record: Record | None = None
         self._expires_at = 0.0
         self._secret = ""
@@ -94,7 +100,7 @@ class Session(SessionData):
     def is_new(self) -> bool:
         """True when the request brought no session that exists."""
         self.mark_accessed()
-        return self._record is None or self._secret != ""
+        return self._record is None or self._created
 
     @property
     def version(self) -> int:
@@ -324,25 +330,57 @@ class Session(SessionData):
 
     # For the middleware
 
-    def load(self, entry: Entry, secret: bytes) -> bool:
-        """Become the session in ``entry`` if ``secret`` opens it. A wrong secret is an unknown session."""
-        record = entry.record
-        if record is None or not _opens(record, secret, boot_clock() - entry.read_at):
-            return False
-        self._bind(record, entry.expires_at)
-        return True
+    async def open(self, handle: Handle, secret: bytes) -> None:
+        """Become the session that the cookie names, if there is one and ``secret`` opens it.
 
-    def fail(self, error: StoreUnavailable) -> None:
-        """It could not be read: the first access raises, or it is empty and read-only, as configured."""
-        if self._service.config.on_store_error == "anonymous":
-            self._degraded = True
-        else:
-            self._failure = error
+        A store that does not answer is no error here: the first access raises, or the session is empty and read-only, or the last
+        confirmed state, as ``on_store_error`` says.
+        """
+        store = self._service.store
+        entry = store.cache.get(handle)
+        if entry is None:
+            try:
+                entry = await self._allowance().spend(lambda left: store.fetch(handle, timeout=left))
+            except StoreUnavailable as error:
+                policy = self._service.config.on_store_error
+                entry = store.cache.stale(handle) if policy == "stale" else None
+                if entry is None:
+                    self._degraded = policy == "anonymous"
+                    self._failure = None if self._degraded else error
+                    return
+        record = entry.record
+        # A wrong secret is an unknown session. Unknown ids are never adopted: that would be session fixation.
+        if record is not None and _opens(record, secret, boot_clock() - entry.read_at):
+            self._bind(record, entry.expires_at)
+
+    async def verify(self) -> float | None:
+        """Whether the store still has this session for this user: the seconds it has left, or ``None``. Never cached.
+
+        Raises:
+            StoreUnavailable: it could not be asked.
+        """
+        record = self._record
+        if record is None:
+            return None
+        fresh = await self._spend(lambda left: self._service.store.read_fresh(record.handle, timeout=left))
+        if fresh is None or fresh.user != record.user or record.secret not in (fresh.secret, fresh.previous):
+            return None
+        return float(fresh.expires_in)
 
     @property
     def stored(self) -> Record | None:
         """The record, without counting as an access and without raising."""
         return self._record
+
+    @property
+    def unsaved(self) -> bool:
+        """Whether a stored session holds changes that were not saved. Free when the app never looked at it."""
+        if not self.accessed or self._record is None:
+            return False
+        try:
+            return any(self._differences())
+        except (TypeError, ValueError):
+            return True
 
     @property
     def failure(self) -> StoreUnavailable | None:
@@ -380,7 +418,7 @@ class Session(SessionData):
 
     def check_sealed(self) -> None:
         """Raises ``RuntimeError`` when a nested value was changed after the response started."""
-        if self.accessed and self._sealed and not self._lost and self._record is not None:
+        if self._record is not None and not self._lost:
             changed, removed = self._differences()
             if changed or removed:
                 names = ", ".join(repr(key) for key in (*changed, *removed))
@@ -393,7 +431,12 @@ class Session(SessionData):
         self._expires_at = expires_at
         dict.clear(self)
         if record.fields:
-            dict.update(self, decode_fields(record.fields))
+            try:
+                dict.update(self, decode_fields(record.fields))
+            except msgspec.DecodeError:
+                # Not the visitor's fault and not worth a logout of everybody: this one session is unreadable.
+                logger.error("session %s holds a value that is not msgpack: treated as missing", record.handle)
+                self._lose()
 
     def _unbind(self) -> None:
         self._record = None
@@ -452,7 +495,7 @@ class Session(SessionData):
             raise RuntimeError("a new session needs a cookie to be set, and the response headers have been sent")
         handle, secret, write_id = new_handle(user), new_secret(), new_token()
         fields = {key: encode_value(key, value) for key, value in dict.items(self)}
-        agent, address = self._device
+        agent, address = device_of(self._scope)
         draft = Draft(
             handle=handle,
             secret=secret_hash(secret.encode()),
@@ -494,6 +537,7 @@ class Session(SessionData):
         self._expires_at = sent_at + min(idle, absolute)
         self._secret = secret
         self._cookie = "set"
+        self._created = True
         self._lost = False
 
     async def _write(self, record: Record, changed: dict[str, bytes], removed: list[str]) -> bool:
@@ -537,9 +581,7 @@ class Session(SessionData):
 
 
 def _opens(record: Record, secret: bytes, age: float) -> bool:
-    # The record is looked up by its public handle and the secret compared by hash: what an attacker could time is the
-    # comparison of two hashes, and that tells nothing about a secret.
     digest = secret_hash(secret)
-    if digest == record.secret:
+    if compare_digest(digest, record.secret):
         return True
-    return record.previous is not None and digest == record.previous and age < record.previous_for
+    return record.previous is not None and compare_digest(digest, record.previous) and age < record.previous_for

@@ -1,0 +1,349 @@
+"""The cluster: composes store, cache, bus and hub, and owns their lifetime."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import multiprocessing
+import os
+import re
+import secrets
+import socket as sockets
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from ssl import SSLContext
+from typing import Any, Self
+
+from starlette.requests import HTTPConnection
+
+from asgi_cluster.backends.choose import open_backend
+from asgi_cluster.bus.bus import NodeInfo
+from asgi_cluster.bus.lease import boot_clock
+from asgi_cluster.config import RealtimeConfig, SessionConfig
+from asgi_cluster.dispatch import Dispatch
+from asgi_cluster.exceptions import NotStarted
+from asgi_cluster.ids import NodeId, UserId
+from asgi_cluster.realtime.connection import Connection, accept
+from asgi_cluster.realtime.endpoint import Endpoint
+from asgi_cluster.realtime.hub import Hub
+from asgi_cluster.realtime.rooms import Room, Rooms, encode_payload
+from asgi_cluster.remote import Reach, RemoteSession, RemoteUser, check_handle
+from asgi_cluster.scope import ScopeState
+from asgi_cluster.sessions.cache import SessionCache
+from asgi_cluster.sessions.cached import CachedStore
+from asgi_cluster.sessions.service import SessionService
+from asgi_cluster.sessions.session import Session
+from asgi_cluster.stats import ClusterStats
+from asgi_cluster.verification import Verifier
+
+__all__ = ["Cluster", "get_session"]
+
+logger = logging.getLogger("asgi_cluster")
+
+
+class Cluster:
+    """This process's membership in a cluster of nodes that share sessions and rooms.
+
+    Pass it to ``ClusterMiddleware``, which starts and stops it in ASGI lifespan, or enter it with ``async with cluster:``.
+    It can be started again after it was stopped, on another event loop too. ``memory://`` needs no start.
+
+    Args:
+        url: ``memory://``, ``redis://``, ``rediss://``, ``unix://``, ``redis+sentinel://`` or ``redis+cluster://``. ``None``: the
+            environment variable ``ASGI_CLUSTER_URL``, else ``memory://``.
+        prefix: starts every key and channel name; clusters with different prefixes do not see each other.
+        node_label: readable part of the node id (``label-pid-random``); ``None``: the host name.
+        listen: False for a publisher outside the web: no subscriber, no registration, no sockets.
+        deadline: seconds of Redis work per request, in all; at most ``sessions.cache.lease``.
+        rooms_url: a Redis of its own for rooms; ``None``: the same one.
+        identify: ``(scope) -> str | None``, sync or async: names the user of a socket when the session does not.
+        sessions: see ``SessionConfig``.
+        realtime: see ``RealtimeConfig``.
+        ssl_context: for ``rediss://`` and its relatives; ``None``: the system's defaults.
+        credential_provider: a redis-py ``CredentialProvider``, in place of user and password in the URL.
+
+    Raises:
+        ValueError: an argument makes no sense; says which and why, never with a password in it.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        prefix: str = "asgi-cluster",
+        node_label: str | None = None,
+        listen: bool = True,
+        deadline: float = 1.0,
+        rooms_url: str | None = None,
+        identify: Callable[[Mapping[str, Any]], str | Awaitable[str | None] | None] | None = None,
+        sessions: SessionConfig | None = None,
+        realtime: RealtimeConfig | None = None,
+        ssl_context: SSLContext | None = None,
+        credential_provider: Any = None,
+    ) -> None:
+        sessions = sessions or SessionConfig()
+        self.realtime = realtime or RealtimeConfig()
+        if not 0 < deadline <= sessions.cache.lease:
+            raise ValueError(
+                f"deadline must be above 0 and at most the lease ({sessions.cache.lease:g} s), not {deadline!r}: "
+                "a write whose outcome is unknown has to be settled before a cached read may be trusted again"
+            )
+        if not re.fullmatch(r"[A-Za-z0-9_.:-]{1,64}", prefix):
+            raise ValueError(f"prefix must be 1 to 64 of A-Z a-z 0-9 _ . : -, not {prefix!r}")
+        if node_label is not None and not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", node_label):
+            raise ValueError(f"node_label must be 1 to 64 of A-Z a-z 0-9 _ . -, not {node_label!r}")
+        self.identify = identify
+        self.listen = listen
+        self.deadline = deadline
+        self._label = node_label
+        self._node: NodeId | None = None
+        self._backend = open_backend(
+            url or os.environ.get("ASGI_CLUSTER_URL") or "memory://",
+            prefix=prefix,
+            lease_duration=sessions.cache.lease,
+            rooms_url=rooms_url,
+            ssl_context=ssl_context,
+            credential_provider=credential_provider,
+        )
+        if not url and not os.environ.get("ASGI_CLUSTER_URL") and _has_siblings():
+            logger.warning("several workers, and no URL for their cluster: memory:// does not leave this process")
+        bus = self._backend.bus
+        cache = SessionCache(
+            bus.lease,
+            ttl=sessions.cache.ttl,
+            max_entries=sessions.cache.max_entries,
+            stale_for=sessions.stale_for if sessions.on_store_error == "stale" else 0.0,
+        )
+        self.hub = Hub(subscriptions=bus, config=self.realtime)
+        self.service = SessionService(
+            CachedStore(self._backend.store, cache),
+            sessions,
+            deadline=deadline,
+            sockets=self.hub,
+            node=self._current_node,
+            ensure_started=self.ensure_started,
+        )
+        self.rooms = Rooms(
+            bus=bus,
+            history=self._backend.history,
+            presence=self._backend.presence,
+            hub=self.hub,
+            config=self.realtime,
+            node=self._current_node,
+            deadline=deadline,
+            ensure_started=self.ensure_started,
+        )
+        self.verifier = Verifier(
+            self.service.store,
+            self.hub,
+            deadline=deadline,
+            unverified_limit=self.realtime.unverified_limit,
+            clock=boot_clock,
+        )
+        self._dispatch = Dispatch(
+            cache=cache,
+            hub=self.hub,
+            rooms=self.rooms,
+            acks=self.service.acks,
+            bus=bus,
+            node=self._current_node,
+            verify=self.verifier.wake,
+        )
+        self._reach = Reach(service=self.service, bus=bus, node=self._current_node, encode_payload=encode_payload)
+        self.endpoint = Endpoint(self)
+        self.tasks: asyncio.TaskGroup | None = None
+        """Owned by the supervisor while the cluster is started; ``None`` otherwise."""
+        self.warned_insecure = False
+        self._supervisor: asyncio.Task[None] | None = None
+        self._stop: asyncio.Event | None = None
+
+    # Handles
+
+    def user(self, user_id: str) -> RemoteUser:
+        """Everything a person has open, on all nodes."""
+        return RemoteUser(self._reach, UserId(user_id))
+
+    def session(self, handle: str) -> RemoteSession:
+        """A session by its public handle.
+
+        Raises:
+            ValueError: not a handle.
+        """
+        return RemoteSession(self._reach, check_handle(handle))
+
+    def room(self, name: str) -> Room:
+        """A room by its exact name, 1 to 255 characters. It exists as long as somebody is in it.
+
+        Raises:
+            ValueError: no valid room name.
+        """
+        return self.rooms.room(name)
+
+    def accept(
+        self,
+        websocket: Any,
+        *,
+        subprotocol: str | None = None,
+        headers: Iterable[tuple[bytes, bytes]] = (),
+        user_id: str | None = None,
+    ) -> AbstractAsyncContextManager[Connection]:
+        """Accept a WebSocket of the app's own and make it a member of the cluster: ``async with cluster.accept(ws) as connection``.
+
+        ``websocket`` has ``scope``, ``receive`` and ``send`` (Starlette, FastAPI, Litestar), or is a tuple of the three. It may be
+        accepted already. ``user_id`` names the user when the session does not. The connection is closed with 1000 on leaving.
+
+        Raises:
+            RuntimeError: no ``ClusterMiddleware`` with this cluster is around the app.
+        """
+        return accept(
+            websocket, self, subprotocol=subprotocol, headers=tuple(headers), user_id=user_id
+        )
+
+    # Lifetime
+
+    async def __aenter__(self) -> Self:
+        """Start: returns when sessions can be read and messages arrive.
+
+        Raises:
+            StoreUnavailable, BusUnavailable: Redis cannot be reached, refuses us or is too old; says what and where.
+            RuntimeError: already started, or not on asyncio.
+        """
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError as error:
+            raise RuntimeError("asgi-cluster runs on asyncio; trio is not supported") from error
+        if self._supervisor is not None:
+            raise RuntimeError("this cluster is already started")
+        self._new_node()
+        started: asyncio.Future[None] = loop.create_future()
+        # The one task that no group owns: it owns the group, so that start and stop may come from different tasks.
+        self._supervisor = loop.create_task(self._supervise(started), name="asgi-cluster supervisor")
+        try:
+            await asyncio.shield(started)
+        except BaseException:
+            self._supervisor.cancel()
+            await asyncio.wait([self._supervisor])
+            self._supervisor = None
+            raise
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        """Stop: sockets are closed with 3001, the node is taken off the registry, connections are closed."""
+        supervisor, self._supervisor = self._supervisor, None
+        if supervisor is None:
+            return
+        if self._stop is not None:
+            self._stop.set()
+        await asyncio.wait([supervisor])
+        if not supervisor.cancelled() and (error := supervisor.exception()) is not None:
+            raise error
+
+    async def _supervise(self, started: asyncio.Future[None]) -> None:
+        self._stop = asyncio.Event()
+        node = self._current_node()
+        try:
+            async with (
+                self._backend.open(node, self._dispatch, listen=self.listen),
+                asyncio.TaskGroup() as tasks,
+            ):
+                self.tasks = tasks
+                verification = tasks.create_task(self.verifier.run(), name="asgi-cluster verification")
+                logger.info("node %s started", node)
+                started.set_result(None)
+                try:
+                    await self._stop.wait()
+                finally:
+                    verification.cancel()
+                    self.tasks = None
+                    await self.hub.shutdown(timeout=self.realtime.close_timeout)
+                logger.info("node %s stopped", node)
+        except BaseException as error:
+            if started.done():
+                raise
+            started.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            self._stop = None
+
+    @property
+    def started(self) -> bool:
+        """Whether it was started and not stopped."""
+        return self.tasks is not None
+
+    @property
+    def crosses_loops(self) -> bool:
+        """Whether messages may arrive on another thread than a socket's loop (``memory://``)."""
+        return self._backend.crosses_loops
+
+    def ensure_started(self, action: str) -> None:
+        """Raises ``NotStarted`` when ``action`` needs a start. Attaches a ``memory://`` node that nobody started."""
+        if self.tasks is not None:
+            return
+        if self._backend.needs_start:
+            raise NotStarted(action)
+        self._attach()
+
+    def _attach(self) -> None:
+        self._backend.attach(self._current_node(), self._dispatch)
+
+    def _current_node(self) -> NodeId:
+        return self._node or self._new_node()
+
+    def _new_node(self) -> NodeId:
+        # Made at start and not at construction: workers that are forked afterwards must not share a name.
+        label = self._label or re.sub(r"[^A-Za-z0-9_.-]", "-", sockets.gethostname())[:64] or "node"
+        self._node = NodeId(f"{label}-{os.getpid()}-{secrets.token_hex(4)}")
+        return self._node
+
+    # Observing
+
+    @property
+    def node(self) -> NodeId | None:
+        """This node's id; ``None`` before it was first used."""
+        return self._node
+
+    @property
+    def ready(self) -> bool:
+        """Whether this node should get traffic.
+
+        False before start, and for a deaf node: the store answers and the bus's echo does not. True, though degraded, when Redis
+        does not answer at all: taking every node out for that would take anonymous traffic down too.
+        """
+        return (self.started or not self._backend.needs_start) and self._backend.ready
+
+    def stats(self) -> ClusterStats:
+        """A snapshot of this node; does no I/O."""
+        return ClusterStats(
+            node=self._node,
+            ready=self.ready,
+            cache=self.service.store.cache.stats(),
+            bus=self._backend.bus.stats(),
+            realtime=self.hub.stats(),
+        )
+
+    async def nodes(self) -> Sequence[NodeInfo]:
+        """The registered nodes, by id. Raises ``StoreUnavailable``."""
+        self.ensure_started("listing nodes")
+        found = await self._backend.bus.nodes(timeout=self.deadline)
+        return [found[node] for node in sorted(found)]
+
+    def __repr__(self) -> str:
+        state = "started" if self.started else "not started"
+        return f"<Cluster {self._node or 'without node'}, {state}>"
+
+
+def get_session(connection: HTTPConnection) -> Session:
+    """The session of a request or WebSocket: anything with a ``scope``, or the scope itself. Also a FastAPI dependency.
+
+    Raises:
+        RuntimeError: no ``ClusterMiddleware`` is around this app.
+    """
+    state = ScopeState.of(getattr(connection, "scope", connection))
+    if state is None:
+        raise RuntimeError("there is no session here: wrap the app in ClusterMiddleware(app, cluster)")
+    return state.session
+
+
+def _has_siblings() -> bool:
+    workers = os.environ.get("WEB_CONCURRENCY", "")
+    return multiprocessing.parent_process() is not None or (workers.isdigit() and int(workers) > 1)

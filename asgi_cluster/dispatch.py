@@ -1,0 +1,121 @@
+"""What happens when the bus brings something: one straight line from the message to cache, hub and acknowledgement."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from asgi_cluster.bus.bus import Bus
+from asgi_cluster.bus.messages import (
+    Ack,
+    Changed,
+    Disconnect,
+    Ended,
+    MalformedMessage,
+    PersonalMessage,
+    UserEnded,
+    decode,
+    encode,
+)
+from asgi_cluster.ids import Handle, NodeId, UserId
+from asgi_cluster.realtime.hub import Hub
+from asgi_cluster.realtime.rooms import Rooms
+from asgi_cluster.sessions.cache import SessionCache
+from asgi_cluster.sessions.receipts import Acknowledgements
+
+__all__ = ["Dispatch"]
+
+logger = logging.getLogger("asgi_cluster.dispatch")
+
+
+class Dispatch:
+    """The bus's receiver. Synchronous: what it does is done when it returns, so that the echo's reply comes after it."""
+
+    def __init__(
+        self,
+        *,
+        cache: SessionCache,
+        hub: Hub,
+        rooms: Rooms,
+        acks: Acknowledgements,
+        bus: Bus,
+        node: Callable[[], NodeId],
+        verify: Callable[[], None],
+    ) -> None:
+        self._cache = cache
+        self._hub = hub
+        self._rooms = rooms
+        self._acks = acks
+        self._bus = bus
+        self._node = node
+        self._verify = verify
+        self.malformed = 0
+
+    def session_message(self, payload: bytes) -> None:
+        """Invalidations, logouts, messages to people, acknowledgements."""
+        try:
+            message = decode(payload)
+        except MalformedMessage:
+            # It may have been an invalidation: whatever is cached may be stale now.
+            self.malformed += 1
+            if self.malformed == 1:
+                logger.error("a session message could not be decoded (another version?): dropping the cache each time")
+            self._cache.flush()
+            self._verify()
+            return
+        match message:
+            case Changed(handle=handle):
+                self._cache.drop(Handle(handle))
+            case Ended():
+                self._cache.drop(Handle(message.handle))
+                if message.origin != self._node():
+                    closed = self._hub.close_session(message.handle, message.code, message.reason)
+                    self._acknowledge(message.origin, message.request, closed)
+            case UserEnded():
+                keep = None if message.keep is None else Handle(message.keep)
+                self._cache.drop_user(UserId(message.user), keep=keep)
+                if message.origin != self._node():
+                    closed = self._hub.close_user(
+                        message.user, keep=message.keep, code=message.code, reason=message.reason
+                    )
+                    self._acknowledge(message.origin, message.request, closed)
+            case Ack():
+                self._acks.answer(message.request, message.node, message.sockets)
+            case PersonalMessage():
+                if message.handle is not None:
+                    self._hub.send_session(message.handle, message)
+                elif message.user is not None:
+                    self._hub.send_user(message.user, message)
+            case Disconnect(room=None):
+                if message.handle is not None:
+                    self._hub.close_session(message.handle, message.code, message.reason)
+                elif message.user is not None:
+                    self._hub.close_user(message.user, keep=None, code=message.code, reason=message.reason)
+            case _:
+                logger.debug("%s does not belong on a session channel", type(message).__name__)
+
+    def _acknowledge(self, origin: str, request: str, sockets: int) -> None:
+        if request:
+            self._bus.post(origin, encode(Ack(request, self._node(), sockets)))
+
+    def room_message(self, room: str, payload: bytes) -> None:
+        """A publication, a join, a leave, for this node's members."""
+        self._rooms.receive(room, payload)
+
+    def gap(self, reason: str, buckets: frozenset[int] | None) -> None:
+        """Invalidations and logouts may have been missed."""
+        logger.warning("session messages may have been missed (%s): cache dropped", reason)
+        self._cache.flush(buckets)
+        self._verify()
+
+    def rooms_gap(self, reason: str, rooms: frozenset[str] | None) -> None:
+        """Publications may have been missed."""
+        self._rooms.gap(rooms)
+
+    def rooms_restored(self, rooms: frozenset[str] | None) -> None:
+        """What was missed can be read again."""
+        self._rooms.restored(rooms)
+
+    def load(self) -> tuple[int, int]:
+        """Sockets and rooms here."""
+        return self._hub.load()

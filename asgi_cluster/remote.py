@@ -1,0 +1,168 @@
+"""Handles on people and sessions, wherever in the cluster they are."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from asgi_cluster.bus.bus import Bus
+from asgi_cluster.bus.messages import Disconnect, PersonalMessage, encode
+from asgi_cluster.codes import CloseCode
+from asgi_cluster.ids import Handle, NodeId, UserId, bucket_of, new_token
+from asgi_cluster.sessions.receipts import LogoutReceipt
+from asgi_cluster.sessions.service import SessionService
+from asgi_cluster.sessions.session import Session
+
+__all__ = ["Reach", "RemoteSession", "RemoteUser", "SessionInfo"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SessionInfo:
+    """One of a user's living sessions."""
+
+    handle: Handle
+    created_at: datetime
+    """When it signed in, by the store's clock."""
+    seen_at: datetime
+    """When it was last used, right to a tenth of the idle timeout."""
+    expires_at: datetime
+    """When it ends unless it is used."""
+    agent: str
+    """The User-Agent of its login; ``""`` when there was none."""
+    address: str
+    """The client address of its login, as the ASGI server gave it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reach:
+    """What remote handles need of their cluster."""
+
+    service: SessionService
+    bus: Bus
+    node: Callable[[], NodeId]
+    encode_payload: Callable[[Any], tuple[Any, bytes]]
+
+
+class RemoteSession:
+    """``cluster.session(handle)``: a session by its public handle, on whatever nodes its sockets are."""
+
+    __slots__ = ("_reach", "handle")
+
+    def __init__(self, reach: Reach, handle: Handle) -> None:
+        self._reach = reach
+        self.handle = handle
+
+    async def logout(self, reason: str = "logged out", timeout: float = 1.0) -> LogoutReceipt:
+        """End it on every node and close its sockets with 4501. Raises ``StoreUnavailable`` as ``Session.logout``."""
+        return await self._reach.service.end(
+            self.handle, code=CloseCode.SESSION_ENDED, reason=reason, timeout=timeout
+        )
+
+    async def send(self, data: Any) -> None:
+        """Send ``data`` to every socket of this session, at most once each; a socket that is not connected misses it.
+
+        Raises:
+            BusUnavailable: it could not be handed to the bus.
+        """
+        kind, payload = self._reach.encode_payload(data)
+        message = PersonalMessage(None, self.handle, kind, payload, new_token(), self._reach.node())
+        await _publish(self._reach, int(self.handle[:2], 16), encode(message))
+
+    def __repr__(self) -> str:
+        return f"<RemoteSession {self.handle}>"
+
+
+class RemoteUser:
+    """``cluster.user(id)``: everything a person has open, on all nodes."""
+
+    __slots__ = ("_reach", "id")
+
+    def __init__(self, reach: Reach, user: UserId) -> None:
+        self._reach = reach
+        self.id = user
+
+    async def sessions(self) -> Sequence[SessionInfo]:
+        """The living sessions, the most recently seen first. One round trip. Raises ``StoreUnavailable``."""
+        service = self._reach.service
+        service.ensure_started("listing sessions")
+        devices = await service.store.devices(self.id, timeout=service.deadline)
+        now = datetime.now().astimezone().timestamp()
+        return [
+            SessionInfo(
+                handle=device.handle,
+                created_at=_moment(device.created_at),
+                seen_at=_moment(device.seen_at),
+                expires_at=_moment(now + device.expires_in),
+                agent=device.agent,
+                address=device.address,
+            )
+            for device in devices
+        ]
+
+    def session(self, handle: str) -> RemoteSession:
+        """One of this user's sessions.
+
+        Raises:
+            ValueError: the handle cannot be one of this user's.
+        """
+        checked = check_handle(handle)
+        if int(checked[:2], 16) != bucket_of(self.id):
+            raise ValueError(f"{handle!r} is no session of this user")
+        return RemoteSession(self._reach, checked)
+
+    async def logout(
+        self, *, exclude: Session | str | None = None, reason: str = "logged out everywhere", timeout: float = 1.0
+    ) -> LogoutReceipt:
+        """End every session of this user but ``exclude`` (a session or its handle), and close their sockets with 4501.
+
+        Sockets of this user without a session of ours (``identify=``) are closed too. One round trip, and then the
+        acknowledgements, at most ``timeout`` seconds. Raises ``StoreUnavailable`` as ``Session.logout``.
+        """
+        keep = exclude.handle if isinstance(exclude, Session) else exclude
+        return await self._reach.service.end_all(
+            self.id,
+            keep=None if keep is None else check_handle(keep),
+            code=CloseCode.SESSION_ENDED,
+            reason=reason,
+            timeout=timeout,
+        )
+
+    async def send(self, data: Any) -> None:
+        """Send ``data`` to every socket of this user, at most once each. Raises ``BusUnavailable``."""
+        kind, payload = self._reach.encode_payload(data)
+        message = PersonalMessage(self.id, None, kind, payload, new_token(), self._reach.node())
+        await _publish(self._reach, bucket_of(self.id), encode(message))
+
+    async def disconnect(self, code: int = 3503, reason: str = "force disconnect") -> None:
+        """Close every socket of this user; the sessions go on. ``code`` as in ``codes.CloseCode``. Raises ``BusUnavailable``."""
+        if not 3000 <= code <= 4999:
+            raise ValueError(f"a close code is 3000 to 4999, not {code!r}")
+        message = Disconnect(self.id, None, None, code, reason, self._reach.node())
+        await _publish(self._reach, bucket_of(self.id), encode(message))
+
+    def __repr__(self) -> str:
+        return f"<RemoteUser {self.id!r}>"
+
+
+def check_handle(handle: str) -> Handle:
+    """The handle, if it has the shape of one.
+
+    Raises:
+        ValueError: it has not.
+    """
+    bucket, dot, token = handle.partition(".")
+    hexadecimal = len(bucket) == 2 and all(digit in "0123456789abcdef" for digit in bucket)
+    if not (dot and hexadecimal and len(token) == 22 and token.replace("-", "a").replace("_", "a").isalnum()):
+        raise ValueError(f"not a session handle: {handle!r}")
+    return Handle(handle)
+
+
+def _publish(reach: Reach, bucket: int, payload: bytes) -> Awaitable[None]:
+    reach.service.ensure_started("sending")
+    return reach.bus.publish_bucket(bucket, payload, timeout=reach.service.deadline)
+
+
+def _moment(timestamp: float) -> datetime:
+    return datetime.fromtimestamp(timestamp).astimezone()

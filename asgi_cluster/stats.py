@@ -1,0 +1,24 @@
+"""What a node can say of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from asgi_cluster.bus.bus import BusStats
+from asgi_cluster.ids import NodeId
+from asgi_cluster.realtime.hub import HubStats
+from asgi_cluster.sessions.cache import CacheStats
+
+__all__ = ["ClusterStats"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterStats:
+    """A snapshot of one node, counted since the cluster object was made; cheap enough to take at every scrape."""
+
+    node: NodeId | None
+    """``None`` before the first start."""
+    ready: bool
+    cache: CacheStats
+    bus: BusStats
+    realtime: HubStats

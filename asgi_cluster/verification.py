@@ -1,0 +1,140 @@
+"""Whether the sessions of open sockets still live.
+
+A logout closes sockets through the bus. What the bus may have lost is found here: after every gap, once a minute anyhow, and
+when a session's time is up, the store is asked again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from asgi_cluster.codes import CloseCode
+from asgi_cluster.exceptions import ClusterError, StoreUnavailable
+from asgi_cluster.ids import Handle
+from asgi_cluster.realtime.socket import Socket
+from asgi_cluster.sessions.cached import CachedStore
+from asgi_cluster.tasks import spawn
+
+__all__ = ["SocketsBySession", "Verifier"]
+
+logger = logging.getLogger("asgi_cluster.verification")
+
+_PERIOD = 60.0
+_RETRY = 2.0
+_AT_ONCE = 256
+_LONGEST_TIMER = 3600.0
+
+
+class SocketsBySession(Protocol):
+    """This node's sockets, by session."""
+
+    def handles(self) -> Iterable[str]:
+        """Sessions with at least one open socket here."""
+        ...
+
+    def close_session(self, handle: str, code: int, reason: str) -> int:
+        """Close the sockets of a session; how many there were."""
+        ...
+
+
+class Verifier:
+    """Closes sockets whose session is over: 4501 ended, 4502 expired, 4101 when nobody could say for too long."""
+
+    def __init__(
+        self,
+        store: CachedStore,
+        sockets: SocketsBySession,
+        *,
+        deadline: float,
+        unverified_limit: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._store = store
+        self._sockets = sockets
+        self._deadline = deadline
+        self._unverified_limit = unverified_limit
+        self._clock = clock
+        self._wake: asyncio.Event | None = None
+
+    def wake(self) -> None:
+        """Messages may have been lost: ask about every session with an open socket."""
+        if self._wake is not None:
+            self._wake.set()
+
+    async def run(self) -> None:
+        """For as long as the cluster is started."""
+        self._wake = asyncio.Event()
+        verified_at = self._clock()
+        try:
+            while True:
+                pause = _PERIOD * random.uniform(0.75, 1.25)
+                if await self._sweep():
+                    verified_at = self._clock()
+                else:
+                    pause = _RETRY * random.uniform(0.5, 1.0)
+                    # Spread, so that the nodes' clients do not all come back in the same second.
+                    limit = self._unverified_limit * random.uniform(0.75, 1.0)
+                    if self._clock() - verified_at > limit:
+                        self._give_up()
+                        verified_at = self._clock()
+                try:
+                    async with asyncio.timeout(pause):
+                        await self._wake.wait()
+                except TimeoutError:
+                    continue
+                finally:
+                    self._wake.clear()
+        finally:
+            self._wake = None
+
+    def watch(self, socket: Socket, expires_in: float) -> None:
+        """Ask again when the session's time is up; requests may have extended it meanwhile."""
+        # asyncio refuses timers of more than a day or so on some platforms, and an hour costs nothing.
+        delay = min(expires_in, _LONGEST_TIMER) + 0.01
+        loop = asyncio.get_running_loop()
+        socket.timer = loop.call_later(delay, self._time_is_up, socket)
+
+    def _time_is_up(self, socket: Socket) -> None:
+        if socket.handle is not None and socket.close_code is None:
+            spawn(socket.tasks, self._check(socket, Handle(socket.handle)), name="asgi-cluster expiry check")
+
+    async def _check(self, socket: Socket, handle: Handle) -> None:
+        try:
+            record = await self._store.read_fresh(handle, timeout=self._deadline)
+        except ClusterError:
+            # Unknown is not expired: the sweep closes it when that lasts.
+            self.watch(socket, _RETRY)
+            return
+        if record is None:
+            self._sockets.close_session(handle, CloseCode.SESSION_EXPIRED, "session expired")
+        else:
+            self.watch(socket, record.expires_in)
+
+    async def _sweep(self) -> bool:
+        handles = [Handle(handle) for handle in self._sockets.handles()]
+        for start in range(0, len(handles), _AT_ONCE):
+            some = handles[start : start + _AT_ONCE]
+            answers = await asyncio.gather(*map(self._is_over, some))
+            for handle, over in zip(some, answers, strict=True):
+                if over:
+                    self._sockets.close_session(handle, CloseCode.SESSION_ENDED, "session ended")
+            if None in answers:
+                return False
+        return True
+
+    async def _is_over(self, handle: Handle) -> bool | None:
+        try:
+            return await self._store.read_fresh(handle, timeout=self._deadline) is None
+        except StoreUnavailable:
+            return None
+
+    def _give_up(self) -> None:
+        handles = list(self._sockets.handles())
+        if handles:
+            logger.warning("closing the sockets of %d sessions that could not be verified for too long", len(handles))
+        for handle in handles:
+            self._sockets.close_session(handle, CloseCode.UNVERIFIED, "session could not be verified")
