@@ -9,9 +9,10 @@ this node has not heard of can be older than *duration*.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 
-__all__ = ["Clock", "Lease", "boot_clock"]
+__all__ = ["Clock", "Echo", "Lease", "boot_clock"]
 
 Clock = Callable[[], float]
 
@@ -61,3 +62,43 @@ class Lease:
 
     def __repr__(self) -> str:
         return f"<Lease {self.remaining:.3f} s of {self.duration} s>"
+
+
+class Echo:
+    """Which replies to heartbeats may renew the lease: those to beats sent after the last subscribe-ack, and no others.
+
+    Replies come in the order of the beats, because both travel on one connection.
+    """
+
+    __slots__ = ("_beats", "_subscribed", "lease")
+
+    def __init__(self, lease: Lease) -> None:
+        self.lease = lease
+        self._beats: deque[tuple[float, bool]] = deque()
+        self._subscribed = False
+
+    def gap(self) -> None:
+        """The connection is gone, or a subscription is: nothing that was sent before can prove anything any more."""
+        self.lease.revoke()
+        self._subscribed = False
+        self._beats.clear()
+
+    def subscribed(self) -> None:
+        """Every subscription is acknowledged: beats sent from now on count."""
+        self._subscribed = True
+
+    def beat(self) -> None:
+        """A heartbeat is being sent."""
+        self._beats.append((self.lease.clock(), self._subscribed))
+
+    def reply(self, renewed: bool) -> None:
+        """The oldest beat was answered; ``renewed`` if the write was executed, by the server that holds our subscriptions."""
+        if self._beats:
+            sent_at, counts = self._beats.popleft()
+            if counts and renewed:
+                self.lease.renew(sent_at)
+
+    @property
+    def waiting_since(self) -> float | None:
+        """When the oldest unanswered beat was sent, on the lease's clock; ``None`` when all are answered."""
+        return self._beats[0][0] if self._beats else None
