@@ -149,6 +149,9 @@ def perform(world: World, node: Node, name: str, argument: object) -> None:
             world.do(node, name, argument)
 
 
+_WEIGHTS = {"disconnect": 0.15, "connect": 3.0, "server_takes": 3.0, "receive": 3.0, "external": 0.5, "begin_write": 0.3}
+
+
 def wander(make: Callable[[], World], *, seed: int, steps: int = 120) -> None:
     """One random timed run. Raises ``StaleRead``."""
     rng = random.Random(seed)
@@ -163,7 +166,7 @@ def wander(make: Callable[[], World], *, seed: int, steps: int = 120) -> None:
         if world.now < stalled_until:
             # The server has stopped, or the link swallows everything: nothing moves on the connection, and TCP stands.
             options = [o for o in options if o[0] not in ("server_takes", "receive", "disconnect")]
-        weights = [0.05 if name == "disconnect" else 3.0 if name in ("server_takes", "receive") else 1.0 for name, _ in options]
+        weights = [_WEIGHTS.get(name, 1.0) for name, _ in options]
         name, argument = rng.choices(options, weights)[0]
         perform(world, node, name, argument)
 
