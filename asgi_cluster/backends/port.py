@@ -36,6 +36,10 @@ class Backend(Protocol):
         """
         ...
 
+    def attach(self, node: NodeId, receiver: Receiver) -> None:
+        """Receive without having been opened. Does nothing where a start is needed."""
+        ...
+
     @property
     def ready(self) -> bool:
         """False for a deaf node: the store answers and the bus's echo does not."""

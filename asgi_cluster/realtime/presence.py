@@ -26,3 +26,7 @@ class PresenceStore(Protocol):
     async def stats(self, room: str, *, timeout: float) -> tuple[int, int]:
         """Connections and distinct users."""
         ...
+
+    async def reap(self, room: str, node: str, incarnation: str, *, timeout: float) -> Mapping[str, bytes]:
+        """Remove what a dead incarnation of a node left behind; returns what this very call removed."""
+        ...

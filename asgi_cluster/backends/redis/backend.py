@@ -1,0 +1,75 @@
+"""Redis as a backend: topology, bus and stores, and their lifetime."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from ssl import SSLContext
+from typing import Any
+
+from asgi_cluster.backends.redis.bus import RedisBus
+from asgi_cluster.backends.redis.history import RedisHistory
+from asgi_cluster.backends.redis.names import Names
+from asgi_cluster.backends.redis.presence import RedisPresence
+from asgi_cluster.backends.redis.store import RedisSessionStore
+from asgi_cluster.backends.redis.topology import SingleServer
+from asgi_cluster.backends.redis.urls import Address
+from asgi_cluster.bus.bus import Receiver
+from asgi_cluster.ids import NodeId
+
+__all__ = ["RedisBackend"]
+
+
+class RedisBackend:
+    """Sessions, bus, history and presence on one Redis or Valkey; rooms on another one if ``rooms_url`` is given.
+
+    Raises:
+        ValueError: a URL cannot work.
+    """
+
+    needs_start = True
+    crosses_loops = False
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        prefix: str,
+        lease_duration: float,
+        rooms_url: str | None = None,
+        ssl_context: SSLContext | None = None,
+        credential_provider: Any = None,
+    ) -> None:
+        address = Address(url, ssl_context=ssl_context, credential_provider=credential_provider)
+        self.topology = SingleServer(address)
+        names = Names(prefix, db=address.db)
+        self.bus = RedisBus(self.topology, names, lease_duration=lease_duration)
+        self._rooms_topology: SingleServer | None = None
+        rooms_topology, rooms_names = self.topology, names
+        if rooms_url is not None:
+            rooms_address = Address(rooms_url)
+            rooms_topology = self._rooms_topology = SingleServer(rooms_address)
+            rooms_names = Names(prefix, db=rooms_address.db)
+            self.bus.use_rooms_server(rooms_topology, rooms_names)
+        self.store = RedisSessionStore(self.topology, names)
+        self.history = RedisHistory(rooms_topology, rooms_names)
+        self.presence = RedisPresence(rooms_topology, rooms_names, self.bus)
+
+    @asynccontextmanager
+    async def open(self, node: NodeId, receiver: Receiver, *, listen: bool) -> AsyncIterator[None]:
+        """See ``Backend.open``."""
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self.topology.opened())
+            if self._rooms_topology is not None:
+                await stack.enter_async_context(self._rooms_topology.opened())
+            if listen:
+                await stack.enter_async_context(self.bus.opened(node, receiver))
+            yield
+
+    def attach(self, node: NodeId, receiver: Receiver) -> None:
+        """Redis needs a start: nothing to attach to without one."""
+
+    @property
+    def ready(self) -> bool:
+        """See ``Backend.ready``."""
+        return not self.bus.deaf

@@ -1,0 +1,81 @@
+"""Redis errors in our words. Only this package sees redis-py's; nothing here repeats a password, a key or a payload."""
+
+from __future__ import annotations
+
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    BusyLoadingError,
+    ConnectionError,
+    NoPermissionError,
+    ResponseError,
+)
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from asgi_cluster.exceptions import StoreUnavailable
+
+__all__ = ["NOT_EXECUTED", "LinkBroken", "first_word", "reason_of", "unavailable"]
+
+NOT_EXECUTED = ("MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN", "NOSCRIPT", "LOADING", "READONLY", "MASTERDOWN")
+"""First words of error replies which prove that the command did nothing."""
+
+
+class LinkBroken(Exception):
+    """The connection is gone. ``sent`` tells whether the command may have reached the server."""
+
+    def __init__(self, reason: str, *, sent: bool = True) -> None:
+        self.reason = reason
+        self.sent = sent
+        super().__init__(reason)
+
+
+def first_word(error: BaseException) -> str:
+    """What the server calls the error: ``OOM``, ``NOPERM``…"""
+    # redis-py strips the first word off the errors it has classes for.
+    if isinstance(error, BusyLoadingError):
+        return "LOADING"
+    if isinstance(error, NoPermissionError):
+        return "NOPERM"
+    name = {
+        "ReadOnlyError": "READONLY",
+        "NoScriptError": "NOSCRIPT",
+        "MovedError": "MOVED",
+        "AskError": "ASK",
+        "TryAgainError": "TRYAGAIN",
+        "ClusterDownError": "CLUSTERDOWN",
+        "MasterDownError": "MASTERDOWN",
+        "OutOfMemoryError": "OOM",
+        "ExecAbortError": "EXECABORT",
+    }.get(type(error).__name__)
+    if name is not None:
+        return name
+    word = str(error).split(" ", 1)[0]
+    return word if word.isupper() and word.isalpha() else "ERR"
+
+
+def reason_of(error: BaseException) -> str:
+    """What is wrong, for people, without secrets."""
+    if isinstance(error, LinkBroken):
+        return error.reason
+    if isinstance(error, AuthenticationError | AuthorizationError) and not isinstance(error, NoPermissionError):
+        return "the server refused the user name or password"
+    if isinstance(error, NoPermissionError):
+        return f"the user lacks a permission: {error}"
+    if isinstance(error, BusyLoadingError):
+        return "the server is loading its data"
+    if isinstance(error, ResponseError):
+        if "unknown command" in str(error).lower() and "hello" in str(error).lower():
+            return "the server is too old: Redis 6.2 or newer is needed (it does not know HELLO)"
+        return f"the server answered {first_word(error)}"
+    if isinstance(error, RedisTimeoutError | TimeoutError):
+        return "no answer in time"
+    if isinstance(error, ConnectionError):
+        # redis-py has no more structure than this; it names host and port, never credentials.
+        return str(error) or "the connection failed"
+    return type(error).__name__
+
+
+def unavailable(error: BaseException, *, sent: bool) -> StoreUnavailable:
+    """The public error for ``error``. A reply of the server is a known outcome; silence is not."""
+    replied = isinstance(error, ResponseError)
+    return StoreUnavailable(reason_of(error), outcome_unknown=sent and not replied)

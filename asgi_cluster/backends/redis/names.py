@@ -1,0 +1,87 @@
+"""Every key and channel name, in one place.
+
+The hash tag ``{…}`` puts what belongs together into one Redis Cluster slot: everything of a user, everything of a room.
+Pub/Sub ignores the database, so channel names carry its number. On a Cluster channels are sharded and live in a slot.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Names"]
+
+
+class Names:
+    """Names for one prefix and database. ``sharded``: Redis Cluster, channels live in slots."""
+
+    __slots__ = ("_channels", "_prefix", "sharded")
+
+    def __init__(self, prefix: str, *, db: int = 0, sharded: bool = False) -> None:
+        self._prefix = prefix
+        self._channels = f"{prefix}:{db}"
+        self.sharded = sharded
+
+    # Sessions: the handle is "<bucket>.<token>"
+
+    def bucket(self, bucket: str) -> str:
+        """What every key of a bucket (two hex digits) starts with."""
+        return f"{self._prefix}:{{{bucket}}}:"
+
+    def session(self, handle: str) -> str:
+        return f"{self._prefix}:{{{handle[:2]}}}:s:{handle[3:]}"
+
+    def lock(self, handle: str) -> str:
+        return f"{self._prefix}:{{{handle[:2]}}}:l:{handle[3:]}"
+
+    def epoch(self, bucket: str, user: str) -> str:
+        return f"{self._prefix}:{{{bucket}}}:e:{user}"
+
+    def index(self, bucket: str, user: str) -> str:
+        return f"{self._prefix}:{{{bucket}}}:i:{user}"
+
+    # Nodes
+
+    def nodes(self) -> str:
+        return f"{self._prefix}:{{nodes}}:all"
+
+    def beat(self, node: str) -> str:
+        return f"{self._prefix}:{{nodes}}:beat:{node}"
+
+    # Rooms
+
+    def room_log(self, room: str) -> str:
+        return f"{self._prefix}:{{room:{room}}}:log"
+
+    def room_meta(self, room: str) -> str:
+        return f"{self._prefix}:{{room:{room}}}:meta"
+
+    def room_in(self, room: str) -> str:
+        return f"{self._prefix}:{{room:{room}}}:in"
+
+    def room_once(self, room: str, key: str) -> str:
+        return f"{self._prefix}:{{room:{room}}}:once:{key}"
+
+    # Channels
+
+    def sessions_channel(self, bucket: str) -> str:
+        if self.sharded:
+            return f"{self._prefix}:{{{bucket}}}:sessions"
+        return f"{self._channels}:sessions"
+
+    def node_channel(self, node: str) -> str:
+        if self.sharded:
+            return f"{self._prefix}:{{node:{node}}}:inbox"
+        return f"{self._channels}:node:{node}"
+
+    def room_channel(self, room: str) -> str:
+        if self.sharded:
+            return f"{self._prefix}:{{room:{room}}}:live"
+        return f"{self._channels}:room:{room}"
+
+    def room_of_channel(self, channel: str) -> str | None:
+        """The room whose channel this is, or ``None``."""
+        if self.sharded:
+            start, end = f"{self._prefix}:{{room:", "}:live"
+        else:
+            start, end = f"{self._channels}:room:", ""
+        if channel.startswith(start) and channel.endswith(end):
+            return channel[len(start) : len(channel) - len(end)]
+        return None

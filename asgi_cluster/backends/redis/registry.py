@@ -1,0 +1,148 @@
+"""Which nodes there are, and which have died.
+
+A node's beat key carries no value: its *expiry time* is the beat. Every heartbeat pushes it into the future, so an observer
+that sees it stand still for four seconds, while its own lease was live without a break, has seen four seconds in which the
+server answered and that node did not write. Judging by the key's expiry itself would reap the living after a stall.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from asgi_cluster.backends.redis.names import Names
+from asgi_cluster.backends.redis.scripts import load
+from asgi_cluster.backends.redis.topology import Topology
+from asgi_cluster.bus.bus import NodeInfo
+from asgi_cluster.bus.lease import Lease
+from asgi_cluster.exceptions import StoreUnavailable
+from asgi_cluster.ids import NodeId, new_token
+
+__all__ = ["BEAT_TTL", "Registry"]
+
+logger = logging.getLogger("asgi_cluster.registry")
+
+BEAT_TTL = 300_000
+"""Milliseconds a registration outlives its last beat: long, so that a stopped server does not expire the living."""
+
+_OBSERVE_EVERY = 1.0
+_DEAD_AFTER = 4.0
+_SAME_MS = 5  # TIME and PTTL are read a moment apart
+
+
+class _Seen(msgspec.Struct):
+    expiry: int
+    since: float
+
+
+class _Info(msgspec.Struct, array_like=True):
+    started_at: float
+    sockets: int
+    rooms: int
+    incarnation: str
+
+
+class Registry:
+    """This node's entry, and its view of the others."""
+
+    def __init__(self, topology: Topology, names: Names, node: NodeId, load_of: Callable[[], tuple[int, int]]) -> None:
+        self._topology = topology
+        self._names = names
+        self.node = node
+        self._load_of = load_of
+        self._started_at = time.time()
+        self._seen: dict[str, _Seen] = {}
+        self._unbroken_since: float | None = None
+        self.incarnation = new_token()
+        self.on_dead: Callable[[str, str], None] | None = None
+        """Called with the id and the incarnation of a node that this observer removed."""
+
+    def registration(self) -> tuple[str | bytes | int, ...]:
+        """The command that registers this node under a new incarnation."""
+        self.incarnation = new_token()
+        script = load("node_register")
+        keys = (self._names.nodes(), self._names.beat(self.node))
+        return ("EVAL", script.source, 2, *keys, self.node, self._info(), BEAT_TTL)
+
+    def beat(self) -> tuple[str, str, int]:
+        """The heartbeat: a write, because a read or a PUBLISH still succeeds on an isolated or read-only server, and a PEXPIRE,
+        because it passes when memory is full. Answers 0 when the registration is gone."""
+        return ("PEXPIRE", self._names.beat(self.node), BEAT_TTL)
+
+    def _info(self) -> bytes:
+        sockets, rooms = self._load_of()
+        return msgspec.msgpack.encode(_Info(self._started_at, sockets, rooms, self.incarnation))
+
+    async def leave(self) -> None:
+        """Take this node off, best effort."""
+        try:
+            await self._topology.call(self._names.nodes(), "HDEL", self._names.nodes(), self.node, timeout=0.5)
+            await self._topology.call(self._names.nodes(), "DEL", self._names.beat(self.node), timeout=0.5)
+        except StoreUnavailable as error:
+            logger.info("node %s could not sign off: %s", self.node, error.reason)
+
+    async def run(self, lease: Lease) -> None:
+        """Observe, and refresh this node's own entry, until cancelled. ``lease`` is this observer's own."""
+        while True:
+            await asyncio.sleep(_OBSERVE_EVERY)
+            if not lease.live:
+                self._unbroken_since = None
+                continue
+            if self._unbroken_since is None:
+                self._unbroken_since = lease.clock()
+                self._seen.clear()
+            try:
+                names = self._names.nodes()
+                await self._topology.call(names, "HSET", names, self.node, self._info(), timeout=1.0)
+                await self.observe(lease)
+            except StoreUnavailable as error:
+                logger.debug("the registry did not answer: %s", error.reason)
+                self._unbroken_since = None
+
+    async def observe(self, lease: Lease | None, *, timeout: float = 1.0) -> dict[NodeId, NodeInfo]:
+        """All registered nodes; with a live ``lease``, those that have died are removed first. Raises ``StoreUnavailable``."""
+        prefix = self._names.beat("")
+        now_ms, rows = await self._topology.run(
+            load("nodes_observe"), [self._names.nodes()], [prefix], timeout=timeout
+        )
+        found: dict[NodeId, NodeInfo] = {}
+        for raw_id, raw_info, pttl in rows:
+            node = NodeId(raw_id.decode())
+            expiry = now_ms + pttl if pttl >= 0 else 0
+            try:
+                info = msgspec.msgpack.decode(raw_info, type=_Info)
+            except msgspec.DecodeError:
+                info = _Info(0.0, 0, 0, "")
+            if lease is not None and node != self.node and self._is_dead(node, expiry, lease):
+                await self._reap(node, expiry, info.incarnation)
+                continue
+            found[node] = NodeInfo(
+                id=node,
+                started_at=info.started_at,
+                sockets=info.sockets,
+                rooms=info.rooms,
+                lag=max(0, BEAT_TTL - pttl) / 1000,
+                incarnation=info.incarnation,
+            )
+        self._seen = {node: seen for node, seen in self._seen.items() if node in found}
+        return found
+
+    def _is_dead(self, node: str, expiry: int, lease: Lease) -> bool:
+        now = lease.clock()
+        seen = self._seen.get(node)
+        if seen is None or abs(seen.expiry - expiry) > _SAME_MS:
+            self._seen[node] = _Seen(expiry, now)
+            return False
+        unbroken = self._unbroken_since
+        return lease.live and unbroken is not None and now - max(seen.since, unbroken) >= _DEAD_AFTER
+
+    async def _reap(self, node: str, expiry: int, incarnation: str) -> None:
+        keys = [self._names.nodes(), self._names.beat(node)]
+        if await self._topology.run(load("node_reap"), keys, [node, expiry, _SAME_MS], timeout=1.0):
+            logger.warning("node %s is dead: removed", node)
+            if self.on_dead is not None:
+                self.on_dead(node, incarnation)
