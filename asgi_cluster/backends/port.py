@@ -17,15 +17,24 @@ __all__ = ["Backend"]
 class Backend(Protocol):
     """One cluster's way to the others. ``open`` may be entered again after it was left, on another loop too."""
 
-    store: SessionStore
-    bus: Bus
-    history: HistoryStore
-    presence: PresenceStore
+    @property
+    def store(self) -> SessionStore: ...
+    @property
+    def bus(self) -> Bus: ...
+    @property
+    def history(self) -> HistoryStore: ...
+    @property
+    def presence(self) -> PresenceStore: ...
 
-    needs_start: bool
-    """Whether anything works before ``open``. False for memory."""
-    crosses_loops: bool
-    """Whether receivers may be called from another thread than their sockets' loops run in. True for memory."""
+    @property
+    def needs_start(self) -> bool:
+        """Whether anything needs ``open`` first. False for memory."""
+        ...
+
+    @property
+    def crosses_loops(self) -> bool:
+        """Whether receivers may be called from another thread than their sockets' loops run in. True for memory."""
+        ...
 
     def open(self, node: NodeId, receiver: Receiver, *, listen: bool) -> AbstractAsyncContextManager[None]:
         """Connect, register the node and receive, until the context is left.

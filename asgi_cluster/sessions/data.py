@@ -64,7 +64,7 @@ class SessionData(dict[str, Any]):
         self.mark_accessed()
         return super().__eq__(other)
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
     def keys(self) -> KeysView[str]:  # type: ignore[override]
         self.mark_accessed()
@@ -98,7 +98,7 @@ class SessionData(dict[str, Any]):
         self.mark_modified()
         super().clear()
 
-    def pop(self, key: str, default: Any = _MISSING) -> Any:  # type: ignore[override]
+    def pop(self, key: str, default: Any = _MISSING) -> Any:
         self.mark_accessed()
         if super().__contains__(key):
             self.mark_modified()

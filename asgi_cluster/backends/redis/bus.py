@@ -213,7 +213,7 @@ class RedisBus:
             connected=bool(subscribers) and all(s.connected for s in subscribers),
             lease_remaining=min(self._lease.remaining, self._rooms_lease.remaining),
             gaps=self._gaps,
-            reconnects=sum(s.reconnects for s in subscribers),
+            reconnects=sum(max(0, s.connections - 1) for s in subscribers),
             received=sum(s.received for s in subscribers),
             malformed=0,
             last_gap=self._last_gap,

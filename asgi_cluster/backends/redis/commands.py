@@ -10,7 +10,7 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from asgi_cluster.backends.redis.errors import NOT_EXECUTED, LinkBroken, first_word, unavailable
+from asgi_cluster.backends.redis.errors import NOT_EXECUTED, LinkBroken, first_word, reason_of, unavailable
 from asgi_cluster.backends.redis.link import Link
 from asgi_cluster.exceptions import StoreUnavailable
 
@@ -76,10 +76,12 @@ class CommandLink:
                         started.set_result(None)
                     await self._probe(link)
             except* (LinkBroken, StoreUnavailable) as group:
-                error = _first(group)
-                self._went_down(str(error))
+                cause = _first(group)
+                self._went_down(reason_of(cause))
                 if not started.done():
-                    started.set_exception(error if isinstance(error, StoreUnavailable) else unavailable(error, sent=False))
+                    started.set_exception(
+                        cause if isinstance(cause, StoreUnavailable) else StoreUnavailable(f"{self._name}: {self._reason}")
+                    )
                 logger.warning("lost the connection to %s: %s", self._name, self._reason)
             finally:
                 self._link = None

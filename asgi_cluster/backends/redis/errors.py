@@ -55,7 +55,7 @@ def first_word(error: BaseException) -> str:
 
 def reason_of(error: BaseException) -> str:
     """What is wrong, for people, without secrets."""
-    if isinstance(error, LinkBroken):
+    if isinstance(error, LinkBroken | StoreUnavailable):
         return error.reason
     if isinstance(error, AuthenticationError | AuthorizationError) and not isinstance(error, NoPermissionError):
         return "the server refused the user name or password"

@@ -57,14 +57,15 @@ class Link:
         """
         try:
             async with asyncio.timeout(timeout):
-                await self._connection.connect()
+                await self._connection.connect()  # type: ignore[no-untyped-call]
         except (RedisError, OSError, TimeoutError) as error:
             await self._connection.disconnect(nowait=True)
             raise LinkBroken(reason_of(error), sent=False) from error
         except BaseException:
             await self._connection.disconnect(nowait=True)
             raise
-        self._connection._parser.set_pubsub_push_handler(self._pushed)
+        parser: Any = self._connection._parser
+        parser.set_pubsub_push_handler(self._pushed)
         self._broken = None
 
     @property

@@ -40,13 +40,15 @@ class RedisSessionStore:
         except StoreUnavailable as error:
             if "WRONGTYPE" not in error.reason:
                 raise
-            return self._misread(handle)
+            self._misread(handle)
+            return None
         if reply is None:
             return None
         try:
             return _record(handle, *reply)
         except (KeyError, ValueError, UnicodeDecodeError):
-            return self._misread(handle)
+            self._misread(handle)
+            return None
 
     def _misread(self, handle: Handle) -> None:
         self.corrupt += 1

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from redis.exceptions import RedisError, ResponseError
@@ -68,7 +69,7 @@ class Subscriber:
         self._flushing = False
         self._trusted = False
         self.received = 0
-        self.reconnects = 0
+        self.connections = 0
 
     @property
     def connected(self) -> bool:
@@ -119,7 +120,7 @@ class Subscriber:
             for some in _batches(joining):
                 self._sent.update(some)
                 acked = link.subscribe(self._subscribe_verb, some)
-                acked.add_done_callback(lambda done, some=some: self._acknowledged(some, done))
+                acked.add_done_callback(partial(self._acknowledged, some))
         except LinkBroken:
             return  # the gap is on its way, and then everything is subscribed anew
 
@@ -148,7 +149,7 @@ class Subscriber:
         """Stay connected until cancelled. ``started`` gets the outcome of the first attempt."""
         pause = 0.05
         while True:
-            reason = "stopped"
+            reason: str | None = None
             try:
                 await self._one_connection(started)
             except* (LinkBroken, RedisError, OSError, TimeoutError) as group:
@@ -162,15 +163,14 @@ class Subscriber:
                 pause = 0.05 if self._ready else min(pause * 2, _LONGEST_PAUSE)
                 self._lost(reason)
             await asyncio.sleep(random.uniform(0, pause))
-            self.reconnects += 1
 
-    def _lost(self, reason: str) -> None:
+    def _lost(self, reason: str | None) -> None:
         was_ready, self._ready = self._ready, False
         self._link = None
         self._trusted = False
         self._sent.clear()
         self._echo.gap()
-        if was_ready:
+        if was_ready and reason is not None:  # without one it is being stopped, and nobody is left to be told
             self._on_gap(reason, None)
         self._answer(list(self._waiting), None)
 
@@ -187,6 +187,7 @@ class Subscriber:
                 await asyncio.gather(*[link.subscribe(self._subscribe_verb, some) for some in _batches(channels)])
             self._link = link
             self._ready = True
+            self.connections += 1
             self._echo.subscribed()
             if not self._sent.issuperset(self._wanted) or not self._wanted.issuperset(self._sent):
                 self._flush_soon()
