@@ -1,9 +1,9 @@
 """The port for what a room remembers, and the envelope in which a room message travels.
 
-A room with history numbers its publications. ``epoch`` names one numbering; when it changes, offsets cannot be compared.
-``previous`` is the offset of the publication before: normally ``offset - 1``, but a store that lost its last writes
-(a failover) jumps ahead instead of handing out a number twice. A subscriber has everything if and only if each
-publication's ``previous`` is the ``offset`` it saw last.
+A room with history numbers its publications. ``epoch`` names one numbering; when it changes, offsets cannot
+be compared. ``previous`` is the offset of the publication before: normally ``offset - 1``, but a store that
+lost its last writes (a failover) jumps ahead instead of handing out a number twice. A subscriber has
+everything if and only if each publication's ``previous`` is the ``offset`` it saw last.
 """
 
 from __future__ import annotations
@@ -13,7 +13,24 @@ from typing import Protocol
 
 import msgspec
 
-__all__ = ["Entry", "HistoryStore", "Page", "Position", "open_envelope", "seal_envelope"]
+__all__ = [
+    "NUMBERING_OUTLIVES",
+    "ONCE",
+    "Entry",
+    "HistoryStore",
+    "Page",
+    "Position",
+    "open_envelope",
+    "seal_envelope",
+]
+
+ONCE = 300.0
+"""Seconds for which the result of an idempotency key is kept."""
+
+NUMBERING_OUTLIVES = 24 * 3600.0
+"""Seconds by which a room's numbering outlives its last entry, or its last reader: so long a position means
+something.
+"""
 
 
 class Position(msgspec.Struct, frozen=True):
@@ -34,8 +51,8 @@ class Entry(msgspec.Struct, frozen=True):
 class Page(msgspec.Struct, frozen=True):
     """What a history read gave: entries, and where the room stood at that moment.
 
-    ``complete`` tells, for a read ``since`` a position, whether nothing between it and ``top`` is missing from
-    what the store had (``limit`` aside).
+    ``complete`` tells, for a read ``since`` a position, whether nothing between it and ``top`` is missing
+    from what the store had (``limit`` aside).
     """
 
     entries: Sequence[Entry]
@@ -47,12 +64,21 @@ class HistoryStore(Protocol):
     """Where publications are remembered."""
 
     async def publish(
-        self, room: str, payload: bytes, *, size: int, ttl: float, idempotency_key: str | None, epoch: str, timeout: float
+        self,
+        room: str,
+        payload: bytes,
+        *,
+        size: int,
+        ttl: float,
+        idempotency_key: str | None,
+        epoch: str,
+        timeout: float,
     ) -> Position:
         """Number, remember and publish in one atomic step; return the position it got.
 
-        ``size`` publications are kept, for ``ttl`` seconds after the last. ``epoch`` names the numbering if the room has
-        none. The same ``idempotency_key`` within five minutes returns the first result and publishes nothing.
+        ``size`` publications are kept, for ``ttl`` seconds after the last. ``epoch`` names the numbering if
+        the room has none. The same ``idempotency_key`` within five minutes returns the first result and
+        publishes nothing.
 
         Raises:
             BusUnavailable: not sent, or no reply in ``timeout`` seconds (``outcome_unknown``).
@@ -70,7 +96,11 @@ class HistoryStore(Protocol):
         ttl: float,
         timeout: float,
     ) -> Page:
-        """Entries after ``since`` (``None``: from the oldest), at most ``limit`` (``None``: all; 0: only the position).
+        """Entries after ``since`` (``None``: from the oldest), at most ``limit`` (``None``: all; 0: only the
+        position).
+
+        ``reverse``: the newest first; with ``since`` those *before* it, as the Centrifuge protocol has it. A
+        ``since`` of another epoch gives no entries and is not complete.
 
         ``epoch`` names the numbering if the room has none yet. Raises ``BusUnavailable`` as ``publish``.
         """
@@ -78,7 +108,8 @@ class HistoryStore(Protocol):
 
 
 def seal_envelope(position: Position | None, previous: int, payload: bytes) -> bytes:
-    """``payload`` as it is published in a room: ``offset previous epoch`` (or nothing), a newline, the message.
+    """``payload`` as it is published in a room: ``offset previous epoch`` (or nothing), a newline, the
+    message.
 
     Plain text in front, so that a Redis script can write it without decoding the message.
     """

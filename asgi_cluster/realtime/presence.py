@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-__all__ = ["PresenceStore"]
+import msgspec
+
+__all__ = ["PresenceStore", "count_people"]
 
 
 class PresenceStore(Protocol):
@@ -30,3 +32,21 @@ class PresenceStore(Protocol):
     async def reap(self, room: str, node: str, incarnation: str, *, timeout: float) -> Mapping[str, bytes]:
         """Remove what a dead incarnation of a node left behind; returns what this very call removed."""
         ...
+
+
+class _Info(msgspec.Struct):
+    user: str = ""
+
+
+_decode_info = msgspec.json.Decoder(_Info).decode
+
+
+def count_people(members: Mapping[str, bytes]) -> tuple[int, int]:
+    """Connections, and distinct users among their client infos. Everybody without a user id counts as one."""
+    users = set()
+    for info in members.values():
+        try:
+            users.add(_decode_info(info).user)
+        except msgspec.DecodeError:
+            users.add("")
+    return len(members), len(users)

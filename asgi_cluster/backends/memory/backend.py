@@ -1,48 +1,91 @@
-"""Memory as a backend: no server, no start, any loop, any thread."""
+"""``memory://``: the whole backend inside one process, for one node, or for several under one name."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from asgi_cluster.backends.memory.bus import MemoryBus
-from asgi_cluster.backends.memory.rooms import MemoryHistory, MemoryPresence
-from asgi_cluster.backends.memory.state import shared_state
+from asgi_cluster.backends.memory.history import MemoryHistory
+from asgi_cluster.backends.memory.presence import MemoryPresence
 from asgi_cluster.backends.memory.store import MemorySessionStore
+from asgi_cluster.backends.memory.world import Seat, World
 from asgi_cluster.bus.bus import Receiver
+from asgi_cluster.bus.lease import Clock, boot_clock
 from asgi_cluster.ids import NodeId
 
 __all__ = ["MemoryBackend"]
 
 
 class MemoryBackend:
-    """Everything in this process. Backends of the same ``name`` are nodes of one cluster; ``None``: one that is alone."""
+    """One node of a memory cluster.
+
+    ``name=None`` keeps it to itself; everybody in this process who gives the same name shares sessions, rooms
+    and messages, as long as one of them exists. ``clock`` is the store's clock, in seconds; the first of a
+    name decides.
+    """
 
     needs_start = False
     crosses_loops = True
 
-    def __init__(self, name: str | None, *, lease_duration: float) -> None:
-        state = shared_state(name)
-        self.bus = MemoryBus(state, lease_duration=lease_duration)
-        self.store = MemorySessionStore(state)
-        self.history = MemoryHistory(state)
-        self.presence = MemoryPresence(state, lambda: self.bus.id)
+    def __init__(
+        self, name: str | None = None, *, lease_duration: float = 2.0, clock: Clock = boot_clock
+    ) -> None:
+        self._world = World.named(name, clock)
+        self._presence = MemoryPresence(self._world, self._incarnation)
+        self._bus = MemoryBus(self._world, lease_duration=lease_duration)
+        self.store = MemorySessionStore(self._world)
+        self.history = MemoryHistory(self._world)
+        self._opened = False
+
+    @property
+    def bus(self) -> MemoryBus:
+        """See ``Backend.bus``."""
+        return self._bus
+
+    @property
+    def presence(self) -> MemoryPresence:
+        """See ``Backend.presence``."""
+        return self._presence
+
+    def _incarnation(self) -> str:
+        return self._bus.seat.incarnation if self._bus.seat is not None else ""
 
     @asynccontextmanager
     async def open(self, node: NodeId, receiver: Receiver, *, listen: bool) -> AsyncIterator[None]:
-        """See ``Backend.open``."""
+        """See ``Backend.open``. Registers the node until it is left; that is all there is to do."""
         if listen:
-            self.bus.attach(node, receiver)
+            self._sit(Seat(node, lambda: receiver, self._bus.rooms))
+        self._opened = True
         try:
             yield
         finally:
-            self.bus.detach()
+            self._opened = False
+            self._rise()
 
     def attach(self, node: NodeId, receiver: Receiver) -> None:
-        """See ``Backend.attach``."""
-        self.bus.attach(node, receiver)
+        """Register a node that nobody starts, for as long as its ``receiver`` exists. Costs nothing when it
+        is there already.
+        """
+        seat = self._bus.seat
+        if self._opened or (seat is not None and seat.node == node):
+            return
+        self._sit(Seat(node, weakref.ref(receiver), self._bus.rooms))
+
+    def _sit(self, seat: Seat) -> None:
+        with self._world.lock:
+            self._rise()
+            self._bus.seat = seat
+            self._world.sit(seat)
+
+    def _rise(self) -> None:
+        with self._world.lock:
+            seat, self._bus.seat = self._bus.seat, None
+            if seat is not None:
+                self._world.leave(seat)
 
     @property
     def ready(self) -> bool:
-        """See ``Backend.ready``."""
+        """See ``Backend.ready``: always."""
         return True

@@ -1,78 +1,115 @@
-"""Sessions in this process's memory. Methods never wait, so they work on any loop and in any thread."""
+"""Sessions in memory: what the scripts do in Redis, under the world's lock."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from asgi_cluster.backends.memory.state import State, Stored
+import msgspec
+
+from asgi_cluster.backends.memory.expiring import Expiring
+from asgi_cluster.backends.memory.world import World
 from asgi_cluster.ids import Handle, UserId
 from asgi_cluster.sessions.store import Device, Draft, Ending, Record, WriteOutcome
 
 __all__ = ["MemorySessionStore"]
 
 
-class MemorySessionStore:
-    """``sessions.store.SessionStore`` without a server."""
+class _Stored(msgspec.Struct, kw_only=True):
+    secret: bytes
+    user: UserId | None
+    fields: dict[str, bytes]
+    write_id: str
+    created: float
+    seen: float
+    idle: float
+    absolute_at: float
+    persistent: bool
+    agent: str
+    address: str
+    version: int = 1
+    previous: bytes | None = None
+    previous_until: float = 0.0
 
-    def __init__(self, state: State) -> None:
-        self._state = state
 
-    def _living(self, handle: str) -> Stored | None:
-        stored = self._state.sessions.get(handle)
+class _Sessions:
+    """All records, and which of them belong to whom."""
+
+    def __init__(self, world: World) -> None:
+        self.records: Expiring[Handle, _Stored] = Expiring(world.clock, on_expired=self.forget)
+        self.of_user: dict[UserId, set[Handle]] = {}
+        self.locks: Expiring[Handle, str] = Expiring(world.clock)
+
+    def forget(self, handle: Handle, stored: _Stored) -> None:
+        """Take a record that is gone out of its user's index."""
+        if stored.user is not None:
+            handles = self.of_user.get(stored.user, set())
+            handles.discard(handle)
+            if not handles:
+                self.of_user.pop(stored.user, None)
+
+    def remove(self, handle: Handle) -> bool:
+        """Whether there was one."""
+        stored = self.records.pop(handle)
         if stored is None:
-            return None
-        if stored.expires_at <= self._state.clock():
-            self._state.drop(handle)
-            return None
-        user = stored.draft.user
-        if user is not None and self._state.epochs.get(user) != stored.epoch:
-            return None
-        return stored
+            return False
+        self.forget(handle, stored)
+        return True
+
+
+class MemorySessionStore:
+    """``sessions.store.SessionStore`` for ``memory://``. Nothing here suspends, so ``timeout`` is never
+    reached.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._sessions: _Sessions = world.part(_Sessions)
 
     async def read(self, handle: Handle, *, timeout: float) -> Record | None:
         """See ``SessionStore.read``."""
-        with self._state.lock:
-            stored = self._living(handle)
+        with self._world.lock:
+            stored = self._sessions.records.get(handle)
             if stored is None:
                 return None
-            now = self._state.clock()
-            previous_for = stored.previous_until - now
+            now = self._world.clock()
+            previous_for = max(0.0, stored.previous_until - now)
             return Record(
                 handle=handle,
                 secret=stored.secret,
-                previous=stored.previous if previous_for > 0 else None,
-                previous_for=max(0.0, previous_for),
-                user=stored.draft.user,
+                previous=stored.previous if previous_for else None,
+                previous_for=previous_for,
+                user=stored.user,
                 version=stored.version,
                 write_id=stored.write_id,
-                created_at=stored.created_at,
-                expires_in=stored.expires_at - now,
+                created_at=stored.created,
+                expires_in=self._sessions.records.until(handle) - now,
                 absolute_in=stored.absolute_at - now,
-                idle=stored.draft.idle,
-                persistent=stored.draft.persistent,
+                idle=stored.idle,
+                persistent=stored.persistent,
                 fields=dict(stored.fields),
             )
 
     async def create(self, draft: Draft, *, timeout: float) -> None:
         """See ``SessionStore.create``."""
-        with self._state.lock:
-            now = self._state.clock()
-            epoch = ""
-            if draft.user is not None:
-                epoch = self._state.epochs.setdefault(draft.user, draft.epoch)
-                self._state.by_user.setdefault(draft.user, set()).add(draft.handle)
-            self._state.sessions[draft.handle] = Stored(
-                draft=draft,
+        with self._world.lock:
+            now = self._world.clock()
+            self._sessions.remove(draft.handle)
+            stored = _Stored(
                 secret=draft.secret,
+                user=draft.user,
                 fields=dict(draft.fields),
                 write_id=draft.write_id,
-                epoch=epoch,
-                created_at=now,
-                seen_at=now,
+                created=self._world.unix(),
+                seen=self._world.unix(),
+                idle=draft.idle,
                 absolute_at=now + draft.absolute,
-                expires_at=now + min(draft.idle, draft.absolute),
+                persistent=draft.persistent,
+                agent=draft.agent,
+                address=draft.address,
             )
-            self._state.tidy()
+            self._sessions.records.set(draft.handle, stored, now + min(draft.idle, draft.absolute))
+            if draft.user is not None:
+                self._sessions.of_user.setdefault(draft.user, set()).add(draft.handle)
 
     async def write(
         self,
@@ -86,47 +123,54 @@ class MemorySessionStore:
         timeout: float,
     ) -> WriteOutcome:
         """See ``SessionStore.write``."""
-        with self._state.lock:
-            stored = self._living(handle)
+        with self._world.lock:
+            stored = self._sessions.records.get(handle)
             if stored is None:
                 return "gone"
-            if expected is not None and stored.write_id != expected:
+            if expected is not None and expected != stored.write_id:
                 return "conflict"
-            self._state.tell_everyone(message)
+            self._world.tell_sessions(message)
             for key in removed:
                 stored.fields.pop(key, None)
             stored.fields.update(changed)
             stored.write_id = write_id
             stored.version += 1
-            self._extend(stored)
-            self._state.tidy()
+            self._extend(handle, stored)
             return "written"
 
-    def _extend(self, stored: Stored) -> None:
-        stored.seen_at = self._state.clock()
-        stored.expires_at = min(stored.seen_at + stored.draft.idle, stored.absolute_at)
+    def _extend(self, handle: Handle, stored: _Stored) -> None:
+        stored.seen = self._world.unix()
+        self._sessions.records.set(handle, stored, min(self._world.clock() + stored.idle, stored.absolute_at))
 
     async def touch(self, handle: Handle, *, timeout: float) -> bool:
         """See ``SessionStore.touch``."""
-        with self._state.lock:
-            stored = self._living(handle)
+        with self._world.lock:
+            stored = self._sessions.records.get(handle)
             if stored is None:
                 return False
-            self._extend(stored)
+            self._extend(handle, stored)
             return True
 
     async def rotate(
-        self, handle: Handle, *, secret: bytes, current: bytes, grace: float, write_id: str, message: bytes, timeout: float
+        self,
+        handle: Handle,
+        *,
+        secret: bytes,
+        current: bytes,
+        grace: float,
+        write_id: str,
+        message: bytes,
+        timeout: float,
     ) -> WriteOutcome:
         """See ``SessionStore.rotate``."""
-        with self._state.lock:
-            stored = self._living(handle)
+        with self._world.lock:
+            stored = self._sessions.records.get(handle)
             if stored is None:
                 return "gone"
             if stored.secret != current:
                 return "conflict"
-            self._state.tell_everyone(message)
-            stored.previous, stored.previous_until = current, self._state.clock() + grace
+            self._world.tell_sessions(message)
+            stored.previous, stored.previous_until = current, self._world.clock() + grace
             stored.secret = secret
             stored.write_id = write_id
             stored.version += 1
@@ -134,62 +178,58 @@ class MemorySessionStore:
 
     async def end(self, handle: Handle, *, message: bytes, timeout: float) -> Ending:
         """See ``SessionStore.end``."""
-        with self._state.lock:
-            existed = self._living(handle) is not None
-            self._state.tell_everyone(message)
-            self._state.drop(handle)
-            return Ending(sessions=int(existed), nodes=list(self._state.nodes))
+        with self._world.lock:
+            nodes = [seat.node for seat in self._world.living()]
+            self._world.tell_sessions(message)
+            return Ending(sessions=int(self._sessions.remove(handle)), nodes=nodes)
 
     async def devices(self, user: UserId, *, timeout: float) -> Sequence[Device]:
         """See ``SessionStore.devices``."""
-        with self._state.lock:
-            now = self._state.clock()
-            found = []
-            for handle in list(self._state.by_user.get(user, ())):
-                stored = self._living(handle)
-                if stored is not None:
-                    found.append(
-                        Device(
-                            handle=Handle(handle),
-                            created_at=stored.created_at,
-                            seen_at=stored.seen_at,
-                            expires_in=stored.expires_at - now,
-                            agent=stored.draft.agent,
-                            address=stored.draft.address,
-                        )
-                    )
-            return sorted(found, key=lambda device: device.seen_at, reverse=True)
+        with self._world.lock:
+            now = self._world.clock()
+            records = self._sessions.records
+            living = [
+                (handle, stored)
+                for handle in sorted(self._sessions.of_user.get(user, ()))
+                if (stored := records.get(handle)) is not None
+            ]
+            found = [
+                Device(
+                    handle=handle,
+                    created_at=stored.created,
+                    seen_at=stored.seen,
+                    expires_in=records.until(handle) - now,
+                    agent=stored.agent,
+                    address=stored.address,
+                )
+                for handle, stored in living
+            ]
+        return sorted(found, key=lambda device: device.seen_at, reverse=True)
 
     async def end_all(
         self, user: UserId, *, keep: Handle | None, epoch: str, message: bytes, timeout: float
     ) -> Ending:
-        """See ``SessionStore.end_all``."""
-        with self._state.lock:
-            living = [handle for handle in self._state.by_user.get(user, ()) if self._living(handle) is not None]
-            self._state.tell_everyone(message)
-            kept = keep if keep in living else None
-            for handle in list(self._state.by_user.get(user, ())):
-                if handle != kept:
-                    self._state.drop(handle)
-            if kept is not None:
-                self._state.epochs[user] = self._state.sessions[kept].epoch = epoch
-            return Ending(sessions=len(living) - (kept is not None), nodes=list(self._state.nodes))
+        """See ``SessionStore.end_all``. Removing the records is all it takes here: nothing can come in
+        between.
+        """
+        with self._world.lock:
+            nodes = [seat.node for seat in self._world.living()]
+            self._world.tell_sessions(message)
+            ended = sorted(self._sessions.of_user.get(user, set()) - {keep})
+            return Ending(sessions=sum(self._sessions.remove(handle) for handle in ended), nodes=nodes)
 
     async def lock(self, handle: Handle, *, token: str, hold: float, timeout: float) -> bool:
         """See ``SessionStore.lock``."""
-        with self._state.lock:
-            now = self._state.clock()
-            held = self._state.locks.get(handle)
-            if held is not None and held[1] > now:
+        with self._world.lock:
+            if self._sessions.locks.get(handle) is not None:
                 return False
-            self._state.locks[handle] = (token, now + hold)
+            self._sessions.locks.set(handle, token, self._world.clock() + hold)
             return True
 
     async def unlock(self, handle: Handle, *, token: str, timeout: float) -> bool:
         """See ``SessionStore.unlock``."""
-        with self._state.lock:
-            held = self._state.locks.get(handle)
-            if held is None or held[0] != token or held[1] <= self._state.clock():
+        with self._world.lock:
+            if self._sessions.locks.get(handle) != token:
                 return False
-            del self._state.locks[handle]
+            self._sessions.locks.pop(handle)
             return True
