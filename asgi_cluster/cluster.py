@@ -259,7 +259,8 @@ class Cluster:
         except BaseException as error:
             if started.done():
                 raise
-            started.set_exception(error)
+            # Every task group on the way has wrapped it; who starts the cluster is to see what is wrong.
+            started.set_exception(_innermost(error))
             if not isinstance(error, Exception):
                 raise
         finally:
@@ -342,6 +343,12 @@ def get_session(connection: HTTPConnection) -> Session:
     if state is None:
         raise RuntimeError("there is no session here: wrap the app in ClusterMiddleware(app, cluster)")
     return state.session
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
 
 
 def _has_siblings() -> bool:

@@ -85,7 +85,7 @@ class ClusterMiddleware:
             if not response.started:
                 await response.replace(ours)
             return
-        if session.accessed:
+        if session.accessed and response.saved:
             session.check_sealed()
 
     async def _websocket(
@@ -168,7 +168,7 @@ class ClusterMiddleware:
 class _Response:
     """``send`` for one HTTP response: saves the session before the headers go out."""
 
-    __slots__ = ("_failed", "_middleware", "_scope", "_send", "_session", "replaced", "started")
+    __slots__ = ("_failed", "_middleware", "_scope", "_send", "_session", "replaced", "saved", "started")
 
     def __init__(self, middleware: ClusterMiddleware, scope: Scope, send: Send, session: Session) -> None:
         self._middleware = middleware
@@ -178,6 +178,7 @@ class _Response:
         self._failed = False
         self.started = False
         self.replaced = False
+        self.saved = False
 
     async def __call__(self, message: Message) -> None:
         if self.replaced:
@@ -201,6 +202,7 @@ class _Response:
                 # The app's own error handling answers, and must not run into the same error again.
                 self._failed = True
                 raise
+            self.saved = True
         self.started = True
         await self._send(_with_cookie(self._middleware, self._scope, session, message))
         session.seal()

@@ -15,7 +15,7 @@ from asgi_cluster.backends.redis.store import RedisSessionStore
 from asgi_cluster.backends.redis.topology import SingleServer
 from asgi_cluster.backends.redis.urls import Address
 from asgi_cluster.bus.bus import Receiver
-from asgi_cluster.ids import NodeId
+from asgi_cluster.ids import Handle, NodeId
 
 __all__ = ["RedisBackend"]
 
@@ -62,6 +62,8 @@ class RedisBackend:
             await stack.enter_async_context(self.topology.opened())
             if self._rooms_topology is not None:
                 await stack.enter_async_context(self._rooms_topology.opened())
+            # A right to run scripts that is missing should stop the start, and not the first visitor.
+            await self.store.read(Handle(f"00.{'-' * 22}"), timeout=1.0)
             if listen:
                 await stack.enter_async_context(self.bus.opened(node, receiver))
             yield
