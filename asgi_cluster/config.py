@@ -140,6 +140,8 @@ class RealtimeConfig:
     """Called when a client of the built-in endpoint has connected."""
     on_disconnect: Callable[[Connection, int, str], Awaitable[None] | None] | None = None
     """Called with the close code and reason when a client of the built-in endpoint is gone."""
+    on_message: Callable[[Connection, Any], Awaitable[None] | None] | None = None
+    """Called with what a client of the built-in endpoint sends without wanting an answer; ``None`` closes it with 3508."""
     allowed_origins: Sequence[str] | None = None
     """``None``: the same host as the request. Else full origins (``https://app.example``); ``*`` allows every one."""
     on_bus_error: Literal["raise", "local"] = "raise"

@@ -185,45 +185,44 @@ export class Subscription extends Emitter {
   /** Leave for good. A later `client.subscribe(room)` starts afresh. */
   unsubscribe() {
     if (this.#state === "unsubscribed") return;
-    this.#client._forget(this);
-    this._end({ code: 0, reason: "unsubscribe called" });
+    this.#client._forget(this, { tell: true });
+    this.#end({ code: 0, reason: "unsubscribe called" });
   }
 
   // What the client calls
 
-  /** The connection stands: the subscribe command, with the position to go on from. */
-  _command() {
+  /** The connection stands: subscribe, and go on from the last position if there is one. */
+  _start() {
     this.#cancelRetry();
-    this.#generation += 1;
+    const generation = ++this.#generation;
     const subscribe = { channel: this.room };
     if (this.data !== undefined) subscribe.data = this.data;
     if (this.#position) Object.assign(subscribe, { recover: true, ...this.#position });
-    return { subscribe };
+    this.#client._call(
+      { subscribe },
+      (reply) => {
+        if (generation === this.#generation) this.#subscribed(reply.subscribe ?? {});
+      },
+      (error) => {
+        if (generation === this.#generation) this.#refused(error);
+      },
+    );
   }
 
-  async _start() {
-    const sent = this._command();
-    const generation = this.#generation;
-    try {
-      const result = await this.#client._ask(sent);
-      if (generation === this.#generation && this.#state === "subscribing") this._subscribed(result.subscribe ?? {});
-    } catch (error) {
-      if (generation !== this.#generation || this.#state !== "subscribing") return;
-      if (error.code === ErrorCode.CONNECTION_LOST || error.code === ErrorCode.DISCONNECTED) return;
-      this._emit("error", error) || this.#client._report(error, this.room);
-      if (error.temporary || error.code === ErrorCode.TIMEOUT || error.code === ErrorCode.TOKEN_EXPIRED) {
-        this.#retry();
-      } else if (error.code === ErrorCode.UNRECOVERABLE_POSITION) {
-        this.#position = null;
-        this.#retry();
-      } else {
-        this.#client._forget(this);
-        this._end({ code: error.code, reason: error.message, error });
-      }
+  #refused(error) {
+    if (error.code === ErrorCode.CONNECTION_LOST) return; // the next connection starts it again
+    if (!this._emit("error", error)) this.#client._report(error, this.room);
+    if (error.code === ErrorCode.UNRECOVERABLE_POSITION) this.#position = null;
+    const again = [ErrorCode.TIMEOUT, ErrorCode.TOKEN_EXPIRED, ErrorCode.UNRECOVERABLE_POSITION];
+    if (error.temporary || again.includes(error.code)) {
+      this.#retry();
+    } else {
+      this.#client._forget(this);
+      this.#end({ code: error.code, reason: error.message, error });
     }
   }
 
-  _subscribed(result) {
+  #subscribed(result) {
     this.#state = "subscribed";
     this.#attempts = 0;
     const wasRecovering = Boolean(result.was_recovering ?? this.#position);
@@ -247,7 +246,7 @@ export class Subscription extends Emitter {
     }
   }
 
-  _end(context) {
+  #end(context) {
     this.#state = "unsubscribed";
     this.#generation += 1;
     this.#cancelRetry();
@@ -259,10 +258,10 @@ export class Subscription extends Emitter {
       const { code = 0, reason = "" } = push.unsubscribe;
       if (code >= 2500) {
         this._lost();
-        void this._start();
+        this._start();
       } else {
         this.#client._forget(this);
-        this._end({ code, reason });
+        this.#end({ code, reason });
       }
       return;
     }
@@ -284,7 +283,7 @@ export class Subscription extends Emitter {
   #retry() {
     this.#cancelRetry();
     this.#timer = setTimeout(() => {
-      if (this.#client.state === "connected" && this.#state === "subscribing") void this._start();
+      if (this.#client.state === "connected" && this.#state === "subscribing") this._start();
     }, this.#client._delay(this.#attempts++));
   }
 
@@ -385,7 +384,7 @@ export class ClusterClient extends Emitter {
       this.#subscriptions.set(room, subscription);
     }
     for (const [event, listener] of Object.entries(listeners)) subscription.on(event, listener);
-    if (isNew && this.#state === "connected") void subscription._start();
+    if (isNew && this.#state === "connected") subscription._start();
     return subscription;
   }
 
@@ -446,7 +445,7 @@ export class ClusterClient extends Emitter {
         while (slot.has) {
           slot.has = false;
           if (this.#state !== "connected") break;
-          const sent = this._ask({ publish: { channel: room, data: slot.value } });
+          const sent = this.#ask({ publish: { channel: room, data: slot.value } });
           await Promise.all([sent.catch((error) => this.#unlessLost(error, room)), pause(interval)]);
         }
       } finally {
@@ -458,11 +457,11 @@ export class ClusterClient extends Emitter {
 
   // For subscriptions
 
-  _forget(subscription) {
+  _forget(subscription, { tell = false } = {}) {
     if (this.#subscriptions.get(subscription.room) !== subscription) return;
     this.#subscriptions.delete(subscription.room);
-    if (this.#state === "connected" && subscription.state !== "unsubscribed") {
-      this._ask({ unsubscribe: { channel: subscription.room } }).catch((error) => this.#unlessLost(error, subscription.room));
+    if (tell && this.#state === "connected") {
+      this.#ask({ unsubscribe: { channel: subscription.room } }).catch((error) => this.#unlessLost(error, subscription.room));
     }
   }
 
@@ -488,31 +487,34 @@ export class ClusterClient extends Emitter {
 
   // Commands
 
-  /** Send now, on this connection; the promise is for its reply. */
-  _ask(command, timeout = this.#options.timeout) {
-    return new Promise((resolve, reject) => {
-      const id = this.#nextId++;
-      const entry = { resolve, reject, timer: null };
-      entry.timer = setTimeout(() => {
-        this.#pending.delete(id);
-        reject(new ClusterError(ErrorCode.TIMEOUT, "no reply in time", { temporary: true, outcomeUnknown: true }));
-      }, timeout);
-      this.#pending.set(id, entry);
-      try {
-        this.#write({ id, ...command });
-      } catch (error) {
-        this.#pending.delete(id);
-        clearTimeout(entry.timer);
-        reject(error);
-      }
-    });
+  /**
+   * Send now, on this connection. `onReply` runs while the reply's frame is being read, before the lines that follow in it: what is
+   * pushed right behind the reply to a subscribe must find the subscription standing. A promise would be a turn too late.
+   */
+  _call(command, onReply, onError, timeout = this.#options.timeout) {
+    const id = this.#nextId++;
+    try {
+      this.#write({ id, ...command });
+    } catch (error) {
+      onError(error);
+      return;
+    }
+    const timer = setTimeout(() => {
+      this.#pending.delete(id);
+      onError(new ClusterError(ErrorCode.TIMEOUT, "no reply in time", { temporary: true, outcomeUnknown: true }));
+    }, timeout);
+    this.#pending.set(id, { onReply, onError, timer });
+  }
+
+  #ask(command, timeout) {
+    return new Promise((resolve, reject) => this._call(command, resolve, reject, timeout));
   }
 
   /** Send now or when the connection stands, within the timeout. */
   async #request(command) {
     const started = Date.now();
     if (this.#state !== "connected") await this.#queue();
-    return this._ask(command, Math.max(1, this.#options.timeout - (Date.now() - started)));
+    return this.#ask(command, Math.max(1, this.#options.timeout - (Date.now() - started)));
   }
 
   async #whenConnected(command) {
@@ -586,7 +588,7 @@ export class ClusterClient extends Emitter {
     const opening = setTimeout(() => this.#lose(attempt, 0, "no connection in time"), this.#options.timeout);
     socket.onopen = () => {
       clearTimeout(opening);
-      if (attempt === this.#attempt) void this.#introduce(attempt, token, data);
+      if (attempt === this.#attempt) this.#introduce(attempt, token, data);
     };
     socket.onmessage = ({ data: frame }) => {
       if (attempt === this.#attempt) this.#receive(attempt, frame);
@@ -603,24 +605,28 @@ export class ClusterClient extends Emitter {
     return typeof given === "function" ? given() : given;
   }
 
-  async #introduce(attempt, token, data) {
+  #introduce(attempt, token, data) {
     const connect = { name: this.#options.name };
     if (token) connect.token = token;
     if (data !== undefined) connect.data = data;
-    const subs = {};
-    for (const [room, position] of this.#serverRooms) subs[room] = position ? { recover: true, ...position } : {};
-    if (this.#serverRooms.size) connect.subs = subs;
-    try {
-      const reply = await this._ask({ connect });
-      if (attempt === this.#attempt) this.#connected(reply.connect ?? {});
-    } catch (error) {
-      if (attempt !== this.#attempt || error.code === ErrorCode.CONNECTION_LOST) return;
-      this._report(error);
-      const mayTryAgain =
-        error.temporary || (error.code === ErrorCode.TOKEN_EXPIRED && typeof this.#options.token === "function");
-      if (mayTryAgain) this.#lose(attempt, error.code === ErrorCode.TIMEOUT ? 0 : error.code, error.message);
-      else this.#stop({ code: error.code, reason: error.message, error });
+    if (this.#serverRooms.size) {
+      connect.subs = Object.fromEntries(
+        [...this.#serverRooms].map(([room, position]) => [room, position ? { recover: true, ...position } : {}]),
+      );
     }
+    this._call(
+      { connect },
+      (reply) => {
+        if (attempt === this.#attempt) this.#connected(reply.connect ?? {});
+      },
+      (error) => {
+        if (attempt !== this.#attempt) return;
+        this._report(error);
+        const refreshable = error.code === ErrorCode.TOKEN_EXPIRED && typeof this.#options.token === "function";
+        if (error.temporary || refreshable) this.#lose(attempt, 0, error.message);
+        else this.#stop({ code: error.code, reason: error.message, error });
+      },
+    );
   }
 
   #connected(result) {
@@ -636,7 +642,7 @@ export class ClusterClient extends Emitter {
     if (this.#state !== "connected") return; // a listener has had enough
     this.#serverSubscribed(result.subs ?? {});
     for (const subscription of this.#subscriptions.values()) {
-      if (subscription.state === "subscribing") void subscription._start();
+      if (subscription.state === "subscribing") subscription._start();
     }
     for (const entry of this.#waiting) {
       clearTimeout(entry.timer);
@@ -649,17 +655,19 @@ export class ClusterClient extends Emitter {
     for (const room of this.#serverRooms.keys()) {
       if (!(room in subs)) this.#serverRooms.delete(room);
     }
-    for (const [room, result] of Object.entries(subs)) {
-      const position = result.recoverable ? { offset: result.offset ?? 0, epoch: result.epoch ?? "" } : null;
-      this.#serverRooms.set(room, position);
-      this._emit("subscribed", {
-        room,
-        recovered: Boolean(result.recovered),
-        wasRecovering: Boolean(result.was_recovering),
-        data: result.data,
-      });
-      for (const publication of result.publications ?? []) this._publication(publicationOf(room, publication, true));
-    }
+    for (const [room, result] of Object.entries(subs)) this.#serverRoom(room, result);
+  }
+
+  #serverRoom(room, result) {
+    const positioned = result.recoverable || result.positioned;
+    this.#serverRooms.set(room, positioned ? { offset: result.offset ?? 0, epoch: result.epoch ?? "" } : null);
+    this._emit("subscribed", {
+      room,
+      recovered: Boolean(result.recovered),
+      wasRecovering: Boolean(result.was_recovering),
+      data: result.data,
+    });
+    for (const publication of result.publications ?? []) this._publication(publicationOf(room, publication, true));
   }
 
   #receive(attempt, frame) {
@@ -689,9 +697,9 @@ export class ClusterClient extends Emitter {
     clearTimeout(entry.timer);
     if (reply.error) {
       const { code, message, temporary = false } = reply.error;
-      entry.reject(new ClusterError(code, message || `error ${code}`, { temporary }));
+      entry.onError(new ClusterError(code, message || `error ${code}`, { temporary }));
     } else {
-      entry.resolve(reply);
+      entry.onReply(reply);
     }
   }
 
@@ -701,7 +709,7 @@ export class ClusterClient extends Emitter {
     } else if (push.message) {
       this._emit("message", { data: push.message.data });
     } else if (push.subscribe) {
-      this.#serverSubscribed({ ...Object.fromEntries([...this.#serverRooms].map(([room]) => [room, {}])), [push.channel]: push.subscribe });
+      this.#serverRoom(push.channel, push.subscribe);
     } else if (this.#subscriptions.has(push.channel)) {
       this.#subscriptions.get(push.channel)._push(push);
     } else if (this.#serverRooms.has(push.channel)) {
@@ -760,6 +768,8 @@ export class ClusterClient extends Emitter {
     this.#socket = null;
     this.#batch = [];
     clearTimeout(this.#pingTimer);
+    this.#pingTimer = null;
+    this.#ping = 0;
     clearTimeout(this.#refreshTimer);
     if (socket) {
       socket.onopen = socket.onmessage = socket.onclose = null;
@@ -769,7 +779,7 @@ export class ClusterClient extends Emitter {
     this.#pending.clear();
     for (const entry of pending) {
       clearTimeout(entry.timer);
-      entry.reject(new ClusterError(ErrorCode.CONNECTION_LOST, "the connection was lost", { temporary: true, outcomeUnknown: true }));
+      entry.onError(new ClusterError(ErrorCode.CONNECTION_LOST, "the connection was lost", { temporary: true, outcomeUnknown: true }));
     }
     for (const subscription of this.#subscriptions.values()) subscription._lost();
   }
@@ -785,13 +795,11 @@ export class ClusterClient extends Emitter {
 
   #heard() {
     this.#lastHeard = Date.now();
-    if (this.#pingTimer === null || this.#ping === 0) this.#watchPings();
+    if (this.#pingTimer === null) this.#watchPings();
   }
 
   /** One timer that looks at the clock, not one per message. Timers of hidden pages run late, and then see what came meanwhile. */
   #watchPings() {
-    clearTimeout(this.#pingTimer);
-    this.#pingTimer = null;
     if (!this.#ping) return;
     const attempt = this.#attempt;
     const patience = this.#ping + this.#options.pingGrace;
@@ -811,7 +819,7 @@ export class ClusterClient extends Emitter {
       try {
         const token = await this.#value(this.#options.token);
         if (attempt !== this.#attempt) return;
-        const { refresh = {} } = await this._ask({ refresh: { token } });
+        const { refresh = {} } = await this.#ask({ refresh: { token } });
         if (attempt === this.#attempt && refresh.expires) this.#refreshLater(refresh.ttl ?? 0);
       } catch (error) {
         if (attempt !== this.#attempt) return;
@@ -851,7 +859,7 @@ export class ClusterClient extends Emitter {
     } else if (this.#state === "connected" && Date.now() - this.#lastHeard > 1_000) {
       const attempt = this.#attempt;
       // Any reply proves life, an error too. Without one the connection is dead, however open it looks.
-      this._ask({ ping: {} }).catch((error) => {
+      this.#ask({ ping: {} }).catch((error) => {
         if (error.code === ErrorCode.TIMEOUT) this.#lose(attempt, 0, "no answer");
       });
     }

@@ -1,0 +1,527 @@
+"""One client of the built-in endpoint: commands in, replies and pushes out."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import msgspec
+from msgspec import Raw
+
+from asgi_cluster.exceptions import ClusterError, NotPermitted
+from asgi_cluster.realtime.connection import Connection
+from asgi_cluster.realtime.history import Position
+from asgi_cluster.realtime.outbox import Packet
+from asgi_cluster.realtime.payload import encode_payload, from_client
+from asgi_cluster.realtime.protocol import (
+    PING,
+    BadFrame,
+    Command,
+    ConnectCommand,
+    DisconnectCode,
+    Empty,
+    ErrorCode,
+    HistoryCommand,
+    PublishCommand,
+    RefreshCommand,
+    ReplyError,
+    Result,
+    RoomCommand,
+    RpcCommand,
+    SendCommand,
+    SubscribeCommand,
+    SubscribeResult,
+    UnsubscribeCode,
+    decode_commands,
+    encode_error,
+    encode_push,
+    encode_reply,
+    to_json,
+)
+from asgi_cluster.realtime.rooms import Entered, pub_of
+from asgi_cluster.realtime.rules import (
+    Connected,
+    ConnectRequest,
+    Permission,
+    RoomRequest,
+    RoomRule,
+    check_room,
+)
+from asgi_cluster.realtime.socket import Message, Receive
+
+if TYPE_CHECKING:
+    from asgi_cluster.config import RealtimeConfig
+
+__all__ = ["Client"]
+
+logger = logging.getLogger("asgi_cluster.realtime")
+
+_PING = Packet(PING)
+_BURST = 10.0  # seconds' worth of commands that may come at once
+_REFRESH_GRACE = 25.0  # seconds after the expiry for which a refresh is waited for
+
+
+class Client(Connection):
+    """A connection that speaks the Centrifuge protocol. ``send`` is a ``message`` push, ``join`` a
+    server-side subscription.
+    """
+
+    speaks_protocol = True
+
+    __slots__ = (
+        "_awaits_pong",
+        "_connected",
+        "_entering",
+        "_expiry",
+        "_handlers",
+        "_refused",
+        "_server_side",
+        "_spent_at",
+        "_timer",
+        "_tokens",
+    )
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._connected = False
+        self._refused = False
+        self._awaits_pong = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._expiry: asyncio.TimerHandle | None = None
+        self._entering: set[str] = set()
+        self._server_side: set[str] = set()
+        self._tokens = self._config.max_commands_per_second * _BURST
+        self._spent_at = self.socket.loop.time()
+
+    @property
+    def _config(self) -> RealtimeConfig:
+        return self.cluster.realtime
+
+    async def run(self, receive: Receive) -> None:
+        """Serve the client until it is gone."""
+        self._timer = self.socket.loop.call_later(self._config.connect_timeout, self._stale)
+        code, reason = 1006, ""
+        try:
+            while True:
+                message = await receive()
+                if message["type"] == "websocket.disconnect":
+                    code, reason = message.get("code") or 1005, message.get("reason") or ""
+                    break
+                await self._frame(message)
+        finally:
+            for timer in (self._timer, self._expiry):
+                if timer is not None:
+                    timer.cancel()
+            self.stop_reading()
+            self.outbox.close()
+            await self._ended(self.socket.close_code or code, self.socket.close_reason or reason)
+
+    async def _ended(self, code: int, reason: str) -> None:
+        await self.cluster.rooms.leave_all(self)
+        if self._connected:
+            await self.cluster.endpoint.limits.leave(self)
+            await self._call_hook(self._config.on_disconnect, self, code, reason)
+
+    def _end(self, code: DisconnectCode) -> None:
+        self.socket.close(code, code.text)
+
+    # Frames
+
+    async def _frame(self, message: Message) -> None:
+        if self.socket.state != "open":
+            return
+        text = message.get("text")
+        frame = message["bytes"] if text is None else text.encode(errors="surrogatepass")
+        if len(frame) > self._config.max_message_bytes:
+            self._end(DisconnectCode.TOO_BIG)
+            return
+        try:
+            commands = decode_commands(frame)
+        except BadFrame:
+            self._end(DisconnectCode.BAD_REQUEST)
+            return
+        if not self._afford(len(commands)):
+            self._end(DisconnectCode.TOO_MANY_REQUESTS)
+            return
+        while commands and self.socket.state == "open":
+            # SDKs that come back subscribe to everything in one frame: that costs one round trip, not one
+            # each.
+            together = 1
+            while (
+                together < len(commands) and commands[together - 1].subscribe and commands[together].subscribe
+            ):
+                together += 1
+            batch, commands = commands[:together], commands[together:]
+            if together == 1:
+                await self._command(batch[0])
+            else:
+                async with asyncio.TaskGroup() as group:
+                    for command in batch:
+                        group.create_task(self._command(command))
+
+    def _afford(self, count: int) -> bool:
+        rate = self._config.max_commands_per_second
+        now = self.socket.loop.time()
+        self._tokens = min(rate * _BURST, self._tokens + (now - self._spent_at) * rate) - count
+        self._spent_at = now
+        return self._tokens >= 0
+
+    async def _command(self, command: Command) -> None:
+        if not self._connected and (command.connect is None or self._refused):
+            self._end(DisconnectCode.BAD_REQUEST)
+            return
+        if command.id == 0:
+            if command.send is not None:
+                await self._on_send(command.send)
+            elif command == _PONG:
+                self._awaits_pong = False
+            else:
+                self._end(DisconnectCode.BAD_REQUEST)
+            return
+        if command.id < 0:
+            self._end(DisconnectCode.BAD_REQUEST)
+            return
+        name = next((known for known in _HANDLERS if getattr(command, known) is not None), None)
+        try:
+            if name is None:
+                raise ReplyError(ErrorCode.METHOD_NOT_FOUND)
+            await _HANDLERS[name](self, command.id, getattr(command, name))
+            return
+        except ReplyError as error:
+            code, text = error.code, error.message
+        except NotPermitted as error:
+            code, text = ErrorCode.PERMISSION_DENIED, error.reason
+        except ClusterError as error:
+            logger.warning("a client's %s failed: %s", name, error)
+            code, text = ErrorCode.INTERNAL, ErrorCode.INTERNAL.text
+        except Exception:
+            logger.exception("a client's %s failed", name)
+            code, text = ErrorCode.INTERNAL, ErrorCode.INTERNAL.text
+        if command.connect is not None and not code.temporary:
+            self._refused = True
+        self.outbox.push(Packet(encode_error(command.id, code, text)))
+
+    def _reply(self, command_id: int, name: str, result: Result) -> None:
+        self.outbox.push(Packet(encode_reply(command_id, name, result)))
+
+    # Connecting
+
+    async def _on_connect(self, command_id: int, request: ConnectCommand) -> None:
+        if self._connected:
+            self._end(DisconnectCode.BAD_REQUEST)
+            return
+        answer = await self._ask_connect(request.token, request.data, request.headers)
+        user = self.user_id if answer.user_id is None else answer.user_id
+        if user != self.user_id:
+            self.cluster.hub.set_user(self.socket, user)
+        self.info = answer.info
+        if not await self.cluster.endpoint.limits.enter(self):
+            self._end(DisconnectCode.CONNECTION_LIMIT)
+            return
+        self._connected = True
+        result: dict[str, Any] = {"client": self.id, "version": "asgi-cluster", **_expiry(answer)}
+        if answer.data is not None:
+            result["data"] = Raw(msgspec.json.encode(answer.data))
+        if answer.rooms:
+            result["subs"] = {
+                room: await self._subscribe_here(room, request.subs.get(room)) for room in answer.rooms
+            }
+        interval = self._config.ping_interval
+        result |= {"ping": max(1, round(interval)), "pong": True, "node": self.cluster.node or ""}
+        if self._timer is not None:
+            self._timer.cancel()
+        # The first one spread out, so that clients that came together are not pinged together for ever.
+        self._timer = self.socket.loop.call_later(interval * random.uniform(0.5, 1.0), self._ping)
+        self._expires(answer)
+        self._reply(command_id, "connect", result)
+        if not await self._call_hook(self._config.on_connect, self):
+            self._end(DisconnectCode.SERVER_ERROR)
+
+    async def _ask_connect(self, token: str, data: Raw, headers: dict[str, str]) -> Connected:
+        hook = self._config.connect
+        if hook is None:
+            return Connected()
+        request = ConnectRequest(
+            token=token,
+            data=_decoded(data),
+            headers=headers,
+            session=self.session,
+            user_id=self.user_id,
+            scope=self.socket.scope,
+        )
+        answer = hook(request)
+        if inspect.isawaitable(answer):
+            answer = await answer
+        if answer is None or isinstance(answer, str):
+            return Connected(user_id=answer)
+        if not isinstance(answer, Connected):
+            raise TypeError(
+                f"the connect hook must return a user id, None or Connected, not {type(answer).__name__}"
+            )
+        return answer
+
+    async def _on_refresh(self, command_id: int, request: RefreshCommand) -> None:
+        if self._config.connect is None or self._expiry is None:
+            raise ReplyError(ErrorCode.NOT_AVAILABLE)
+        answer = await self._ask_connect(request.token, Raw(), {})
+        if answer.user_id is not None and answer.user_id != self.user_id:
+            raise ReplyError(ErrorCode.PERMISSION_DENIED, "the token is another user's")
+        self._expires(answer)
+        self._reply(command_id, "refresh", {"client": self.id, "version": "asgi-cluster", **_expiry(answer)})
+
+    def _expires(self, answer: Connected) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
+        if answer.expires_in is not None:
+            delay = answer.expires_in + min(_REFRESH_GRACE, answer.expires_in)
+            self._expiry = self.socket.loop.call_later(delay, self._end, DisconnectCode.EXPIRED)
+
+    def _stale(self) -> None:
+        self._end(DisconnectCode.STALE)
+
+    def _ping(self) -> None:
+        self._awaits_pong = True
+        self.outbox.push(_PING)
+        wait = min(self._config.pong_timeout, self._config.ping_interval)
+        self._timer = self.socket.loop.call_later(wait, self._check_pong, self._config.ping_interval - wait)
+
+    def _check_pong(self, rest: float) -> None:
+        if self._awaits_pong:
+            self._end(DisconnectCode.NO_PONG)
+        else:
+            self._timer = self.socket.loop.call_later(rest, self._ping)
+
+    # Rooms
+
+    def _rule(self, channel: str) -> tuple[RoomRule, dict[str, str]]:
+        try:
+            check_room(channel)
+        except ValueError:
+            raise ReplyError(ErrorCode.BAD_REQUEST) from None
+        found = self.cluster.rooms.rule(channel)
+        if found is None:
+            raise ReplyError(ErrorCode.UNKNOWN_CHANNEL)
+        return found
+
+    async def _permit(self, permission: Permission, channel: str, params: dict[str, str], data: Raw) -> None:
+        allowed: bool | Awaitable[bool] = permission is True
+        if permission is not None and permission is not True:
+            allowed = permission(
+                RoomRequest(connection=self, room=channel, params=params, data=_decoded(data))
+            )
+            if inspect.isawaitable(allowed):
+                allowed = await allowed
+        if not allowed:
+            raise ReplyError(ErrorCode.PERMISSION_DENIED)
+
+    async def _on_subscribe(self, command_id: int, request: SubscribeCommand) -> None:
+        channel = request.channel
+        rule, params = self._rule(channel)
+        if channel in self.rooms or channel in self._entering:
+            raise ReplyError(ErrorCode.ALREADY_SUBSCRIBED)
+        if len(self.rooms) + len(self._entering) >= self._config.max_rooms:
+            raise ReplyError(ErrorCode.LIMIT_EXCEEDED)
+        self._entering.add(channel)
+        try:
+            await self._permit(rule.subscribe, channel, params, request.data)
+            since = Position(request.offset, request.epoch) if request.recover and rule.history else None
+            entered = await self.cluster.rooms.enter(self, channel, since=since)
+        finally:
+            self._entering.discard(channel)
+        result = _subscribed(entered, request)
+        if request.rejects_unrecovered and result.was_recovering and not result.recovered:
+            await self.cluster.rooms.leave(self, channel)
+            raise ReplyError(ErrorCode.UNRECOVERABLE_POSITION)
+        self._reply(command_id, "subscribe", result)
+
+    async def _subscribe_here(self, room: str, request: SubscribeCommand | None) -> SubscribeResult:
+        recovers = request is not None and request.recover
+        since = Position(request.offset, request.epoch) if request is not None and recovers else None
+        entered = await self.cluster.rooms.enter(self, check_room(room), since=since)
+        self._server_side.add(room)
+        return _subscribed(entered, request or SubscribeCommand())
+
+    async def join(self, room: str) -> None:
+        """Subscribe the client to ``room`` without its asking (a server-side subscription). As
+        ``Connection.join``.
+        """
+        if room in self.rooms:
+            return
+        result = await self._subscribe_here(room, None)
+        subscribe: dict[str, Any] = {"recoverable": result.recoverable, "positioned": result.positioned}
+        if result.positioned:
+            subscribe |= {"epoch": result.epoch, "offset": result.offset}
+        self.outbox.push(Packet(encode_push("subscribe", subscribe, channel=room)))
+
+    async def leave(self, room: str) -> None:
+        """End a subscription and tell the client."""
+        self._server_side.discard(room)
+        if await self.cluster.rooms.leave(self, room):
+            self._tell_unsubscribed(room, UnsubscribeCode.SERVER, "server unsubscribe")
+
+    def _tell_unsubscribed(self, room: str, code: int, reason: str) -> None:
+        push = encode_push("unsubscribe", {"code": code, "reason": reason}, channel=room)
+        self.outbox.push(Packet(push))
+
+    def lost(self, room: str) -> None:
+        """Publications are lost: the client subscribes again and learns what it can have."""
+        if room in self._server_side:
+            self._end(DisconnectCode.INSUFFICIENT_STATE)
+        elif self.cluster.hub.leave(self, room):
+            self._tell_unsubscribed(room, UnsubscribeCode.INSUFFICIENT_STATE, "insufficient state")
+
+    def expelled(self, room: str, code: int, reason: str) -> None:
+        """Somebody took the client out of ``room``."""
+        self._leave_later(room)
+
+    async def _on_unsubscribe(self, command_id: int, request: RoomCommand) -> None:
+        self._server_side.discard(request.channel)
+        await self.cluster.rooms.leave(self, request.channel)
+        self._reply(command_id, "unsubscribe", _EMPTY)
+
+    async def _on_publish(self, command_id: int, request: PublishCommand) -> None:
+        rule, params = self._rule(request.channel)
+        if not bytes(request.data):
+            raise ReplyError(ErrorCode.BAD_REQUEST)
+        await self._permit(rule.publish, request.channel, params, request.data)
+        kind, data = from_client(request.data)
+        rooms = self.cluster.rooms
+        await rooms.publish(request.channel, kind, data, client=self.id, info=rooms.client_info(self))
+        self._reply(command_id, "publish", _EMPTY)
+
+    def _in_room(self, channel: str, feature: str) -> None:
+        rule, _ = self._rule(channel)
+        if channel not in self.rooms:
+            raise ReplyError(ErrorCode.PERMISSION_DENIED)
+        if not getattr(rule, feature):
+            raise ReplyError(ErrorCode.NOT_AVAILABLE)
+
+    async def _on_presence(self, command_id: int, request: RoomCommand) -> None:
+        self._in_room(request.channel, "presence")
+        members = await self.cluster.rooms.present(request.channel)
+        self._reply(
+            command_id, "presence", {"presence": {client: Raw(info) for client, info in members.items()}}
+        )
+
+    async def _on_presence_stats(self, command_id: int, request: RoomCommand) -> None:
+        self._in_room(request.channel, "presence")
+        clients, users = await self.cluster.rooms.presence_stats(request.channel)
+        self._reply(command_id, "presence_stats", {"num_clients": clients, "num_users": users})
+
+    async def _on_history(self, command_id: int, request: HistoryCommand) -> None:
+        self._in_room(request.channel, "history")
+        since = None if request.since is None else Position(request.since.offset, request.since.epoch)
+        page = await self.cluster.rooms.read(
+            request.channel,
+            limit=None if request.limit < 0 else request.limit,
+            since=since,
+            reverse=request.reverse,
+        )
+        if since is not None and not request.reverse and not page.complete:
+            raise ReplyError(ErrorCode.UNRECOVERABLE_POSITION)
+        publications = [pub for entry in page.entries if (pub := pub_of(entry)) is not None]
+        result = {"publications": publications, "epoch": page.top.epoch, "offset": page.top.offset}
+        self._reply(command_id, "history", result)
+
+    # The rest
+
+    async def _on_rpc(self, command_id: int, request: RpcCommand) -> None:
+        method = self._config.rpc.get(request.method)
+        if method is None:
+            raise ReplyError(ErrorCode.METHOD_NOT_FOUND)
+        answer = method(self, _decoded(request.data))
+        if inspect.isawaitable(answer):
+            answer = await answer
+        result: Result = _EMPTY if answer is None else {"data": Raw(msgspec.json.encode(answer))}
+        self._reply(command_id, "rpc", result)
+
+    async def _on_ping(self, command_id: int, request: Empty) -> None:
+        self._reply(command_id, "ping", _EMPTY)
+
+    async def _on_sub_refresh(self, command_id: int, request: RoomCommand) -> NoReturn:
+        raise ReplyError(ErrorCode.NOT_AVAILABLE)
+
+    async def _on_send_with_id(self, command_id: int, request: SendCommand) -> None:
+        await self._on_send(request)
+
+    async def _on_send(self, request: SendCommand) -> None:
+        if self._config.on_message is None:
+            # There is no reply in which to say it.
+            self._end(DisconnectCode.NOT_AVAILABLE)
+            return
+        await self._call_hook(self._config.on_message, self, _decoded(request.data))
+
+    async def send(self, data: Any) -> None:
+        """Push a message to this client, JSON as ``Room.broadcast`` does. Raises as ``Connection.send``."""
+        self._check_open()
+        await self.outbox.drained()
+        self._check_open()
+        kind, payload = encode_payload(data)
+        self.outbox.push(Packet(encode_push("message", {"data": to_json(kind, payload)})))
+
+    async def __anext__(self) -> NoReturn:
+        raise RuntimeError("clients of the endpoint are read by it: use RealtimeConfig(on_message=…) or rpc")
+
+    async def _call_hook(self, hook: Callable[..., Any] | None, *arguments: Any) -> bool:
+        if hook is None:
+            return True
+        try:
+            answer = hook(*arguments)
+            if inspect.isawaitable(answer):
+                await answer
+        except Exception:
+            logger.exception("a realtime hook failed")
+            return False
+        return True
+
+
+_PONG = Command()
+_EMPTY = Empty()
+_HANDLERS: dict[str, Callable[[Client, int, Any], Awaitable[None]]] = {
+    "connect": Client._on_connect,
+    "subscribe": Client._on_subscribe,
+    "unsubscribe": Client._on_unsubscribe,
+    "publish": Client._on_publish,
+    "presence": Client._on_presence,
+    "presence_stats": Client._on_presence_stats,
+    "history": Client._on_history,
+    "ping": Client._on_ping,
+    "send": Client._on_send_with_id,
+    "rpc": Client._on_rpc,
+    "refresh": Client._on_refresh,
+    "sub_refresh": Client._on_sub_refresh,
+}
+
+
+def _expiry(answer: Connected) -> dict[str, Any]:
+    if answer.expires_in is None:
+        return {}
+    return {"expires": True, "ttl": max(1, round(answer.expires_in))}
+
+
+def _decoded(raw: Raw) -> Any:
+    data = bytes(raw)
+    return msgspec.json.decode(data) if data else None
+
+
+def _subscribed(entered: Entered, request: SubscribeCommand) -> SubscribeResult:
+    position = entered.position
+    if position is None:
+        return SubscribeResult()
+    publications: Sequence[Any] = ()
+    if entered.missed is not None:
+        publications = [pub for entry in entered.missed if (pub := pub_of(entry)) is not None]
+    return SubscribeResult(
+        recoverable=True,
+        positioned=True,
+        epoch=position.epoch,
+        offset=position.offset,
+        was_recovering=request.recover,
+        recovered=request.recover and entered.missed is not None,
+        publications=publications,
+    )

@@ -1,0 +1,299 @@
+"""One connection of the cluster's own: a WebSocket of the app accepted with ``cluster.accept``, or a client
+of the endpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Self
+
+from asgi_cluster.ids import ConnectionId
+from asgi_cluster.realtime.outbox import Outbox, Packet
+from asgi_cluster.realtime.payload import encode_payload
+from asgi_cluster.realtime.protocol import DisconnectCode
+from asgi_cluster.realtime.rules import check_room
+from asgi_cluster.realtime.socket import Message, Receive, Send, Socket
+from asgi_cluster.scope import ScopeState
+from asgi_cluster.tasks import spawn
+
+if TYPE_CHECKING:
+    from asgi_cluster.cluster import Cluster
+    from asgi_cluster.realtime.hub import Audience
+    from asgi_cluster.sessions.session import Session
+
+__all__ = ["Connection", "accept"]
+
+_IDLE = 1.0  # seconds without anybody reading, after which we do
+_QUEUE = 64
+
+
+class Connection:
+    """A WebSocket that can be in rooms. Get one from ``cluster.accept``; rules and hooks are given those of
+    clients.
+
+    ``async for message in connection`` gives what the client sends, ``str`` or ``bytes``, and ends when it is
+    gone. Input is always drained: when nobody iterates for a second it is read into a small queue, so that a
+    disconnect is noticed; what does not fit is thrown away as long as nobody ever iterated, and left with the
+    server afterwards.
+    """
+
+    speaks_protocol = False
+
+    __slots__ = (
+        "__weakref__",
+        "_gone",
+        "_idle_timer",
+        "_iterated",
+        "_pumping",
+        "_queue",
+        "_reading",
+        "_receive",
+        "_waiter",
+        "cluster",
+        "info",
+        "outbox",
+        "present",
+        "rooms",
+        "session",
+        "socket",
+    )
+
+    def __init__(self, socket: Socket, cluster: Cluster, session: Session, outbox: Outbox) -> None:
+        self.socket = socket
+        self.cluster = cluster
+        self.session = session
+        self.outbox = outbox
+        self.rooms: dict[str, Audience] = {}
+        self.present: set[str] = set()
+        self.info: Any = None
+        self._receive: Receive | None = None
+        self._queue: deque[str | bytes] | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._reading = False
+        self._pumping = False
+        self._iterated = False
+        self._gone = False
+
+    @property
+    def id(self) -> ConnectionId:
+        """Unique in the cluster."""
+        return self.socket.id
+
+    @property
+    def user_id(self) -> str | None:
+        """Whom it belongs to; ``None``: nobody that is known."""
+        return self.socket.user
+
+    async def join(self, room: str) -> None:
+        """Enter a room; returns when its messages arrive. No rule is asked: the app itself does this.
+        Idempotent.
+
+        Raises:
+            ValueError: no valid room name.
+            BusUnavailable: the room cannot be subscribed to, or its history not be read.
+        """
+        await self.cluster.rooms.enter(self, check_room(room))
+
+    async def leave(self, room: str) -> None:
+        """Leave a room. Harmless when it is not in it."""
+        await self.cluster.rooms.leave(self, room)
+
+    async def send(self, data: Any) -> None:
+        """Send to this connection: ``str`` and JSON values as text, ``bytes`` as binary. Waits while the
+        client is slow.
+
+        Raises:
+            OSError: the connection is closed.
+        """
+        self._check_open()
+        await self.outbox.drained()
+        self._check_open()
+        kind, payload = encode_payload(data)
+        self.outbox.push(Packet(payload, binary=kind == "b"))
+
+    async def close(self, code: int = 1000, reason: str = "") -> None:
+        """Close the WebSocket. Harmless when it is closed."""
+        self.socket.close(code, reason)
+
+    def lost(self, room: str) -> None:
+        """Publications of ``room`` are lost: without a protocol there is only one way to tell, the close code
+        3010.
+        """
+        self.socket.close(DisconnectCode.INSUFFICIENT_STATE, DisconnectCode.INSUFFICIENT_STATE.text)
+
+    def expelled(self, room: str, code: int, reason: str) -> None:
+        """Somebody took it out of ``room``."""
+        self._leave_later(room)
+
+    def _leave_later(self, room: str) -> None:
+        spawn(self.socket.tasks, self.leave(room), name="asgi-cluster leave")
+
+    def _check_open(self) -> None:
+        if self.socket.state != "open" or self.outbox.closed:
+            raise OSError("the connection is closed")
+
+    # Input
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> str | bytes:
+        self._iterated = True
+        if self._pumping or self._queue:
+            return await self._from_queue()
+        if self._gone or self._receive is None:
+            raise StopAsyncIteration
+        if self._reading:
+            raise RuntimeError("somebody else is reading from this connection")
+        self._reading = True
+        try:
+            message = await self._receive()
+        finally:
+            self._reading = False
+            self._watch()
+        return self._take(message)
+
+    def _take(self, message: Message) -> str | bytes:
+        if message["type"] != "websocket.receive":
+            self._gone = True
+            self.cluster.hub.unregister(self.socket)
+            raise StopAsyncIteration
+        text = message.get("text")
+        received: str | bytes = message["bytes"] if text is None else text
+        return received
+
+    def _watch(self) -> None:
+        # One timer at a time, and none while somebody waits for input: the usual socket has none.
+        if self._idle_timer is None and not self._gone:
+            self._idle_timer = self.socket.loop.call_later(_IDLE, self._nobody_reads)
+
+    def _nobody_reads(self) -> None:
+        self._idle_timer = None
+        if self._reading or self._pumping or self._gone or self._receive is None:
+            return
+        self._pumping = True
+        self._queue = deque()
+        spawn(self.socket.tasks, self._pump(), name="asgi-cluster input")
+
+    async def _pump(self) -> None:
+        assert self._queue is not None
+        assert self._receive is not None
+        try:
+            while not self._gone:
+                message = await self._receive()
+                try:
+                    received = self._take(message)
+                except StopAsyncIteration:
+                    return
+                while len(self._queue) >= _QUEUE and self._iterated and not self._gone:
+                    self._waiter = self.socket.loop.create_future()
+                    await self._waiter
+                if len(self._queue) >= _QUEUE:
+                    self._queue.popleft()
+                self._queue.append(received)
+                self._wake()
+        finally:
+            self._pumping = False
+            self._gone = True
+            self._wake()
+
+    async def _from_queue(self) -> str | bytes:
+        assert self._queue is not None
+        while not self._queue:
+            if self._gone:
+                raise StopAsyncIteration
+            self._waiter = self.socket.loop.create_future()
+            await self._waiter
+        if len(self._queue) >= _QUEUE:
+            self._wake()
+        return self._queue.popleft()
+
+    def _wake(self) -> None:
+        # One waiter at a time: the pump waits for a full queue, the reader for an empty one.
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def read_with(self, receive: Receive) -> None:
+        """Where input comes from."""
+        self._receive = receive
+        self._watch()
+
+    def stop_reading(self) -> None:
+        """The app is done with this connection."""
+        self._gone = True
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+        self._wake()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id} in {len(self.rooms)} rooms>"
+
+
+@asynccontextmanager
+async def accept(
+    websocket: Any,
+    cluster: Cluster,
+    *,
+    subprotocol: str | None = None,
+    headers: Iterable[tuple[bytes, bytes]] = (),
+    user_id: str | None = None,
+) -> AsyncIterator[Connection]:
+    """See ``Cluster.accept``."""
+    scope, receive, send = _parts(websocket)
+    state = ScopeState.of(scope)
+    if state is None or state.socket is None or state.cluster is not cluster:
+        raise RuntimeError(
+            "cluster.accept needs ClusterMiddleware(app, cluster), with this cluster, around the app"
+        )
+    socket, hub = state.socket, cluster.hub
+    if socket.connection is not None:
+        raise RuntimeError("this WebSocket is accepted by the cluster already")
+    if socket.state == "connecting":
+        if _waits_for_connect(websocket):
+            await receive()
+        await send({"type": "websocket.accept", "subprotocol": subprotocol, "headers": list(headers)})
+    if user_id is not None:
+        hub.set_user(socket, user_id)
+    connection = Connection(socket, cluster, state.session, hub.outbox(socket, joins=False))
+    socket.connection = connection
+    connection.read_with(receive)
+    code, reason = 1000, ""
+    try:
+        yield connection
+    except BaseException as error:
+        if not isinstance(error, OSError):
+            code, reason = 1011, "internal error"
+        raise
+    finally:
+        connection.stop_reading()
+        try:
+            await cluster.rooms.leave_all(connection)
+        finally:
+            await connection.outbox.drained()
+            socket.close(code, reason)
+            socket.connection = None
+
+
+def _parts(websocket: Any) -> tuple[Any, Receive, Send]:
+    if isinstance(websocket, tuple):
+        scope, receive, send = websocket
+        return scope, receive, send
+    try:
+        return websocket.scope, websocket.receive, websocket.send
+    except AttributeError:
+        raise TypeError(
+            "cluster.accept takes a WebSocket with scope, receive and send, or these three, "
+            f"not {type(websocket).__name__}"
+        ) from None
+
+
+def _waits_for_connect(websocket: Any) -> bool:
+    # Starlette and Litestar remember whether the app has already taken websocket.connect.
+    state = getattr(websocket, "client_state", None) or getattr(websocket, "connection_state", None)
+    return state is None or getattr(state, "name", state) in ("CONNECTING", "init")

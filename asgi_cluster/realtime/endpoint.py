@@ -1,0 +1,151 @@
+"""The built-in endpoint: ``<path>/websocket`` for clients, ``<path>/client.js`` for browsers without an
+SDK.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from asgi_cluster.realtime.client import Client
+from asgi_cluster.realtime.limits import ConnectionLimits
+from asgi_cluster.realtime.socket import Receive, Send
+from asgi_cluster.scope import ScopeState
+
+if TYPE_CHECKING:
+    from asgi_cluster.cluster import Cluster
+
+__all__ = ["Endpoint"]
+
+logger = logging.getLogger("asgi_cluster.realtime")
+
+_FILES = {"client.js": b"text/javascript; charset=utf-8", "client.d.ts": b"text/plain; charset=utf-8"}
+_SUBPROTOCOL = "centrifuge-json"
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class Endpoint:
+    """An ASGI app, called by the middleware for everything below ``RealtimeConfig.path``."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._config = cluster.realtime
+        self.limits = ConnectionLimits(cluster.rooms, cluster.realtime)
+
+    async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        """Serve a file, or a client until it is gone."""
+        name = scope["path"].rpartition(f"{self._config.path}/")[2]
+        if scope["type"] == "http":
+            await self._http(name, scope, send)
+        else:
+            await self._websocket(name, scope, receive, send)
+
+    async def _http(self, name: str, scope: Mapping[str, Any], send: Send) -> None:
+        if name == "websocket":
+            headers = [(b"upgrade", b"websocket"), (b"connection", b"upgrade")]
+            await _respond(send, 426, headers, b"This is a WebSocket endpoint.\n")
+            return
+        content = _content(name)
+        if content is None:
+            await _respond(send, 404, [], b"Not found.\n")
+            return
+        if scope["method"] not in ("GET", "HEAD"):
+            await _respond(send, 405, [(b"allow", b"GET, HEAD")], b"Method not allowed.\n")
+            return
+        body, tag = content
+        # no-cache: kept, but asked about each time, so that a new version of the package is used at once.
+        headers = [(b"etag", tag), (b"cache-control", b"no-cache"), (b"x-content-type-options", b"nosniff")]
+        known = _header(scope, b"if-none-match")
+        if known is not None and (
+            known.strip() == b"*" or tag in [part.strip().removeprefix(b"W/") for part in known.split(b",")]
+        ):
+            await send({"type": "http.response.start", "status": 304, "headers": headers})
+            await send({"type": "http.response.body", "body": b""})
+            return
+        headers += [(b"content-type", _FILES[name]), (b"content-length", b"%d" % len(body))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+
+    async def _websocket(self, name: str, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        await receive()  # websocket.connect
+        refused = 404 if name != "websocket" else 403 if not self._origin_allowed(scope) else None
+        if refused is not None:
+            await _refuse(scope, send, refused)
+            return
+        state = ScopeState.of(scope)
+        assert state is not None
+        assert state.socket is not None
+        socket, hub = state.socket, self._cluster.hub
+        subprotocol = _SUBPROTOCOL if _SUBPROTOCOL in scope.get("subprotocols", ()) else None
+        await send({"type": "websocket.accept", "subprotocol": subprotocol, "headers": []})
+        client = Client(socket, self._cluster, state.session, hub.outbox(socket, joins=True))
+        socket.connection = client
+        await client.run(receive)
+
+    def _origin_allowed(self, scope: Mapping[str, Any]) -> bool:
+        """Browsers always send Origin, native SDKs do not: an absent one cannot be somebody's browser (RFC
+        6455 section 10.2).
+        """
+        origin = _header(scope, b"origin")
+        if origin is None:
+            return True
+        allowed: Sequence[str] | None = self._config.allowed_origins
+        text = origin.decode("latin-1").lower()
+        if allowed is not None:
+            return "*" in allowed or text in [known.lower() for known in allowed]
+        host = _header(scope, b"host")
+        if host is None:
+            return False
+        # The scheme is not compared: behind a TLS proxy the server may not know its own.
+        scheme, separator, rest = text.partition("://")
+        default = {"http": ":80", "https": ":443"}.get(scheme, "")
+        return bool(separator) and rest.removesuffix(default) == host.decode("latin-1").lower().removesuffix(
+            default
+        )
+
+
+def _header(scope: Mapping[str, Any], name: bytes) -> bytes | None:
+    for key, value in scope["headers"]:
+        if key.lower() == name:
+            found: bytes = value
+            return found
+    return None
+
+
+@cache
+def _content(name: str) -> tuple[bytes, bytes] | None:
+    """A file of ours and its entity tag."""
+    if name not in _FILES:
+        return None
+    try:
+        body = files("asgi_cluster.realtime").joinpath(name).read_bytes()
+    except FileNotFoundError:
+        return None
+    return body, b'"%s"' % hashlib.sha256(body).hexdigest()[:32].encode()
+
+
+async def _respond(send: Send, status: int, headers: Headers, body: bytes) -> None:
+    headers = [
+        *headers,
+        (b"content-type", b"text/plain; charset=utf-8"),
+        (b"content-length", b"%d" % len(body)),
+        (b"cache-control", b"no-store"),
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _refuse(scope: Mapping[str, Any], send: Send, status: int) -> None:
+    logger.info("refused a client of the realtime endpoint with %d", status)
+    if "websocket.http.response" not in scope.get("extensions", {}):
+        await send({"type": "websocket.close", "code": 1008, "reason": ""})  # which a server turns into 403
+        return
+    body = b"Not found.\n" if status == 404 else b"This origin is not allowed.\n"
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "websocket.http.response.start", "status": status, "headers": headers})
+    await send({"type": "websocket.http.response.body", "body": body})

@@ -1,0 +1,379 @@
+"""This node's sockets: by session, by user, by room; what arrives for them is fanned out here, and nowhere
+else.
+
+Everything here is local. ``room.broadcast`` goes over the bus and comes back to every hub, this one included.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import weakref
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from asgi_cluster.bus.messages import PersonalMessage
+from asgi_cluster.config import RealtimeConfig
+from asgi_cluster.realtime.outbox import Counters, Flusher, Outbox, Packet
+from asgi_cluster.realtime.protocol import DisconnectCode, encode_push, to_json
+from asgi_cluster.realtime.rules import SlowPolicy
+from asgi_cluster.realtime.socket import Socket
+
+if TYPE_CHECKING:
+    from asgi_cluster.realtime.connection import Connection
+    from asgi_cluster.realtime.sequence import Sequence
+
+__all__ = ["Audience", "Hub", "HubStats", "Subscriptions"]
+
+logger = logging.getLogger("asgi_cluster.realtime")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HubStats:
+    """What this node's sockets did, counted since the hub was made."""
+
+    connections: int
+    """Open sockets, the wrapped app's own among them."""
+    rooms: int
+    """Rooms with a member here."""
+    sent: int
+    """Messages handed to a server or a transport."""
+    dropped: int
+    """Messages not sent because of ``slow="drop"``, or replaced because of ``slow="latest"``."""
+    slow: int
+    """Sockets closed with 3008 because they did not read."""
+    direct: int
+    """Open sockets that are written to directly."""
+    fallback: Mapping[str, int]
+    """Open sockets that go through ASGI ``send``, by reason."""
+
+
+class Subscriptions(Protocol):
+    """The part of the bus that a hub needs."""
+
+    async def subscribe(self, room: str) -> None:
+        """Returns when the room's messages will arrive."""
+        ...
+
+    def unsubscribe(self, room: str) -> None:
+        """No more of them."""
+        ...
+
+
+class Audience:
+    """The members of one room on this node.
+
+    ``holds`` counts members and those who are about to become one; at zero the room is unsubscribed. Attached
+    members get what arrives. Two maps, because they get different bytes.
+    """
+
+    __slots__ = ("bare", "crosses", "holds", "name", "pushed", "sequence", "slow", "subscribed")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.holds = 0
+        self.subscribed = False
+        self.crosses = False
+        self.slow: SlowPolicy = "disconnect"
+        self.bare: dict[str, Outbox] = {}
+        self.pushed: dict[str, Outbox] = {}
+        self.sequence: Sequence | None = None
+
+    def attach(self, connection: Connection) -> None:
+        """From now on ``connection`` gets what arrives."""
+        if connection.outbox.closed:
+            return
+        (self.pushed if connection.speaks_protocol else self.bare)[connection.id] = connection.outbox
+        self.crosses = self.crosses or connection.socket.crosses_loops
+
+    def detach(self, connection: Connection) -> bool:
+        """It gets nothing any more; False when it did not before."""
+        members = self.pushed if connection.speaks_protocol else self.bare
+        return members.pop(connection.id, None) is not None
+
+    def deliver(
+        self, bare: Packet | None, push: Packet | None, *, key: Hashable = None, exclude: str | None = None
+    ) -> None:
+        """Hand a message to every member here but ``exclude``: ``bare`` to the app's sockets, ``push`` to
+        clients.
+        """
+        if self.slow == "latest":
+            key = (self.name, key)
+        if self.crosses:
+            self._deliver_across(bare, push, key, exclude)
+            return
+        slow = self.slow
+        if exclude is None:
+            if push is not None:
+                for outbox in self.pushed.values():
+                    outbox.push(push, slow, key)
+            if bare is not None:
+                for outbox in self.bare.values():
+                    outbox.push(bare, slow, key)
+            return
+        if push is not None:
+            for member, outbox in self.pushed.items():
+                if member != exclude:
+                    outbox.push(push, slow, key)
+        if bare is not None:
+            for member, outbox in self.bare.items():
+                if member != exclude:
+                    outbox.push(bare, slow, key)
+
+    def _deliver_across(
+        self, bare: Packet | None, push: Packet | None, key: Hashable, exclude: str | None
+    ) -> None:
+        # memory:// calls on the publisher's thread. Even on the right one it takes the queue, or one could
+        # overtake another.
+        for members, packet in ((self.pushed, push), (self.bare, bare)):
+            if packet is None:
+                continue
+            for member, outbox in tuple(members.items()):
+                if member != exclude:
+                    outbox.push_threadsafe(packet, self.slow, key)
+
+
+class Hub:
+    """Local fan-out. ``subscriptions`` is told which rooms have a member here."""
+
+    def __init__(self, *, subscriptions: Subscriptions, config: RealtimeConfig) -> None:
+        self._subscriptions = subscriptions
+        self._config = config
+        self._sockets: set[Socket] = set()
+        self._by_handle: dict[str, set[Socket]] = {}
+        self._by_user: dict[str, set[Socket]] = {}
+        self._rooms: dict[str, Audience] = {}
+        self._flushers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Flusher] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._counters = Counters()
+        # memory:// joins loops in several threads; elsewhere it is never contended.
+        self._lock = threading.RLock()
+
+    # Sockets
+
+    def register(self, socket: Socket) -> None:
+        """From now on the socket is found by its session and its user."""
+        with self._lock:
+            self._sockets.add(socket)
+            if socket.handle is not None:
+                self._by_handle.setdefault(socket.handle, set()).add(socket)
+            if socket.user is not None:
+                self._by_user.setdefault(socket.user, set()).add(socket)
+
+    def unregister(self, socket: Socket) -> None:
+        """It is found no more, and leaves its rooms. Harmless when it was never registered."""
+        with self._lock:
+            self._sockets.discard(socket)
+            _discard(self._by_handle, socket.handle, socket)
+            _discard(self._by_user, socket.user, socket)
+        connection = socket.connection
+        if connection is not None:
+            for name in list(connection.rooms):
+                self.leave(connection, name)
+        if socket.outbox is not None:
+            socket.outbox.close()
+
+    def set_user(self, socket: Socket, user: str | None) -> None:
+        """The socket belongs to ``user`` from now on."""
+        with self._lock:
+            _discard(self._by_user, socket.user, socket)
+            socket.user = user
+            if user is not None and socket in self._sockets:
+                self._by_user.setdefault(user, set()).add(socket)
+
+    def outbox(self, socket: Socket, *, joins: bool) -> Outbox:
+        """The outbox of a socket of ours; ``joins`` as there."""
+        if socket.outbox is None:
+            flusher = self._flushers.get(socket.loop)
+            if flusher is None:
+                flusher = self._flushers[socket.loop] = Flusher(socket.loop)
+            socket.outbox = Outbox(
+                socket, flusher, self._counters, limit=self._config.outbox_bytes, joins=joins
+            )
+        return socket.outbox
+
+    def handles(self) -> Iterable[str]:
+        """Sessions with an open socket here."""
+        return tuple(self._by_handle)
+
+    def close_session(self, handle: str, code: int, reason: str) -> int:
+        """Close a session's sockets; how many there were."""
+        return sum(socket.close(code, reason) for socket in tuple(self._by_handle.get(handle, ())))
+
+    def close_user(self, user: str, *, keep: str | None, code: int, reason: str) -> int:
+        """Close a user's sockets but those of the session ``keep``; how many there were."""
+        sockets = tuple(self._by_user.get(user, ()))
+        return sum(socket.close(code, reason) for socket in sockets if keep is None or socket.handle != keep)
+
+    def send_session(self, handle: str, message: PersonalMessage) -> int:
+        """Send to a session's sockets that the cluster serves; to how many."""
+        return _send_to(self._by_handle.get(handle, ()), message)
+
+    def send_user(self, user: str, message: PersonalMessage) -> int:
+        """Send to a user's sockets that the cluster serves; to how many."""
+        return _send_to(self._by_user.get(user, ()), message)
+
+    async def drain(self, seconds: float) -> None:
+        """Close every socket with 3001, spread over ``seconds``, so that the clients do not all come back at
+        once.
+        """
+        sockets = tuple(self._sockets)
+        steps = max(1, min(len(sockets), round(seconds * 20)))
+        for step in range(steps):
+            for socket in sockets[step::steps]:
+                socket.close(DisconnectCode.SHUTDOWN, DisconnectCode.SHUTDOWN.text)
+            await asyncio.sleep(seconds / steps)
+
+    async def shutdown(self, *, timeout: float) -> None:
+        """Close every socket with 3001 and wait until they are gone; what is left after ``timeout`` seconds
+        is cut off.
+        """
+        for socket in tuple(self._sockets):
+            socket.close(DisconnectCode.SHUTDOWN, DisconnectCode.SHUTDOWN.text)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + timeout
+        while self._sockets and loop.time() < until:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)  # once, at the end, and sockets may go on other loops
+        for socket in tuple(self._sockets):
+            socket.abort()
+            self.unregister(socket)
+            socket.detach()
+
+    # Rooms
+
+    async def hold(self, room: str) -> Audience:
+        """Count one more for ``room``; returns when its messages arrive here. ``release`` once for each
+        ``hold``.
+
+        Raises:
+            BusUnavailable: the server refuses the channel. Nothing is held then, nor after a cancellation.
+        """
+        with self._lock:
+            audience = self._rooms.get(room)
+            if audience is None:
+                audience = self._rooms[room] = Audience(room)
+            audience.holds += 1
+        try:
+            if not audience.subscribed:
+                # Everybody who comes before the acknowledgement waits for it on his own (the port is
+                # idempotent): one who is cancelled takes nobody along.
+                await self._subscriptions.subscribe(room)
+                audience.subscribed = True
+        except BaseException:
+            self.release(audience)
+            raise
+        return audience
+
+    def release(self, audience: Audience) -> None:
+        """One less; the last one unsubscribes."""
+        with self._lock:
+            audience.holds -= 1
+            if audience.holds == 0 and self._rooms.get(audience.name) is audience:
+                del self._rooms[audience.name]
+                # Here, under the lock: a join that comes after this subscribes after this.
+                self._subscriptions.unsubscribe(audience.name)
+
+    async def join(self, connection: Connection, room: str) -> Audience:
+        """Make ``connection`` a member of ``room``. Idempotent. Raises as ``hold``."""
+        if room in connection.rooms:
+            return connection.rooms[room]
+        audience = await self.hold(room)
+        if room in connection.rooms or connection.outbox.closed:
+            # Joined twice at once, or gone meanwhile.
+            self.release(audience)
+        else:
+            connection.rooms[room] = audience
+            audience.attach(connection)
+        return audience
+
+    def leave(self, connection: Connection, room: str) -> bool:
+        """End a membership; False when there was none."""
+        audience = connection.rooms.pop(room, None)
+        if audience is None:
+            return False
+        audience.detach(connection)
+        self.release(audience)
+        return True
+
+    def audience(self, room: str) -> Audience | None:
+        """The members of ``room`` here; ``None`` when there are none."""
+        return self._rooms.get(room)
+
+    def audiences(self) -> tuple[Audience, ...]:
+        """Every room with a member here."""
+        return tuple(self._rooms.values())
+
+    def connections_of(self, user: str) -> tuple[Connection, ...]:
+        """The user's sockets here that the cluster serves."""
+        found = (socket.connection for socket in tuple(self._by_user.get(user, ())))
+        return tuple(connection for connection in found if connection is not None)
+
+    def members(self, audience: Audience) -> tuple[Connection, ...]:
+        """Every member of ``audience``."""
+        outboxes = (*tuple(audience.bare.values()), *tuple(audience.pushed.values()))
+        found = (outbox.socket.connection for outbox in outboxes)
+        return tuple(connection for connection in found if connection is not None)
+
+    # Observing
+
+    def load(self) -> tuple[int, int]:
+        """Sockets and rooms here."""
+        return len(self._sockets), len(self._rooms)
+
+    def stats(self) -> HubStats:
+        """A snapshot; walks the sockets once."""
+        direct = 0
+        fallback: dict[str, int] = {}
+        for socket in tuple(self._sockets):
+            if not socket.why_not_direct:
+                direct += 1
+            else:
+                fallback[socket.why_not_direct] = fallback.get(socket.why_not_direct, 0) + 1
+        counters = self._counters
+        return HubStats(
+            connections=len(self._sockets),
+            rooms=len(self._rooms),
+            sent=counters.sent,
+            dropped=counters.dropped,
+            slow=counters.slow,
+            direct=direct,
+            fallback=fallback,
+        )
+
+    def __repr__(self) -> str:
+        return f"<Hub {len(self._sockets)} sockets, {len(self._rooms)} rooms>"
+
+
+def _discard(index: dict[str, set[Socket]], key: str | None, socket: Socket) -> None:
+    if key is None or key not in index:
+        return
+    index[key].discard(socket)
+    if not index[key]:
+        del index[key]
+
+
+def _send_to(sockets: Iterable[Socket], message: PersonalMessage) -> int:
+    bare: Packet | None = None
+    push: Packet | None = None
+    count = 0
+    for socket in tuple(sockets):
+        connection = socket.connection
+        if connection is None:
+            continue
+        if connection.speaks_protocol:
+            if push is None:
+                push = Packet(encode_push("message", {"data": to_json(message.kind, message.data)}))
+            packet = push
+        else:
+            if bare is None:
+                bare = Packet(message.data, binary=message.kind == "b")
+            packet = bare
+        if socket.crosses_loops:
+            connection.outbox.push_threadsafe(packet)
+        else:
+            connection.outbox.push(packet)
+        count += 1
+    return count

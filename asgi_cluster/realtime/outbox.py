@@ -1,0 +1,332 @@
+"""What waits to be sent to one socket: bounded in bytes, written once per loop tick.
+
+Whatever is pushed in one tick of the loop leaves in one write at the end of it. That costs a lone message
+nothing, and under load the batches grow by themselves. The way to the client is *direct* where the server is
+uvicorn's websockets-sansio protocol in a version that was tested: a ready frame to its transport. Everything
+else goes through ASGI ``send``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Hashable
+from time import perf_counter
+from typing import Any
+
+from websockets.frames import Frame, Opcode
+from websockets.protocol import State
+
+from asgi_cluster.realtime.protocol import DisconnectCode
+from asgi_cluster.realtime.rules import SlowPolicy
+from asgi_cluster.realtime.socket import Socket, discard, drive
+from asgi_cluster.tasks import spawn
+
+__all__ = ["Counters", "Flusher", "Outbox", "Packet"]
+
+logger = logging.getLogger("asgi_cluster.realtime")
+
+_BATCH_BYTES = 1 << 16
+_SLICE = 0.01  # seconds the flusher may hold the loop: a large room must not make everything else wait
+
+
+class Packet:
+    """One message in one wire form, encoded and framed once, whoever gets it."""
+
+    __slots__ = ("_event", "_frame", "binary", "data", "size")
+
+    def __init__(self, data: bytes, *, binary: bool = False) -> None:
+        self.data = data
+        self.binary = binary
+        self.size = len(data)
+        self._frame: bytes | None = None
+        self._event: dict[str, Any] | None = None
+
+    @property
+    def frame(self) -> bytes:
+        """An unmasked, uncompressed WebSocket frame. Valid where permessage-deflate was negotiated, too (RFC
+        7692 section 6).
+        """
+        if self._frame is None:
+            opcode = Opcode.BINARY if self.binary else Opcode.TEXT
+            self._frame = Frame(opcode, self.data).serialize(mask=False)
+        return self._frame
+
+    @property
+    def event(self) -> dict[str, Any]:
+        """The ASGI message."""
+        if self._event is None:
+            self._event = (
+                {"type": "websocket.send", "bytes": self.data}
+                if self.binary
+                else {"type": "websocket.send", "text": self.data.decode()}
+            )
+        return self._event
+
+
+class Counters:
+    """What the outboxes of one hub have done."""
+
+    __slots__ = ("dropped", "sent", "slow")
+
+    def __init__(self) -> None:
+        self.sent = 0
+        self.dropped = 0
+        self.slow = 0
+
+
+class Flusher:
+    """Writes, at the end of a loop tick, what the outboxes of this loop got during it."""
+
+    __slots__ = ("__weakref__", "_dirty", "_loop", "_scheduled")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._dirty: list[Outbox] = []
+        self._scheduled = False
+
+    def add(self, outbox: Outbox) -> None:
+        """``outbox`` has something to write."""
+        self._dirty.append(outbox)
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        dirty, self._dirty = self._dirty, []
+        until = perf_counter() + _SLICE
+        for index, outbox in enumerate(dirty):
+            try:
+                outbox.flush()
+            except Exception:
+                logger.exception("writing to a socket failed")
+                outbox.close()
+            if index & 31 == 31 and perf_counter() > until:
+                self._dirty = dirty[index + 1 :] + self._dirty
+                break
+        if self._dirty:
+            self._loop.call_soon(self._flush)
+        else:
+            self._scheduled = False
+
+
+class Outbox:
+    """The messages that wait for one socket. To be used on the socket's loop only.
+
+    ``joins``: several messages may travel as one, joined by newlines (the client protocol's batches).
+    """
+
+    __slots__ = (
+        "_bytes",
+        "_counters",
+        "_dirty",
+        "_drained",
+        "_flusher",
+        "_joins",
+        "_latest",
+        "_limit",
+        "_pending",
+        "blocked",
+        "closed",
+        "direct",
+        "socket",
+    )
+
+    def __init__(
+        self, socket: Socket, flusher: Flusher, counters: Counters, *, limit: int, joins: bool
+    ) -> None:
+        self.socket = socket
+        self._flusher = flusher
+        self._counters = counters
+        self._limit = limit
+        self._joins = joins
+        self._pending: deque[Packet] = deque()
+        self._latest: dict[Hashable, Packet] | None = None
+        self._drained: asyncio.Future[None] | None = None
+        self._bytes = 0
+        self._dirty = False
+        self.blocked = False
+        """Whether a writer waits for the client to read."""
+        self.closed = False
+        self.direct = socket.server is not None and not socket.why_not_direct
+
+    def push(self, packet: Packet, slow: SlowPolicy = "disconnect", key: Hashable = None) -> None:
+        """Send ``packet`` after what was pushed before; ``slow`` says what happens when too much waits
+        already.
+        """
+        if self.blocked or self._bytes + packet.size > self._limit:
+            self._push_slowly(packet, slow, key)
+            return
+        if self.closed:
+            return
+        self._pending.append(packet)
+        self._bytes += packet.size
+        if not self._dirty:
+            self._dirty = True
+            self._flusher.add(self)
+
+    def push_threadsafe(self, packet: Packet, slow: SlowPolicy = "disconnect", key: Hashable = None) -> None:
+        """``push`` from any thread."""
+        try:
+            self.socket.loop.call_soon_threadsafe(self.push, packet, slow, key)
+        except RuntimeError:
+            self.closed = True  # its loop is closed, and so is the socket
+
+    def _push_slowly(self, packet: Packet, slow: SlowPolicy, key: Hashable) -> None:
+        if self.closed:
+            return
+        if not self.blocked:
+            # A burst within one tick is not a slow client: hand over what is there before judging.
+            self.flush()
+            if self.closed:
+                return
+        if slow == "latest" and self.blocked:
+            latest = self._latest
+            if latest is None:
+                latest = self._latest = {}
+            replaced = latest.pop(key, None)
+            if replaced is not None:
+                self._bytes -= replaced.size
+                self._counters.dropped += 1
+        if self._bytes + packet.size > self._limit and (self.blocked or self._bytes):
+            if slow == "disconnect":
+                self._counters.slow += 1
+                self.socket.close(DisconnectCode.SLOW, DisconnectCode.SLOW.text)
+            else:
+                self._counters.dropped += 1
+            return
+        self._bytes += packet.size
+        if slow == "latest" and self.blocked and self._latest is not None:
+            self._latest[key] = packet
+        else:
+            self._pending.append(packet)
+            if not self.blocked and not self._dirty:
+                self._dirty = True
+                self._flusher.add(self)
+
+    def flush(self) -> None:
+        """Write what waits, as far as the client keeps up; a task goes on when it does not."""
+        self._dirty = False
+        if self.closed or self.blocked or not self._pending:
+            return
+        rest: Awaitable[None] | None = None
+        try:
+            rest = self._write()
+            if rest is not None:
+                self.blocked = True
+                spawn(self.socket.tasks, self._go_on(rest), name="asgi-cluster writer")
+        except (OSError, RuntimeError):
+            discard(rest)
+            self.close()  # the client is gone, the app has closed it, or the node is stopping
+
+    def _write(self) -> Awaitable[None] | None:
+        return self._write_frames() if self.direct else self._send_events()
+
+    def _write_frames(self) -> Awaitable[None] | None:
+        # Not through the server's own send: so its state is checked before each write. Nothing may follow a
+        # close frame.
+        server = self.socket.server
+        transport = server.transport
+        while self._pending:
+            if (
+                not server.handshake_complete
+                or server.close_sent
+                or server.disconnected
+                or server.conn.state is not State.OPEN
+                or transport.is_closing()
+            ):
+                self.close()
+                return None
+            if not server.writable.is_set():
+                waiting: Awaitable[None] = server.writable.wait()
+                return waiting
+            transport.write(self._next_frames())
+        return None
+
+    def _next_frames(self) -> bytes:
+        pending = self._pending
+        if self._bytes <= _BATCH_BYTES:
+            frames = [packet.frame for packet in pending]
+            pending.clear()
+            self._bytes = 0 if not self._latest else sum(packet.size for packet in self._latest.values())
+        else:
+            frames, size = [], 0
+            while pending and size < _BATCH_BYTES:
+                packet = pending.popleft()
+                frames.append(packet.frame)
+                size += packet.size
+            self._bytes -= size
+        self._counters.sent += len(frames)
+        return frames[0] if len(frames) == 1 else b"".join(frames)
+
+    def _send_events(self) -> Awaitable[None] | None:
+        send, known = self.socket.send, self.socket.server is not None
+        while self._pending:
+            sending = send(self._next_event())
+            # uvicorn's send finishes without waiting while its buffer has room; another server's may expect a
+            # task around it.
+            rest = drive(sending) if known else sending
+            if rest is not None:
+                return rest
+        return None
+
+    def _next_event(self) -> dict[str, Any]:
+        first = self._pending.popleft()
+        self._bytes -= first.size
+        self._counters.sent += 1
+        if not self._joins or first.binary or not self._pending:
+            return first.event
+        lines, size = [first.data], first.size
+        while self._pending and size < _BATCH_BYTES and not self._pending[0].binary:
+            packet = self._pending.popleft()
+            self._bytes -= packet.size
+            self._counters.sent += 1
+            lines.append(packet.data)
+            size += packet.size
+        return {"type": "websocket.send", "text": b"\n".join(lines).decode()}
+
+    async def _go_on(self, rest: Awaitable[None] | None) -> None:
+        try:
+            while rest is not None:
+                await rest
+                rest = None if self.closed else self._write()
+                if rest is None and self._latest:
+                    # What was not replaced while the client was slow goes last.
+                    self._pending.extend(self._latest.values())
+                    self._latest = None
+                    rest = self._write()
+        except (OSError, RuntimeError):
+            self.close()
+        finally:
+            self.blocked = False
+            self._wake()
+
+    async def drained(self) -> None:
+        """Return when nothing waits for the client any more, or the outbox is closed."""
+        while self.blocked and not self.closed:
+            if self._drained is None:
+                self._drained = self.socket.loop.create_future()
+            await asyncio.shield(self._drained)
+
+    def _wake(self) -> None:
+        waiting, self._drained = self._drained, None
+        if waiting is not None and not waiting.done():
+            waiting.set_result(None)
+
+    def close(self) -> None:
+        """Forget what waits, and take no more."""
+        self.closed = True
+        self._pending.clear()
+        self._latest = None
+        self._bytes = 0
+        self._wake()
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes that wait here; what the server buffers is not counted."""
+        return self._bytes
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else "blocked" if self.blocked else "open"
+        return f"<Outbox {self._bytes} bytes, {state}>"

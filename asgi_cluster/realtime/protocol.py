@@ -1,0 +1,289 @@
+"""The Centrifuge client protocol in JSON, without I/O: bytes in, commands out; results and pushes in, bytes
+out.
+
+After ``client.proto`` of the protocol's repository: a frame holds one or more commands (or replies), joined
+by newlines; ``{}`` is ping and pong; a reply carries its command's ``id``, a push has none. Fields and flags
+that are not known here are ignored. Payloads stay raw JSON from end to end: they are checked once on their
+way in, and never encoded again.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
+from typing import Any
+
+import msgspec
+from msgspec import UNSET, Raw, Struct, UnsetType
+
+from asgi_cluster.bus.messages import PayloadKind
+
+__all__ = [
+    "PING",
+    "BadFrame",
+    "ClientInfo",
+    "Command",
+    "DisconnectCode",
+    "ErrorCode",
+    "Pub",
+    "ReplyError",
+    "Result",
+    "StreamPosition",
+    "SubscribeResult",
+    "UnsubscribeCode",
+    "decode_commands",
+    "encode_error",
+    "encode_push",
+    "encode_reply",
+    "to_json",
+]
+
+PING = b"{}"
+
+
+class ErrorCode(IntEnum):
+    """Errors in replies (the reference server's ``errors.go``)."""
+
+    INTERNAL = 100
+    UNAUTHORIZED = 101
+    UNKNOWN_CHANNEL = 102
+    PERMISSION_DENIED = 103
+    METHOD_NOT_FOUND = 104
+    ALREADY_SUBSCRIBED = 105
+    LIMIT_EXCEEDED = 106
+    BAD_REQUEST = 107
+    NOT_AVAILABLE = 108
+    TOKEN_EXPIRED = 109
+    EXPIRED = 110
+    TOO_MANY_REQUESTS = 111
+    UNRECOVERABLE_POSITION = 112
+
+    @property
+    def text(self) -> str:
+        """The message that goes with it."""
+        return "internal server error" if self is ErrorCode.INTERNAL else self.name.lower().replace("_", " ")
+
+    @property
+    def temporary(self) -> bool:
+        """Whether the client should try again."""
+        return self in (ErrorCode.INTERNAL, ErrorCode.TOO_MANY_REQUESTS)
+
+
+class DisconnectCode(IntEnum):
+    """Close codes of the protocol (``disconnect.go``); ``codes.CloseCode`` has those of sessions.
+
+    3000-3499 and 4000-4499 ask the client to come back, 3500-3999 and 4500-4999 tell it not to.
+    """
+
+    SHUTDOWN = 3001
+    SERVER_ERROR = 3004
+    EXPIRED = 3005
+    SLOW = 3008
+    INSUFFICIENT_STATE = 3010
+    FORCE_RECONNECT = 3011
+    NO_PONG = 3012
+    TOO_MANY_REQUESTS = 3013
+    BAD_REQUEST = 3501
+    STALE = 3502
+    FORCE_DISCONNECT = 3503
+    CONNECTION_LIMIT = 3504
+    NOT_AVAILABLE = 3508
+    TOO_BIG = 1009
+
+    @property
+    def text(self) -> str:
+        """The reason that goes with it."""
+        names = {
+            DisconnectCode.SERVER_ERROR: "internal server error",
+            DisconnectCode.EXPIRED: "connection expired",
+        }
+        return names.get(self, self.name.lower().replace("_", " "))
+
+
+class UnsubscribeCode(IntEnum):
+    """Why a subscription ended (``unsubscribe.go``); from 2500 on the client subscribes again."""
+
+    SERVER = 2000
+    INSUFFICIENT_STATE = 2500
+
+
+class BadFrame(ValueError):
+    """A frame that is no sequence of commands."""
+
+
+class ReplyError(Exception):
+    """A command failed: ``code`` and ``message`` go back to the client."""
+
+    def __init__(self, code: ErrorCode, message: str | None = None) -> None:
+        self.code = code
+        self.message = message or code.text
+        super().__init__(code, message)
+
+
+class StreamPosition(Struct, frozen=True):
+    """A place in a room's history."""
+
+    offset: int = 0
+    epoch: str = ""
+
+
+class ConnectCommand(Struct, frozen=True):
+    """``subs`` (server-side subscriptions to recover) by room."""
+
+    token: str = ""
+    data: Raw = Raw()
+    name: str = ""
+    version: str = ""
+    headers: dict[str, str] = {}
+    subs: dict[str, SubscribeCommand] = {}
+
+
+class SubscribeCommand(Struct, frozen=True):
+    """``recover`` asks for everything after ``offset`` of ``epoch``."""
+
+    channel: str = ""
+    recover: bool = False
+    epoch: str = ""
+    offset: int = 0
+    data: Raw = Raw()
+    flag: int = 0
+
+    @property
+    def rejects_unrecovered(self) -> bool:
+        """Whether the client wants error 112 in place of a subscription that could not be recovered."""
+        return bool(self.flag & 2)
+
+
+class RoomCommand(Struct, frozen=True):
+    """Unsubscribe, presence, presence stats."""
+
+    channel: str = ""
+
+
+class PublishCommand(Struct, frozen=True):
+    channel: str = ""
+    data: Raw = Raw()
+
+
+class HistoryCommand(Struct, frozen=True):
+    """``limit`` 0: only the position; negative: as many as there are."""
+
+    channel: str = ""
+    limit: int = 0
+    since: StreamPosition | None = None
+    reverse: bool = False
+
+
+class RpcCommand(Struct, frozen=True):
+    method: str = ""
+    data: Raw = Raw()
+
+
+class SendCommand(Struct, frozen=True):
+    data: Raw = Raw()
+
+
+class RefreshCommand(Struct, frozen=True):
+    token: str = ""
+
+
+class Empty(Struct, frozen=True):
+    """A command, or a result, without fields."""
+
+
+class Command(Struct, frozen=True):
+    """What a client asks for; the first field that is set counts."""
+
+    id: int = 0
+    connect: ConnectCommand | None = None
+    subscribe: SubscribeCommand | None = None
+    unsubscribe: RoomCommand | None = None
+    publish: PublishCommand | None = None
+    presence: RoomCommand | None = None
+    presence_stats: RoomCommand | None = None
+    history: HistoryCommand | None = None
+    ping: Empty | None = None
+    send: SendCommand | None = None
+    rpc: RpcCommand | None = None
+    refresh: RefreshCommand | None = None
+    sub_refresh: RoomCommand | None = None
+
+
+class ClientInfo(Struct, frozen=True, omit_defaults=True):
+    """Who published, joined or left."""
+
+    user: str = ""
+    client: str = ""
+    conn_info: Raw | UnsetType = UNSET
+
+
+class Pub(Struct, frozen=True):
+    """A publication as clients see it. ``offset`` only in rooms with history."""
+
+    data: Raw
+    info: Raw | UnsetType = UNSET
+    offset: int | UnsetType = UNSET
+    tags: dict[str, str] | UnsetType = UNSET
+
+
+class SubscribeResult(Struct, frozen=True, omit_defaults=True):
+    """Where a subscription stands, and what it missed."""
+
+    recoverable: bool = False
+    epoch: str = ""
+    publications: Sequence[Pub] = ()
+    recovered: bool = False
+    offset: int = 0
+    positioned: bool = False
+    was_recovering: bool = False
+
+
+Result = Struct | Mapping[str, Any]
+
+_decoder = msgspec.json.Decoder(Command)
+_encoder = msgspec.json.Encoder()
+
+
+def decode_commands(frame: bytes) -> list[Command]:
+    """The commands of a frame; ``{}`` (a pong) is a ``Command`` with nothing set.
+
+    Raises:
+        BadFrame: not JSON, not an object, a field of the wrong type, or no command at all.
+    """
+    try:
+        commands = [_decoder.decode(line) for line in frame.split(b"\n") if line and not line.isspace()]
+    except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
+        raise BadFrame(type(error).__name__) from error
+    if not commands:
+        raise BadFrame("an empty frame")
+    return commands
+
+
+def encode_reply(command_id: int, name: str, result: Result) -> bytes:
+    """The reply to a command that succeeded."""
+    return _encoder.encode({"id": command_id, name: result})
+
+
+def encode_error(command_id: int, code: ErrorCode, message: str) -> bytes:
+    """The reply to a command that failed."""
+    error: dict[str, Any] = {"code": int(code), "message": message}
+    if code.temporary:
+        error["temporary"] = True
+    return _encoder.encode({"id": command_id, "error": error})
+
+
+def encode_push(name: str, value: Result, *, channel: str | None = None) -> bytes:
+    """A push: ``pub``, ``join``, ``leave``, ``unsubscribe``, ``subscribe`` (with ``channel``), ``message``,
+    ``disconnect``.
+    """
+    push = {name: value} if channel is None else {"channel": channel, name: value}
+    return _encoder.encode({"push": push})
+
+
+def to_json(kind: PayloadKind, data: bytes) -> Raw:
+    """A payload as JSON clients get it: text as a string, bytes as base64 (the proto3 JSON mapping)."""
+    if kind == "j":
+        return Raw(data)
+    text = data.decode() if kind == "t" else base64.b64encode(data).decode()
+    return Raw(_encoder.encode(text))

@@ -1,0 +1,182 @@
+"""Which rooms clients may enter, and what these rooms can do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from asgi_cluster.realtime.connection import Connection
+
+__all__ = [
+    "ConnectRequest",
+    "Connected",
+    "Permission",
+    "RoomRequest",
+    "RoomRule",
+    "SlowPolicy",
+    "check_room",
+    "find_rule",
+]
+
+SlowPolicy = Literal["disconnect", "drop", "latest"]
+
+_LONGEST_NAME = 255
+_PARAMETER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConnectRequest:
+    """A client of the built-in endpoint wants to connect.
+
+    ``data`` is what the client sent along, decoded; ``None`` when it sent nothing. ``user_id`` is the
+    session's user, if any.
+    """
+
+    token: str
+    data: Any
+    headers: Mapping[str, str]
+    """Headers that the client's SDK emulates in the connect command: the client's word, nothing more."""
+    session: Any
+    """The ``Session`` of the handshake."""
+    user_id: str | None
+    scope: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Connected:
+    """What a ``connect`` hook may return in place of a bare user id."""
+
+    user_id: str | None = None
+    """``None``: the session's user."""
+    expires_in: float | None = None
+    """Seconds after which the client has to refresh, with a new token; ``None``: never."""
+    data: Any = None
+    """Goes to the client in the connect reply; any JSON value."""
+    info: Any = None
+    """Shown to others in presence, joins, leaves and publications (``conn_info``); any JSON value."""
+    rooms: Sequence[str] = ()
+    """Rooms that the client is subscribed to by the server, without asking."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoomRequest:
+    """A client wants to subscribe to a room, publish in it, or see its presence or history.
+
+    ``params`` holds what the pattern's ``{names}`` matched; ``data`` what the client sent along, decoded, or
+    ``None``.
+    """
+
+    connection: Connection
+    room: str
+    params: Mapping[str, str]
+    data: Any = None
+
+
+Permission = Callable[[RoomRequest], bool | Awaitable[bool]] | Literal[True] | None
+
+
+@dataclass(frozen=True, slots=True)
+class RoomRule:
+    """Opens the rooms whose names match ``pattern`` to clients. The first rule that matches counts.
+
+    ``{name}`` in the pattern matches one or more characters except ``:``; everything else stands for itself.
+
+    Raises:
+        ValueError: options that do not go together.
+    """
+
+    pattern: str
+    _: KW_ONLY
+    subscribe: Permission = None
+    """``(RoomRequest) -> bool`` or awaitable, or raises ``NotPermitted``; ``True``: everybody; ``None``:
+    nobody.
+    """
+    publish: Permission = None
+    """As ``subscribe``, for publications of clients."""
+    history: int = 0
+    """Publications kept; 0: none."""
+    history_ttl: float = 600
+    """Seconds after its last publication for which a room remembers."""
+    presence: bool = False
+    """Whether subscribers can see who is in the room."""
+    join_leave: bool = False
+    """Whether subscribers are told who comes and goes."""
+    slow: SlowPolicy = "disconnect"
+    """What happens to a subscriber who does not read fast enough: it is disconnected (3008) and comes back,
+    the message is dropped for it, or only the latest message per ``key`` is kept for it. The last two need
+    ``history=0``."""
+    _regex: re.Pattern[str] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str) or not self.pattern:
+            raise ValueError(f"a room rule needs a pattern, not {self.pattern!r}")
+        names = _PARAMETER.findall(self.pattern)
+        if len(set(names)) < len(names):
+            raise ValueError(f"room rule {self.pattern!r} uses a name twice")
+        literals = _PARAMETER.split(self.pattern)[::2]
+        if any(set(literal) & set("{}") for literal in literals):
+            raise ValueError(f"room rule {self.pattern!r} has a brace that is not part of a {{name}}")
+        for name in ("subscribe", "publish"):
+            permission = getattr(self, name)
+            if permission is not None and permission is not True and not callable(permission):
+                raise ValueError(f"room rule {self.pattern!r}: {name} must be a function, True or None")
+        if isinstance(self.history, bool) or not isinstance(self.history, int) or self.history < 0:
+            raise ValueError(f"room rule {self.pattern!r}: history must be at least 0, not {self.history!r}")
+        if not self.history_ttl > 0:
+            raise ValueError(
+                f"room rule {self.pattern!r}: history_ttl must be above 0, not {self.history_ttl!r}"
+            )
+        if self.slow not in ("disconnect", "drop", "latest"):
+            raise ValueError(
+                f"room rule {self.pattern!r}: slow must be disconnect, drop or latest, not {self.slow!r}"
+            )
+        if self.history and self.slow != "disconnect":
+            raise ValueError(
+                f"room rule {self.pattern!r}: slow={self.slow!r} loses messages, and a room with history loses none: "
+                'use slow="disconnect" (the client comes back and recovers), or history=0'
+            )
+        expression = "".join(
+            re.escape(part) if index % 2 == 0 else f"(?P<{part}>[^:]+)"
+            for index, part in enumerate(_PARAMETER.split(self.pattern))
+        )
+        object.__setattr__(self, "_regex", re.compile(expression))
+
+    def match(self, room: str) -> dict[str, str] | None:
+        """What the pattern's names stand for in ``room``; ``None`` when it does not match."""
+        found = self._regex.fullmatch(room)
+        return None if found is None else found.groupdict()
+
+    def covers(self, other: RoomRule) -> bool:
+        """Whether every room of ``other`` is one of this rule too."""
+        # A character that no literal holds stands for "anything but a colon": what matches with it matches
+        # always.
+        return self._regex.fullmatch(_PARAMETER.sub("\ue000", other.pattern)) is not None
+
+
+def find_rule(rules: Sequence[RoomRule], room: str) -> tuple[RoomRule, dict[str, str]] | None:
+    """The first rule for ``room``, and what its pattern's names stand for."""
+    for rule in rules:
+        params = rule.match(room)
+        if params is not None:
+            return rule, params
+    return None
+
+
+def check_room(name: str) -> str:
+    """The name, if it can be one: 1 to 255 characters, no control characters, no surrogates. Exact, case
+    counts.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"a room name is a str, not {type(name).__name__}")
+    if not 1 <= len(name) <= _LONGEST_NAME:
+        raise ValueError(f"a room name has 1 to {_LONGEST_NAME} characters, not {len(name)}")
+    if _FORBIDDEN.search(name):
+        raise ValueError(f"a room name has no control characters, line ends or surrogates: {name!r}")
+    return name

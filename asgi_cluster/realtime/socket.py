@@ -1,0 +1,308 @@
+"""One WebSocket of this node, whoever serves it, and how it is closed from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import types
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, MutableMapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from asgi_cluster.ids import ConnectionId, new_token
+from asgi_cluster.tasks import spawn
+
+if TYPE_CHECKING:
+    from asgi_cluster.realtime.connection import Connection
+    from asgi_cluster.realtime.outbox import Outbox
+
+__all__ = ["Socket", "discard", "drive"]
+
+logger = logging.getLogger("asgi_cluster.realtime")
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+_LONGEST_REASON = 123  # bytes: RFC 6455 section 5.5 allows 125 in a control frame, two of them are the code
+_UVICORN_SOCKETS = "uvicorn.protocols.websockets."
+_TESTED_UVICORN = ("0.54.",)
+
+
+class Socket:
+    """A WebSocket between handshake and end.
+
+    ``send`` is the server's own ASGI ``send``. ``state`` is ``connecting`` until the handshake is answered,
+    then ``open``, and ``closed`` when it was closed by us or is gone. ``close_code`` is the code of a close
+    that *we* began; ``None`` without one.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_closing",
+        "_receiving",
+        "close_code",
+        "close_reason",
+        "close_timeout",
+        "connection",
+        "crosses_loops",
+        "handle",
+        "id",
+        "loop",
+        "outbox",
+        "scope",
+        "send",
+        "server",
+        "state",
+        "tasks",
+        "timer",
+        "user",
+        "why_not_direct",
+    )
+
+    def __init__(
+        self,
+        scope: Mapping[str, Any],
+        send: Send,
+        *,
+        tasks: asyncio.TaskGroup,
+        crosses_loops: bool,
+        close_timeout: float,
+    ) -> None:
+        self.id = ConnectionId(new_token())
+        self.scope = scope
+        self.send = send
+        self.tasks = tasks
+        self.crosses_loops = crosses_loops
+        self.close_timeout = close_timeout
+        self.loop = asyncio.get_running_loop()
+        self.handle: str | None = None
+        self.user: str | None = None
+        self.state: Literal["connecting", "open", "closed"] = "connecting"
+        self.close_code: int | None = None
+        self.close_reason = ""
+        self.timer: asyncio.TimerHandle | None = None
+        self.connection: Connection | None = None
+        self.outbox: Outbox | None = None
+        self.server, self.why_not_direct = _known_server(send)
+        self._closing: asyncio.Future[None] | None = None
+        self._receiving: asyncio.Future[Message] | None = None
+
+    # Closing
+
+    def close(self, code: int, reason: str) -> bool:
+        """Begin to close the socket, from any thread; False when it is closed or being closed already.
+
+        Before the handshake is answered the close is remembered, and goes out right after it: browsers see no
+        code on a handshake that is refused. A client that does not read is cut off after ``close_timeout``
+        seconds.
+        """
+        if self.close_code is not None or self.state == "closed":
+            return False
+        self.close_code = code
+        self.close_reason = reason.encode()[:_LONGEST_REASON].decode(errors="ignore")
+        if self.crosses_loops and _running_loop() is not self.loop:
+            try:
+                self.loop.call_soon_threadsafe(self._close_now)
+            except RuntimeError:
+                return False  # its loop is closed, and so is the socket
+        else:
+            self._close_now()
+        return True
+
+    def opened(self) -> None:
+        """The handshake was answered: a close that came meanwhile goes out now."""
+        if self.state == "connecting":
+            self.state = "open"
+            if self.close_code is not None:
+                self._close_now()
+
+    def _close_now(self) -> None:
+        if self.state != "open":
+            return
+        if self.outbox is not None:
+            # What was sent before the close goes out before it, unless the client is slow.
+            self.outbox.flush()
+            self.outbox.close()
+        self.state = "closed"
+        if self._closing is not None and not self._closing.done():
+            self._closing.set_result(None)
+        event = {"type": "websocket.close", "code": self.close_code, "reason": self.close_reason}
+        try:
+            # uvicorn writes at once unless its buffer is full, so a thousand closes are a thousand writes and
+            # no task. An unknown server may expect a task around its coroutine.
+            rest = drive(self.send(event)) if self.server is not None else self.send(event)
+        except (OSError, RuntimeError):
+            return  # closed by the app or the client in the same moment
+        if rest is None:
+            self._cut_later()
+            return
+        try:
+            spawn(self.tasks, self._finish_close(rest), name="asgi-cluster close")
+        except RuntimeError:
+            discard(rest)
+            self.abort()  # the node is stopping and takes no more work
+
+    async def _finish_close(self, rest: Awaitable[None]) -> None:
+        try:
+            async with asyncio.timeout(self.close_timeout):
+                await rest
+        except TimeoutError:
+            self.abort()
+        except (OSError, RuntimeError):
+            return
+        else:
+            self._cut_later()
+
+    def _cut_later(self) -> None:
+        # A peer that stopped reading never empties the buffer, and a transport that is closing waits for that
+        # for ever.
+        if self.transport is not None:
+            self.loop.call_later(self.close_timeout, self._cut_if_stuck)
+
+    def _cut_if_stuck(self) -> None:
+        transport = self.transport
+        if transport is not None and transport.get_write_buffer_size() > 0:
+            transport.abort()
+
+    def abort(self) -> None:
+        """Cut the connection, where the server's transport can be reached."""
+        if self.transport is not None:
+            self.transport.abort()
+
+    @property
+    def transport(self) -> asyncio.WriteTransport | None:
+        """The server's transport, if the server is known."""
+        transport = getattr(self.server, "transport", None)
+        return transport if hasattr(transport, "get_write_buffer_size") else None
+
+    def detach(self) -> None:
+        """The ASGI call is over: nothing may be sent any more, nothing is waited for."""
+        self.state = "closed"
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+        if self.outbox is not None:
+            self.outbox.close()
+        if self._receiving is not None and not self._receiving.cancel() and not self._receiving.cancelled():
+            self._receiving.exception()  # seen: nobody will ask for it any more
+        if self._closing is not None and not self._closing.done():
+            self._closing.cancel()
+        # What is left refers to the app's scope and buffers, and a stored socket would keep them alive.
+        self.connection = None
+
+    def call(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Call something that belongs to this socket: at once, or on its own loop when we may be on
+        another.
+        """
+        if not self.crosses_loops:
+            function(*arguments)
+            return
+        try:
+            self.loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:
+            return  # its loop is closed, and so is the socket
+
+    # Receiving
+
+    def guard_receive(self, receive: Receive) -> Receive:
+        """``receive`` for the app: it ends with the close code when we close the socket.
+
+        uvicorn wakes a pending ``receive`` itself when ``websocket.close`` is sent, and gets its own
+        ``receive`` back. Other servers leave it waiting for the client.
+        """
+        if self.server is not None:
+            return receive
+        self._closing = self.loop.create_future()
+        return lambda: self._receive(receive)
+
+    async def _receive(self, receive: Receive) -> Message:
+        closing = self._closing
+        assert closing is not None
+        if not closing.done():
+            if self._receiving is None:
+                # Not cancelled with its waiter: a server's receive may lose a message when it is.
+                self._receiving = self.loop.create_future()
+                spawn(self.tasks, self._receive_into(self._receiving, receive), name="asgi-cluster receive")
+            await asyncio.wait((closing, self._receiving), return_when=asyncio.FIRST_COMPLETED)
+        if self._receiving is not None and self._receiving.done():
+            received, self._receiving = self._receiving, None
+            return received.result()
+        return {"type": "websocket.disconnect", "code": self.close_code or 1006, "reason": self.close_reason}
+
+    async def _receive_into(self, target: asyncio.Future[Message], receive: Receive) -> None:
+        reader = asyncio.current_task()
+        assert reader is not None
+        target.add_done_callback(lambda done: reader.cancel() if done.cancelled() else None)
+        try:
+            message = await receive()
+        except Exception as error:
+            if not target.done():
+                target.set_exception(error)
+        else:
+            if not target.done():
+                target.set_result(message)
+
+    def __repr__(self) -> str:
+        return f"<Socket {self.id} {self.state}>"
+
+
+def drive(awaitable: Awaitable[None]) -> Awaitable[None] | None:
+    """Run a coroutine without a task as far as it goes; what is left of it when it had to wait, ``None`` when
+    it is done.
+
+    Raises: what the coroutine raises.
+    """
+    if not isinstance(awaitable, Coroutine):
+        return awaitable
+    try:
+        waits_for = awaitable.send(None)
+    except StopIteration:
+        return None
+    return _resume(awaitable, waits_for)
+
+
+def discard(awaitable: Awaitable[None] | None) -> None:
+    """Close a coroutine that nobody will await."""
+    if isinstance(awaitable, Coroutine):
+        awaitable.close()
+
+
+@types.coroutine
+def _resume(coroutine: Coroutine[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
+    # A task that awaits this sees the future that the coroutine already yielded, as if it had started it
+    # itself.
+    while True:
+        try:
+            value = yield waits_for
+        except BaseException as error:
+            step = lambda raised=error: coroutine.throw(raised)  # noqa: E731
+        else:
+            step = lambda sent=value: coroutine.send(sent)  # noqa: E731
+        try:
+            waits_for = step()
+        except StopIteration:
+            return
+
+
+def _known_server(send: Send) -> tuple[Any, str]:
+    """uvicorn's protocol object behind ``send`` (``None`` for anything else), and why it cannot be written to
+    directly.
+    """
+    owner = getattr(send, "__self__", None)
+    module = type(owner).__module__
+    if not module.startswith(_UVICORN_SOCKETS):
+        return None, "server not known, or send wrapped"
+    version = str(getattr(sys.modules.get("uvicorn"), "__version__", "?"))
+    if not version.startswith(_TESTED_UVICORN):
+        return owner, f"uvicorn {version} not tested"
+    if type(owner).__name__ != "WebSocketsSansIOProtocol":
+        return owner, f"uvicorn's {type(owner).__name__}"
+    return owner, ""
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
