@@ -69,12 +69,9 @@ class ClusterMiddleware:
         app = self.app
         if self._endpoint_path is not None and _route(scope).startswith(self._endpoint_path):
             app = self.cluster.endpoint
-        if kind == "http":
-            await self._http(app, scope, receive, send, session)
-        else:
+        if kind == "websocket":
             await self._websocket(app, scope, receive, send, state)
-
-    async def _http(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send, session: Session) -> None:
+            return
         response = _Response(self, scope, send, session)
         try:
             await app(scope, receive, response)
@@ -85,7 +82,7 @@ class ClusterMiddleware:
             if not response.started:
                 await response.replace(ours)
             return
-        if session.accessed and response.saved:
+        if session.exposed and response.saved:
             session.check_sealed()
 
     async def _websocket(
@@ -168,17 +165,16 @@ class ClusterMiddleware:
 class _Response:
     """``send`` for one HTTP response: saves the session before the headers go out."""
 
-    __slots__ = ("_failed", "_middleware", "_scope", "_send", "_session", "replaced", "saved", "started")
+    _failed = False
+    started = False
+    replaced = False
+    saved = False
 
     def __init__(self, middleware: ClusterMiddleware, scope: Scope, send: Send, session: Session) -> None:
         self._middleware = middleware
         self._scope = scope
         self._send = send
         self._session = session
-        self._failed = False
-        self.started = False
-        self.replaced = False
-        self.saved = False
 
     async def __call__(self, message: Message) -> None:
         if self.replaced:
@@ -194,7 +190,8 @@ class _Response:
         if not self._failed:
             try:
                 self._middleware.adopt(self._scope, session)
-                await session.commit()
+                if session.due:
+                    await session.commit()
             except (StoreUnavailable, SessionConflict) as error:
                 await self.replace(error)
                 return
@@ -319,7 +316,7 @@ def _with_cookie(middleware: ClusterMiddleware, scope: Scope, session: Session, 
 
 def _vary(headers: list[tuple[bytes, bytes]]) -> None:
     for index, (key, value) in enumerate(headers):
-        if key.lower() == b"vary":
+        if len(key) == 4 and key.lower() == b"vary":
             names = [name.strip().lower() for name in value.split(b",")]
             if b"cookie" not in names and b"*" not in names:
                 headers[index] = (key, value + b", Cookie" if value else b"Cookie")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 __all__ = ["Clock", "Echo", "Lease", "boot_clock"]
 
@@ -22,7 +23,7 @@ def _boot_clock() -> Clock:
     clock_id = getattr(time, "CLOCK_BOOTTIME", None)
     if clock_id is None:
         return time.monotonic
-    return lambda: time.clock_gettime(clock_id)
+    return partial(time.clock_gettime, clock_id)
 
 
 boot_clock: Clock = _boot_clock()

@@ -16,9 +16,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from asgi_cluster.bus.lease import Lease
 from asgi_cluster.ids import Handle, UserId, bucket_of
+from asgi_cluster.sessions.codec import Decoded
 from asgi_cluster.sessions.store import Record
 
 __all__ = ["CacheStats", "Entry", "Flight", "SessionCache"]
@@ -56,7 +58,7 @@ class CacheStats:
 class Entry:
     """One cached answer. ``record`` is ``None`` when the store has no such session."""
 
-    __slots__ = ("expires_at", "lease", "read_at", "record", "until")
+    __slots__ = ("_decoded", "expires_at", "lease", "read_at", "record", "until")
 
     def __init__(self, record: Record | None, read_at: float, ttl: float, lease: Lease) -> None:
         self.record = record
@@ -65,6 +67,13 @@ class Entry:
         self.expires_at = read_at + record.expires_in if record is not None else read_at + ttl
         self.until = min(self.expires_at, read_at + ttl)
         self.lease = lease
+        self._decoded: Decoded | None = None
+
+    def fill(self, target: dict[str, Any]) -> None:
+        """Put the record's values into ``target``. Raises ``msgspec.DecodeError`` when the record is corrupt."""
+        if self._decoded is None:
+            self._decoded = Decoded(self.record.fields if self.record is not None else {})
+        self._decoded.into(target)
 
 
 class Flight:
@@ -123,6 +132,10 @@ class SessionCache:
         self._misses += 1
         return None
 
+    def lease(self, handle: Handle) -> Lease:
+        """The lease that vouches for this session's bucket."""
+        return self._lease(int(handle[:2], 16))
+
     def stale(self, handle: Handle) -> Entry | None:
         """The last confirmed state, not older than ``stale_for``, for when the store does not answer."""
         entry = self._entries.get(handle) or self._flushed.get(handle)
@@ -139,7 +152,7 @@ class SessionCache:
 
     def depart(self, handle: Handle) -> Flight:
         """A read of the store is about to be sent."""
-        lease = self._lease(int(handle[:2], 16))
+        lease = self.lease(handle)
         flight = Flight(handle, lease.clock(), lease)
         self._flights[handle] = flight
         return flight

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["decode_fields", "encode_value"]
+__all__ = ["Decoded", "encode_value"]
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder().decode
@@ -37,13 +37,30 @@ def encode_value(key: object, value: Any, known: bytes | None = None) -> bytes:
     return data
 
 
-def decode_fields(fields: Mapping[str, bytes]) -> dict[str, Any]:
-    """The values of a record, fresh objects at every call.
+class Decoded:
+    """The values of a record, decoded once for everybody as far as they cannot be changed.
 
-    Raises:
-        msgspec.DecodeError: the record is corrupt.
+    Lists and dicts stay bytes, decoded anew for each request: no two requests share an object that one of them may change.
     """
-    return {key: _decode(value) for key, value in fields.items()}
+
+    __slots__ = ("_nested", "_plain")
+
+    def __init__(self, fields: Mapping[str, bytes]) -> None:
+        """Raises ``msgspec.DecodeError`` when the record is corrupt."""
+        self._plain: dict[str, Any] = {}
+        self._nested: dict[str, bytes] = {}
+        for key, data in fields.items():
+            value = _decode(data)
+            if isinstance(value, list | dict):
+                self._nested[key] = data
+            else:
+                self._plain[key] = value
+
+    def into(self, target: dict[str, Any]) -> None:
+        """Put the values into ``target``, past whatever it overrides."""
+        dict.update(target, self._plain)
+        for key, data in self._nested.items():
+            dict.__setitem__(target, key, _decode(data))
 
 
 def _as_lists(value: Any) -> Any:

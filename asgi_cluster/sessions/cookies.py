@@ -10,17 +10,19 @@ from asgi_cluster.ids import Handle
 
 __all__ = ["Cookie"]
 
-_CREDENTIALS = re.compile(rb"([0-9a-f]{2}\.[A-Za-z0-9_-]{22})\.([A-Za-z0-9_-]{43})")
+_CREDENTIALS = rb"([0-9a-f]{2}\.[A-Za-z0-9_-]{22})\.([A-Za-z0-9_-]{43})"
 
 
 class Cookie:
     """Reads the session cookie from request headers and writes it into response headers."""
 
-    __slots__ = ("_attributes", "_name", "_prefix", "secure")
+    __slots__ = ("_attributes", "_find", "_name", "secure")
 
     def __init__(self, config: CookieConfig) -> None:
         self._name = config.wire_name
-        self._prefix = f"{self._name}=".encode("latin-1")
+        # Between separators: "xsession=…" must not pass for "session=…", nor a longer value for one of ours.
+        name = re.escape(self._name.encode("latin-1"))
+        self._find = re.compile(rb"(?:^|[; \t])" + name + b"=" + _CREDENTIALS + rb"(?=$|[; \t])").search
         self.secure = config.secure
         attributes = [f"Path={config.path}", "HttpOnly", f"SameSite={config.same_site.capitalize()}"]
         if config.secure:
@@ -36,22 +38,12 @@ class Cookie:
 
         Of several cookies of that name the first well-formed one counts; a malformed one is as good as none.
         """
-        prefix = self._prefix
         for key, value in headers:
             if key == b"cookie":
-                start = value.find(prefix)
-                while start >= 0:
-                    # "xsession=" must not pass for "session=".
-                    if start == 0 or value[start - 1] in b" ;\t":
-                        match = _CREDENTIALS.match(value, start + len(prefix))
-                        if match is not None and (match.end() == len(value) or value[match.end()] in b" ;\t"):
-                            return Handle(match[1].decode()), match[2]
-                    start = value.find(prefix, start + 1)
+                found = self._find(value)
+                if found is not None:
+                    return Handle(found[1].decode()), found[2]
         return None
-
-    def present(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
-        """Whether the request carries a cookie of this name at all, well-formed or not."""
-        return any(key == b"cookie" and self._prefix in value for key, value in headers)
 
     def set(self, handle: str, secret: str, *, max_age: int | None) -> tuple[bytes, bytes]:
         """The ``Set-Cookie`` header for a session. ``max_age`` in seconds; ``None``: until the browser closes."""

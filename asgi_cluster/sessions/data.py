@@ -10,6 +10,7 @@ from asgi_cluster.sessions.codec import encode_value
 __all__ = ["SessionData"]
 
 _MISSING: Any = object()
+_CONTAINERS = (list, dict)
 
 
 class SessionData(dict[str, Any]):
@@ -19,12 +20,10 @@ class SessionData(dict[str, Any]):
     ``mark_modified``, which is where an unavailable store and a response under way speak up.
     """
 
-    __slots__ = ("accessed", "modified")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.accessed = False
-        self.modified = False
+    accessed: bool = False
+    modified: bool = False
+    exposed: bool = False
+    """Whether the app has got hold of a list or dict inside, and may have changed it."""
 
     def mark_accessed(self) -> None:
         """The app looks at the session: the response depends on the cookie."""
@@ -39,11 +38,17 @@ class SessionData(dict[str, Any]):
 
     def __getitem__(self, key: str) -> Any:
         self.mark_accessed()
-        return super().__getitem__(key)
+        value = super().__getitem__(key)
+        if type(value) in _CONTAINERS:
+            self.exposed = True
+        return value
 
     def get(self, key: str, default: Any = None) -> Any:
         self.mark_accessed()
-        return super().get(key, default)
+        value = super().get(key, default)
+        if type(value) in _CONTAINERS:
+            self.exposed = True
+        return value
 
     def __contains__(self, key: object) -> bool:
         self.mark_accessed()
@@ -72,16 +77,23 @@ class SessionData(dict[str, Any]):
 
     def values(self) -> ValuesView[Any]:  # type: ignore[override]
         self.mark_accessed()
+        self.exposed = True
         return super().values()
 
     def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
         self.mark_accessed()
+        self.exposed = True
         return super().items()
 
     def copy(self) -> dict[str, Any]:
         """A plain dict."""
-        self.mark_accessed()
-        return dict(super().items())
+        return dict(self.items())
+
+    def __or__(self, other: Any) -> dict[str, Any]:  # type: ignore[override]
+        return self.copy() | dict(other)
+
+    def __ror__(self, other: Any) -> dict[str, Any]:  # type: ignore[override]
+        return dict(other) | self.copy()
 
     # Writing: a value that cannot be stored is refused where it is assigned
 
@@ -114,7 +126,7 @@ class SessionData(dict[str, Any]):
         self.mark_accessed()
         if not super().__contains__(key):
             self[key] = default
-        return super().__getitem__(key)
+        return self[key]
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         changes = dict(*args, **kwargs)

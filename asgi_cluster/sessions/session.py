@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -22,7 +23,8 @@ from asgi_cluster.bus.lease import boot_clock
 from asgi_cluster.codes import CloseCode
 from asgi_cluster.exceptions import SessionConflict, StoreUnavailable
 from asgi_cluster.ids import Handle, UserId, new_handle, new_secret, new_token, secret_hash
-from asgi_cluster.sessions.codec import decode_fields, encode_value
+from asgi_cluster.sessions.cache import Entry
+from asgi_cluster.sessions.codec import encode_value
 from asgi_cluster.sessions.data import SessionData
 from asgi_cluster.sessions.device import device_of
 from asgi_cluster.sessions.receipts import LogoutReceipt
@@ -45,42 +47,26 @@ class Session(SessionData):
     it starts a new anonymous session.
     """
 
-    __slots__ = (
-        "_budget",
-        "_cookie",
-        "_created",
-        "_degraded",
-        "_expires_at",
-        "_failure",
-        "_headers_sent",
-        "_lost",
-        "_pending_end",
-        "_record",
-        "_scope",
-        "_sealed",
-        "_secret",
-        "_service",
-        "raised",
-    )
+    # Class-level defaults in place of slots: most requests change none of them, and setting fourteen costs more than the lookup.
+    _record: Record | None = None
+    _expires_at: float = 0.0
+    _touch_at: float = 0.0
+    _secret: str = ""
+    _cookie: Literal["set", "clear"] | None = None
+    _pending_end: Handle | None = None
+    _failure: StoreUnavailable | None = None
+    _degraded: bool = False
+    _created: bool = False
+    _lost: bool = False
+    _headers_sent: bool = False
+    _sealed: bool = False
+    _budget: Budget | None = None
+    raised: StoreUnavailable | SessionConflict | None = None
+    """The last error of ours that the app got from this session: what a 500 of the app's is really about."""
 
     def __init__(self, service: SessionService, scope: Mapping[str, Any]) -> None:
-        super().__init__()
         self._service = service
         self._scope = scope
-        self._created = False
-        self._record: Record | None = None
-        self._expires_at = 0.0
-        self._secret = ""
-        self._cookie: Literal["set", "clear"] | None = None
-        self._pending_end: Handle | None = None
-        self._failure: StoreUnavailable | None = None
-        self._degraded = False
-        self._lost = False
-        self._headers_sent = False
-        self._sealed = False
-        self._budget: Budget | None = None
-        self.raised: StoreUnavailable | SessionConflict | None = None
-        """The last error of ours that the app got from this session: what a 500 of the app's is really about."""
 
     # What it is
 
@@ -286,12 +272,13 @@ class Session(SessionData):
         record = self._record
         if record is None:
             return False
+        store = self._service.store
         sent_at = boot_clock()
-        fresh = await self._spend(lambda left: self._service.store.read_fresh(record.handle, timeout=left))
+        fresh = await self._spend(lambda left: store.read_fresh(record.handle, timeout=left))
         if fresh is None:
             self._lose()
             return False
-        self._bind(fresh, sent_at + fresh.expires_in)
+        self._bind(Entry(fresh, sent_at, fresh.expires_in, store.cache.lease(record.handle)), fresh)
         return True
 
     @asynccontextmanager
@@ -350,8 +337,8 @@ class Session(SessionData):
                     return
         record = entry.record
         # A wrong secret is an unknown session. Unknown ids are never adopted: that would be session fixation.
-        if record is not None and _opens(record, secret, boot_clock() - entry.read_at):
-            self._bind(record, entry.expires_at)
+        if record is not None and _opens(record, secret, entry.read_at):
+            self._bind(entry, record)
 
     async def verify(self) -> float | None:
         """Whether the store still has this session for this user: the seconds it has left, or ``None``. Never cached.
@@ -375,7 +362,7 @@ class Session(SessionData):
     @property
     def unsaved(self) -> bool:
         """Whether a stored session holds changes that were not saved. Free when the app never looked at it."""
-        if not self.accessed or self._record is None:
+        if not (self.modified or self.exposed) or self._record is None:
             return False
         try:
             return any(self._differences())
@@ -395,9 +382,16 @@ class Session(SessionData):
         dict.clear(self)
         dict.update(self, values)
 
+    @property
+    def due(self) -> bool:
+        """Whether ``commit`` has anything to do: something may have changed, or it is time to extend the idle time."""
+        if self.modified or self.exposed:
+            return True
+        return self._record is not None and boot_clock() >= self._touch_at
+
     async def commit(self) -> None:
-        """Save before the headers go out, in as few round trips as possible: none for a session nobody looked at."""
-        if self.accessed or self._pending_end is not None:
+        """Save before the headers go out, in as few round trips as possible: none when nothing is ``due``."""
+        if self.modified or self.exposed:
             await self.save()
         elif self._record is not None:
             await self._touch_when_due(self._record)
@@ -418,7 +412,7 @@ class Session(SessionData):
 
     def check_sealed(self) -> None:
         """Raises ``RuntimeError`` when a nested value was changed after the response started."""
-        if self._record is not None and not self._lost:
+        if self.exposed and self._record is not None and not self._lost:
             changed, removed = self._differences()
             if changed or removed:
                 names = ", ".join(repr(key) for key in (*changed, *removed))
@@ -426,17 +420,22 @@ class Session(SessionData):
 
     # Inside
 
-    def _bind(self, record: Record, expires_at: float) -> None:
+    def _bind(self, entry: Entry, record: Record) -> None:
         self._record = record
-        self._expires_at = expires_at
+        self._set_expiry(entry.expires_at, record)
         dict.clear(self)
-        if record.fields:
-            try:
-                dict.update(self, decode_fields(record.fields))
-            except msgspec.DecodeError:
-                # Not the visitor's fault and not worth a logout of everybody: this one session is unreadable.
-                logger.error("session %s holds a value that is not msgpack: treated as missing", record.handle)
-                self._lose()
+        try:
+            entry.fill(self)
+        except msgspec.DecodeError:
+            # Not the visitor's fault and not worth a logout of everybody: this one session is unreadable.
+            logger.error("session %s holds a value that is not msgpack: treated as missing", record.handle)
+            self._lose()
+
+    def _set_expiry(self, expires_at: float, record: Record) -> None:
+        self._expires_at = expires_at
+        # Near the absolute timeout touching gains nothing.
+        extensible = record.absolute_in > record.expires_in
+        self._touch_at = expires_at - record.idle * (1 - _TOUCH_AFTER) if extensible else math.inf
 
     def _unbind(self) -> None:
         self._record = None
@@ -534,7 +533,8 @@ class Session(SessionData):
             persistent=persistent,
             fields=fields,
         )
-        self._expires_at = sent_at + min(idle, absolute)
+        self._set_expiry(sent_at + min(idle, absolute), self._record)
+        self.modified = self.exposed = False
         self._secret = secret
         self._cookie = "set"
         self._created = True
@@ -564,24 +564,24 @@ class Session(SessionData):
         self._record = msgspec.structs.replace(
             record, fields=fields, write_id=write_id, version=record.version + 1
         )
-        self._expires_at = max(self._expires_at, sent_at + min(record.idle, record.absolute_in))
+        self._set_expiry(max(self._expires_at, sent_at + min(record.idle, record.absolute_in)), record)
         return True
 
     async def _touch_when_due(self, record: Record) -> bool:
-        left = self._expires_at - boot_clock()
-        # Near the absolute timeout touching gains nothing.
-        if left > record.idle * (1 - _TOUCH_AFTER) or record.expires_in >= record.absolute_in:
+        if boot_clock() < self._touch_at:
             return True
         sent_at = boot_clock()
         if not await self._spend(lambda left: self._service.store.touch(record.handle, timeout=left)):
             self._lose()
             return False
-        self._expires_at = sent_at + record.idle
+        self._set_expiry(sent_at + min(record.idle, record.absolute_in), record)
         return True
 
 
-def _opens(record: Record, secret: bytes, age: float) -> bool:
+def _opens(record: Record, secret: bytes, read_at: float) -> bool:
     digest = secret_hash(secret)
     if compare_digest(digest, record.secret):
         return True
-    return record.previous is not None and compare_digest(digest, record.previous) and age < record.previous_for
+    if record.previous is None or not compare_digest(digest, record.previous):
+        return False
+    return boot_clock() < read_at + record.previous_for
