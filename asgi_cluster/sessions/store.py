@@ -18,10 +18,14 @@ import msgspec
 
 from asgi_cluster.ids import Handle, UserId
 
-__all__ = ["Device", "Draft", "Ending", "Record", "SessionStore", "WriteOutcome"]
+__all__ = ["UNKNOWN_NODES", "Device", "Draft", "Ending", "Record", "SessionStore", "WriteOutcome"]
 
 WriteOutcome = Literal["written", "gone", "conflict"]
 """``gone``: the record does not exist any more, or its user was logged out; nothing was written."""
+
+UNKNOWN_NODES = "?"
+"""In ``Ending.nodes``: the registry did not answer. No node has this id and none will acknowledge, so that who waits
+for all of them waits for the lease."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,7 +93,7 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True):
     sessions: int
     """Records that existed and are gone."""
     nodes: Sequence[str]
-    """Nodes registered at the moment of the change: those that must acknowledge."""
+    """Nodes registered at the moment of the change: those that must acknowledge. May hold ``UNKNOWN_NODES``."""
     replicas: int | None = None
     """Replicas that confirmed the write, when ``WAIT`` was asked for; else ``None``."""
 

@@ -21,6 +21,13 @@ class Script:
 
 @cache
 def load(name: str) -> Script:
-    """The script in ``scripts/<name>.lua``."""
-    source = (resources.files(__package__) / "scripts" / f"{name}.lua").read_text(encoding="utf-8")
-    return Script(name, source, hashlib.sha1(source.encode()).hexdigest())
+    """The script in ``scripts/<name>.lua``, with ``other.lua`` in front if its first line is ``--! other``."""
+    source = _read(name)
+    first, _, rest = source.partition("\n")
+    if first.startswith("--! "):
+        source = _read(first[4:]) + rest
+    return Script(name, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
+
+
+def _read(name: str) -> str:
+    return (resources.files(__package__) / "scripts" / f"{name}.lua").read_text(encoding="utf-8")

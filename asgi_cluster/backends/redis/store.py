@@ -1,7 +1,8 @@
-"""Sessions in Redis: one hash per session, one script per operation."""
+"""Sessions in Redis: one hash per session, one script per operation, one round trip."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,46 +12,58 @@ from asgi_cluster.backends.redis.scripts import load
 from asgi_cluster.backends.redis.topology import Topology
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import Handle, UserId, bucket_of
-from asgi_cluster.sessions.store import Device, Draft, Ending, Record, WriteOutcome
+from asgi_cluster.sessions.store import UNKNOWN_NODES, Device, Draft, Ending, Record, WriteOutcome
 
 __all__ = ["RedisSessionStore"]
 
 logger = logging.getLogger("asgi_cluster.redis")
 
+_CORRUPT = -2
 _OUTCOMES: Mapping[int, WriteOutcome] = {1: "written", 0: "gone", -1: "conflict"}
+
+_LONGEST = 100 * 365 * 24 * 3600
+"""Seconds. Redis refuses expiry times that overflow; nobody can tell a hundred years from more."""
+
+_WAIT_PART = 10
+_WAIT_PARTS = 10
+"""``WAIT`` holds up everything behind it on the shared connection: ten times 10 ms with room in between, not
+100 ms.
+"""
 
 
 class RedisSessionStore:
     """``sessions.store.SessionStore`` on Redis ≥ 6.2 or Valkey.
 
-    Meta fields of a session's hash start with ``@``, the application's with ``.``. Times are milliseconds of the server's clock.
+    Meta fields of a session's hash start with ``@``, the application's with ``.``. Times are milliseconds of
+    the server's clock. ``wait_replicas`` above 0 asks, after a logout, how many replicas have it
+    (``Ending.replicas``).
     """
 
-    def __init__(self, topology: Topology, names: Names) -> None:
+    def __init__(self, topology: Topology, names: Names, *, wait_replicas: int = 0) -> None:
         self._topology = topology
         self._names = names
+        self._wait_replicas = wait_replicas
         self._publish = "SPUBLISH" if topology.sharded else "PUBLISH"
         self.corrupt = 0
         """Records that could not be understood, since start."""
 
     async def read(self, handle: Handle, *, timeout: float) -> Record | None:
-        """See ``SessionStore.read``. A record that cannot be understood is logged, counted and treated as missing."""
-        try:
-            reply = await self._run("session_read", handle, [], timeout=timeout)
-        except StoreUnavailable as error:
-            if "WRONGTYPE" not in error.reason:
-                raise
-            self._misread(handle)
-            return None
+        """See ``SessionStore.read``. A record that cannot be understood is logged, counted and treated as
+        missing.
+        """
+        reply = await self._run("session_read", handle, [], timeout=timeout)
         if reply is None:
+            return None
+        if reply == _CORRUPT:
+            self._corrupted(handle)
             return None
         try:
             return _record(handle, *reply)
-        except (KeyError, ValueError, UnicodeDecodeError):
-            self._misread(handle)
+        except (KeyError, ValueError):  # of the decoder: a field is missing, no number, or no UTF-8
+            self._corrupted(handle)
             return None
 
-    def _misread(self, handle: Handle) -> None:
+    def _corrupted(self, handle: Handle) -> None:
         self.corrupt += 1
         logger.error("the record of session %s is corrupt: treated as missing", handle)
 
@@ -94,32 +107,41 @@ class RedisSessionStore:
             *[f".{key}" for key in removed],
             *_pairs(changed),
         ]
-        return _OUTCOMES[await self._run("session_write", handle, args, timeout=timeout)]
+        return await self._change("session_write", handle, args, timeout=timeout)
 
     async def touch(self, handle: Handle, *, timeout: float) -> bool:
         """See ``SessionStore.touch``."""
-        return bool(await self._run("session_touch", handle, [handle[3:]], timeout=timeout))
+        return await self._change("session_touch", handle, [handle[3:]], timeout=timeout) == "written"
 
     async def rotate(
-        self, handle: Handle, *, secret: bytes, current: bytes, grace: float, write_id: str, message: bytes, timeout: float
+        self,
+        handle: Handle,
+        *,
+        secret: bytes,
+        current: bytes,
+        grace: float,
+        write_id: str,
+        message: bytes,
+        timeout: float,
     ) -> WriteOutcome:
         """See ``SessionStore.rotate``."""
         channel = self._names.sessions_channel(handle[:2])
         args = [self._publish, channel, message, write_id, secret, current, _ms(grace)]
-        return _OUTCOMES[await self._run("session_rotate", handle, args, timeout=timeout)]
+        return await self._change("session_rotate", handle, args, timeout=timeout)
 
     async def end(self, handle: Handle, *, message: bytes, timeout: float) -> Ending:
         """See ``SessionStore.end``."""
         channel = self._names.sessions_channel(handle[:2])
         args = [handle[3:], self._publish, channel, message, self._registry()]
-        ended, nodes = await self._run("session_end", handle, args, timeout=timeout)
-        return Ending(sessions=ended, nodes=await self._nodes(nodes, timeout))
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + timeout
+        reply = await self._run("session_end", handle, args, timeout=timeout)
+        return await self._ending(self._names.session(handle), reply, deadline - clock())
 
     async def devices(self, user: UserId, *, timeout: float) -> Sequence[Device]:
         """See ``SessionStore.devices``."""
-        bucket = f"{bucket_of(user):02x}"
-        keys = [self._names.epoch(bucket, user), self._names.index(bucket, user)]
-        _, rows = await self._topology.run(
+        bucket, keys = self._of_user(user)
+        rows = await self._topology.run(
             load("session_devices"), keys, [self._names.bucket(bucket)], timeout=timeout
         )
         found = [
@@ -127,11 +149,11 @@ class RedisSessionStore:
                 handle=Handle(f"{bucket}.{token.decode()}"),
                 created_at=int(created) / 1000,
                 seen_at=int(seen) / 1000,
-                expires_in=pttl / 1000,
+                expires_in=ttl / 1000,
                 agent=agent.decode("utf-8", "replace"),
                 address=address.decode("utf-8", "replace"),
             )
-            for token, pttl, created, seen, agent, address in rows
+            for token, ttl, created, seen, agent, address in rows
         ]
         return sorted(found, key=lambda device: device.seen_at, reverse=True)
 
@@ -139,22 +161,27 @@ class RedisSessionStore:
         self, user: UserId, *, keep: Handle | None, epoch: str, message: bytes, timeout: float
     ) -> Ending:
         """See ``SessionStore.end_all``."""
-        bucket = f"{bucket_of(user):02x}"
-        keys = [self._names.epoch(bucket, user), self._names.index(bucket, user)]
+        bucket, keys = self._of_user(user)
         args: list[str | bytes | int] = [
             self._names.bucket(bucket),
-            keep[3:] if keep else "",
+            user,
+            # A session in another bucket is not this user's: nothing to keep.
+            keep[3:] if keep and keep[:2] == bucket else "",
             self._publish,
             self._names.sessions_channel(bucket),
             message,
             epoch,
             self._registry(),
         ]
-        ended, nodes = await self._topology.run(load("session_end_all"), keys, args, timeout=timeout)
-        return Ending(sessions=ended, nodes=await self._nodes(nodes, timeout))
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + timeout
+        reply = await self._topology.run(load("session_end_all"), keys, args, timeout=timeout)
+        return await self._ending(keys[0], reply, deadline - clock())
 
     async def lock(self, handle: Handle, *, token: str, hold: float, timeout: float) -> bool:
-        """See ``SessionStore.lock`` (SET NX PX, released by compare and delete: the pattern of the Redis documentation)."""
+        """See ``SessionStore.lock`` (SET NX PX, given back by compare and delete: the pattern of the Redis
+        manual).
+        """
         key = self._names.lock(handle)
         reply = await self._topology.call(key, "SET", key, token, "NX", "PX", _ms(hold), timeout=timeout)
         return reply is not None
@@ -164,29 +191,68 @@ class RedisSessionStore:
         key = self._names.lock(handle)
         return bool(await self._topology.run(load("unlock"), [key], [token], timeout=timeout))
 
-    def _run(self, name: str, handle: Handle, args: list[Any], *, timeout: float) -> Any:
+    async def _run(self, name: str, handle: Handle, args: list[Any], *, timeout: float) -> Any:
         prefix = self._names.bucket(handle[:2])
-        return self._topology.run(load(name), [self._names.session(handle)], [prefix, *args], timeout=timeout)
+        keys = [self._names.session(handle)]
+        return await self._topology.run(load(name), keys, [prefix, *args], timeout=timeout)
+
+    async def _change(self, name: str, handle: Handle, args: list[Any], *, timeout: float) -> WriteOutcome:
+        reply = await self._run(name, handle, args, timeout=timeout)
+        if reply == _CORRUPT:
+            self._corrupted(handle)
+            return "gone"
+        return _OUTCOMES[reply]
+
+    def _of_user(self, user: UserId) -> tuple[str, list[str]]:
+        bucket = f"{bucket_of(user):02x}"
+        return bucket, [self._names.epoch(bucket, user), self._names.index(bucket, user)]
 
     def _registry(self) -> str:
         # On a Cluster the registry is in another slot, and a script must not touch it.
         return "" if self._topology.sharded else self._names.nodes()
 
-    async def _nodes(self, nodes: Sequence[bytes], timeout: float) -> list[str]:
+    async def _ending(self, key: str, reply: Any, timeout: float) -> Ending:
+        # The change is committed: whatever fails from here on is reported, and does not make the logout fail.
+        ended, nodes = reply
         if self._topology.sharded:
-            nodes = await self._topology.call(self._names.nodes(), "HKEYS", self._names.nodes(), timeout=timeout)
-        return [node.decode() for node in nodes]
+            registry = self._names.nodes()
+            try:
+                nodes = await self._topology.call(registry, "HKEYS", registry, timeout=max(0.0, timeout))
+            except StoreUnavailable as error:
+                logger.warning(
+                    "a session was ended, and which nodes there are is not known: %s", error.reason
+                )
+                nodes = [UNKNOWN_NODES.encode()]
+        return Ending(
+            sessions=ended,
+            nodes=[node.decode() for node in nodes],
+            replicas=await self._replicated(key, timeout) if self._wait_replicas else None,
+        )
+
+    async def _replicated(self, key: str, timeout: float) -> int:
+        confirmed = 0
+        try:
+            async with asyncio.timeout(max(0.0, timeout)):
+                for _ in range(_WAIT_PARTS):
+                    confirmed = await self._topology.call(
+                        key, "WAIT", self._wait_replicas, _WAIT_PART, timeout=max(0.0, timeout)
+                    )
+                    if confirmed >= self._wait_replicas:
+                        break
+        except (TimeoutError, StoreUnavailable) as error:
+            logger.debug("replicas could not be asked: %s", error)
+        return confirmed
 
 
 def _ms(seconds: float) -> int:
-    return max(1, round(seconds * 1000))
+    return max(1, round(min(seconds, _LONGEST) * 1000))
 
 
 def _pairs(fields: Mapping[str, bytes]) -> list[str | bytes]:
     return [item for key, value in fields.items() for item in (f".{key}", value)]
 
 
-def _record(handle: Handle, now: int, pttl: int, items: Sequence[bytes]) -> Record:
+def _record(handle: Handle, now: int, ttl: int, items: Sequence[bytes]) -> Record:
     meta: dict[bytes, bytes] = {}
     fields: dict[str, bytes] = {}
     for key, value in zip(items[::2], items[1::2], strict=True):
@@ -194,7 +260,6 @@ def _record(handle: Handle, now: int, pttl: int, items: Sequence[bytes]) -> Reco
             fields[key[1:].decode()] = value
         else:
             meta[key] = value
-    absolute_in = (int(meta[b"@abs"]) - now) / 1000
     previous_for = (int(meta[b"@prev_until"]) - now) / 1000 if b"@prev_until" in meta else 0.0
     user = meta.get(b"@user")
     return Record(
@@ -206,9 +271,8 @@ def _record(handle: Handle, now: int, pttl: int, items: Sequence[bytes]) -> Reco
         version=int(meta[b"@ver"]),
         write_id=meta[b"@write"].decode(),
         created_at=int(meta[b"@created"]) / 1000,
-        # A record without TTL was tampered with: then the absolute timeout still holds.
-        expires_in=min(pttl / 1000, absolute_in) if pttl >= 0 else absolute_in,
-        absolute_in=absolute_in,
+        expires_in=ttl / 1000,
+        absolute_in=(int(meta[b"@abs"]) - now) / 1000,
         idle=int(meta[b"@idle"]) / 1000,
         persistent=meta.get(b"@persistent") == b"1",
         fields=fields,

@@ -1,14 +1,10 @@
--- KEYS[1] session; ARGV: bucket prefix, token, publish command, channel, message, registry key ('' elsewhere)
--- Reply: {existed, nodes…}
-local user = redis.call('HGET', KEYS[1], '@user')
-local epoch = user and redis.call('HGET', KEYS[1], '@epoch')
-local alive = redis.call('EXISTS', KEYS[1])
-if user and redis.call('GET', ARGV[1] .. 'e:' .. user) ~= epoch then alive = 0 end
+--! session
+-- ARGV: prefix, token, publish command, channel, message, registry key ('' elsewhere). Reply: {ended, nodes}.
+local record = living(KEYS[1], ARGV[1], milliseconds())
 -- Published even when there is none: a node may still have it cached, or sockets of it open.
 redis.call(ARGV[3], ARGV[4], ARGV[5])
+-- Also what is not alive: a corrupt record, or one that a lost epoch has revoked, is not left lying about.
 redis.call('DEL', KEYS[1])
-if user then redis.call('ZREM', ARGV[1] .. 'i:' .. user, ARGV[2]) end
-local nodes = {}
+if record and record.user then redis.call('ZREM', ARGV[1] .. 'i:' .. record.user, ARGV[2]) end
 -- Read at the moment of the commit: a node that registers later starts with an empty cache.
-if ARGV[6] ~= '' then nodes = redis.call('HKEYS', ARGV[6]) end
-return {alive, nodes}
+return {record and 1 or 0, ARGV[6] ~= '' and redis.call('HKEYS', ARGV[6]) or {}}

@@ -1,28 +1,26 @@
--- KEYS[1] epoch, KEYS[2] index; ARGV: bucket prefix, kept token ('' none), publish command, channel, message, new epoch,
--- registry key ('' elsewhere). Reply: {ended, nodes…}
-local old = redis.call('GET', KEYS[1])
-redis.call(ARGV[3], ARGV[4], ARGV[5])
-local keep, ended, kept = ARGV[2], 0, 0
+--! session
+-- KEYS: epoch, index; ARGV: prefix, user, kept token ('' none), publish command, channel, message, new epoch,
+-- registry key ('' elsewhere). Reply: {ended, nodes}.
+local now = milliseconds()
+local kept_key, kept = ARGV[1] .. 's:' .. ARGV[3], nil
+if ARGV[3] ~= '' then kept = living(kept_key, ARGV[1], now) end
+if kept and kept.user ~= ARGV[2] then kept = nil end
+redis.call(ARGV[4], ARGV[5], ARGV[6])
+local ended = 0
 for _, token in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
-  local key = ARGV[1] .. 's:' .. token
-  local epoch = redis.call('HGET', key, '@epoch')
-  if token == keep and epoch and epoch == old then
-    redis.call('HSET', key, '@epoch', ARGV[6])
-    kept = redis.call('HGET', key, '@abs')
-  else
-    if epoch and epoch == old then ended = ended + 1 end
+  if not (kept and token == ARGV[3]) then
+    local key = ARGV[1] .. 's:' .. token
+    if living(key, ARGV[1], now) then ended = ended + 1 end
     redis.call('DEL', key)
-    redis.call('ZREM', KEYS[2], token)
   end
 end
-if kept ~= 0 then
-  local time = redis.call('TIME')
-  local left = tonumber(kept) - (time[1] * 1000 + math.floor(time[2] / 1000))
-  redis.call('SET', KEYS[1], ARGV[6], 'PX', math.max(left, 1))
-else
-  -- No session left, no nonce needed: missing means revoked.
-  redis.call('DEL', KEYS[1], KEYS[2])
+-- First what passes when memory is full. Missing means revoked, so that without a session left no nonce is needed; and a session
+-- that the index has lost is dead as well.
+redis.call('DEL', KEYS[1], KEYS[2])
+if kept then
+  redis.call('SET', KEYS[1], ARGV[7], 'PX', kept.absolute - now)
+  redis.call('HSET', kept_key, '@epoch', ARGV[7])
+  redis.call('ZADD', KEYS[2], now + kept.left, ARGV[3])
+  redis.call('PEXPIRE', KEYS[2], kept.absolute - now)
 end
-local nodes = {}
-if ARGV[7] ~= '' then nodes = redis.call('HKEYS', ARGV[7]) end
-return {ended, nodes}
+return {ended, ARGV[8] ~= '' and redis.call('HKEYS', ARGV[8]) or {}}

@@ -1,0 +1,66 @@
+"""Every contract test runs on every kind of backend. A new kind is one entry in ``URLS``."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, ExitStack
+
+import pytest
+
+from asgi_cluster.ids import new_token
+from tests.contract.sites import Site
+from tests.support.servers import start_valkey
+
+DEBIAN = "/usr/bin/redis-server"
+
+
+def _memory(stack: ExitStack) -> str:
+    return "memory://contract"
+
+
+def _valkey(stack: ExitStack) -> str:
+    return stack.enter_context(start_valkey()).url
+
+
+def _debian(stack: ExitStack) -> str:
+    if shutil.which(DEBIAN) is None:
+        pytest.skip("no redis-server on this machine")
+    return stack.enter_context(start_valkey(binary=DEBIAN)).url
+
+
+URLS: dict[str, Callable[[ExitStack], str]] = {"memory": _memory, "valkey": _valkey, "redis": _debian}
+"""How to get the URL of each kind; what it starts is stopped with the stack, after the last test."""
+
+SERVERS = [kind for kind in URLS if kind != "memory"]
+
+
+@pytest.fixture(scope="session")
+def url_of() -> Iterator[Callable[[str], str]]:
+    """``url_of(kind)``: starts the servers of a kind when they are first asked for."""
+    started: dict[str, str] = {}
+    with ExitStack() as stack:
+
+        def url(kind: str) -> str:
+            if kind not in started:
+                started[kind] = URLS[kind](stack)
+            return started[kind]
+
+        yield url
+
+
+@pytest.fixture(params=list(URLS))
+async def site(request: pytest.FixtureRequest, url_of: Callable[[str], str]) -> AsyncIterator[Site]:
+    """A cluster of its own on each kind of backend."""
+    kind = request.param
+    prefix = f"t{new_token()}"
+    url = f"memory://{prefix}" if kind == "memory" else url_of(kind)
+    async with AsyncExitStack() as stack:
+        yield Site(kind, url, prefix, stack)
+
+
+@pytest.fixture(params=SERVERS)
+async def server_site(request: pytest.FixtureRequest, url_of: Callable[[str], str]) -> AsyncIterator[Site]:
+    """The same on the kinds that have a server."""
+    async with AsyncExitStack() as stack:
+        yield Site(request.param, url_of(request.param), f"t{new_token()}", stack)
