@@ -1,3 +1,51 @@
 """One ASGI middleware: sessions, logouts and live rooms that stay one across every node."""
 
+from asgi_cluster.bus.bus import NodeInfo
+from asgi_cluster.cluster import Cluster, get_session
+from asgi_cluster.config import CacheConfig, CookieConfig, RealtimeConfig, SessionConfig
+from asgi_cluster.exceptions import (
+    BusUnavailable,
+    ClusterError,
+    NotPermitted,
+    NotStarted,
+    SessionConflict,
+    StoreUnavailable,
+)
+from asgi_cluster.middleware import ClusterMiddleware
+from asgi_cluster.realtime.connection import Connection
+from asgi_cluster.realtime.rooms import ConnectRequest, Publication, Room, RoomRequest, RoomRule
+from asgi_cluster.remote import RemoteSession, RemoteUser, SessionInfo
+from asgi_cluster.sessions.receipts import LogoutReceipt
+from asgi_cluster.sessions.session import Session
+from asgi_cluster.stats import ClusterStats
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "BusUnavailable",
+    "CacheConfig",
+    "Cluster",
+    "ClusterError",
+    "ClusterMiddleware",
+    "ClusterStats",
+    "ConnectRequest",
+    "Connection",
+    "CookieConfig",
+    "LogoutReceipt",
+    "NodeInfo",
+    "NotPermitted",
+    "NotStarted",
+    "Publication",
+    "RealtimeConfig",
+    "RemoteSession",
+    "RemoteUser",
+    "Room",
+    "RoomRequest",
+    "RoomRule",
+    "Session",
+    "SessionConfig",
+    "SessionConflict",
+    "SessionInfo",
+    "StoreUnavailable",
+    "get_session",
+]

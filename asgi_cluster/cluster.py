@@ -26,7 +26,8 @@ from asgi_cluster.ids import NodeId, UserId
 from asgi_cluster.realtime.connection import Connection, accept
 from asgi_cluster.realtime.endpoint import Endpoint
 from asgi_cluster.realtime.hub import Hub
-from asgi_cluster.realtime.rooms import Room, Rooms, encode_payload
+from asgi_cluster.realtime.payload import encode_payload
+from asgi_cluster.realtime.rooms import Room, Rooms
 from asgi_cluster.remote import Reach, RemoteSession, RemoteUser, check_handle
 from asgi_cluster.scope import ScopeState
 from asgi_cluster.sessions.cache import SessionCache

@@ -135,6 +135,6 @@ class SessionData(dict[str, Any]):
         self.mark_modified()
         super().update(changes)
 
-    def __ior__(self, other: Any) -> SessionData:  # type: ignore[override,misc]
+    def __ior__(self, other: Any) -> SessionData:  # type: ignore[override]
         self.update(other)
         return self
