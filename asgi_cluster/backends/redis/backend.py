@@ -12,12 +12,17 @@ from asgi_cluster.backends.redis.history import RedisHistory
 from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.presence import RedisPresence
 from asgi_cluster.backends.redis.store import RedisSessionStore
-from asgi_cluster.backends.redis.topology import SingleServer
-from asgi_cluster.backends.redis.urls import Address
+from asgi_cluster.backends.redis.topology import Topology, single_server
+from asgi_cluster.backends.redis.urls import Target, parse_target
 from asgi_cluster.bus.bus import Receiver
-from asgi_cluster.ids import Handle, NodeId
+from asgi_cluster.ids import NodeId
 
 __all__ = ["RedisBackend"]
+
+
+def make_topology(target: Target) -> Topology:
+    """The topology that ``target`` names; connects to nothing yet."""
+    return single_server(target.primary)
 
 
 class RedisBackend:
@@ -40,18 +45,19 @@ class RedisBackend:
         ssl_context: SSLContext | None = None,
         credential_provider: Any = None,
     ) -> None:
-        address = Address(url, ssl_context=ssl_context, credential_provider=credential_provider)
-        self.topology = SingleServer(address)
-        names = Names(prefix, db=address.db)
-        self.bus = RedisBus(self.topology, names, lease_duration=lease_duration)
-        self._rooms_topology: SingleServer | None = None
-        rooms_topology, rooms_names = self.topology, names
+        target = parse_target(url, ssl_context=ssl_context, credential_provider=credential_provider)
+        self._topology = make_topology(target)
+        names = Names(prefix, db=target.db, sharded=self._topology.sharded)
+        self._topologies = [self._topology]
+        rooms_topology, rooms_names, rooms = self._topology, names, None
         if rooms_url is not None:
-            rooms_address = Address(rooms_url)
-            rooms_topology = self._rooms_topology = SingleServer(rooms_address)
-            rooms_names = Names(prefix, db=rooms_address.db)
-            self.bus.use_rooms_server(rooms_topology, rooms_names)
-        self.store = RedisSessionStore(self.topology, names)
+            rooms_target = parse_target(rooms_url)
+            rooms_topology = make_topology(rooms_target)
+            rooms_names = Names(prefix, db=rooms_target.db, sharded=rooms_topology.sharded)
+            rooms = (rooms_topology, rooms_names)
+            self._topologies.append(rooms_topology)
+        self.bus = RedisBus(self._topology, names, lease_duration=lease_duration, rooms=rooms)
+        self.store = RedisSessionStore(self._topology, names)
         self.history = RedisHistory(rooms_topology, rooms_names)
         self.presence = RedisPresence(rooms_topology, rooms_names, self.bus)
 
@@ -59,11 +65,8 @@ class RedisBackend:
     async def open(self, node: NodeId, receiver: Receiver, *, listen: bool) -> AsyncIterator[None]:
         """See ``Backend.open``."""
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(self.topology.opened())
-            if self._rooms_topology is not None:
-                await stack.enter_async_context(self._rooms_topology.opened())
-            # A right to run scripts that is missing should stop the start, and not the first visitor.
-            await self.store.read(Handle(f"00.{'-' * 22}"), timeout=1.0)
+            for topology in self._topologies:
+                await stack.enter_async_context(topology.opened())
             if listen:
                 await stack.enter_async_context(self.bus.opened(node, receiver))
             yield

@@ -1,17 +1,16 @@
-"""The bus on Redis Pub/Sub: what is received goes to the receiver, what is published goes over the command link."""
+"""The bus on Redis Pub/Sub: what is received goes to the receiver, what is published goes over the command links."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 
+from asgi_cluster.backends.redis.feed import Feed
 from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.registry import Registry
-from asgi_cluster.backends.redis.subscriber import Subscriber
-from asgi_cluster.backends.redis.topology import SingleServer
+from asgi_cluster.backends.redis.topology import Topology
 from asgi_cluster.bus.bus import BusStats, NodeInfo, Receiver
-from asgi_cluster.bus.lease import Echo, Lease
+from asgi_cluster.bus.lease import Lease
 from asgi_cluster.bus.messages import Ack, encode
 from asgi_cluster.exceptions import BusUnavailable, NotStarted, StoreUnavailable
 from asgi_cluster.ids import NodeId
@@ -20,201 +19,146 @@ __all__ = ["RedisBus"]
 
 
 class RedisBus:
-    """One subscriber for sessions and rooms; with a ``rooms`` server of their own, rooms get a second one.
+    """One feed for sessions and rooms; rooms get a feed of their own when they live on servers of their own.
 
-    Two subscribers mean two connections, two echoes and two leases: a broadcast spike that costs the rooms their connection does
-    not cost anybody a session.
+    Two feeds mean two sets of connections, echoes and leases: a broadcast spike that costs the rooms their connection does not
+    cost anybody a session.
     """
 
-    def __init__(self, topology: SingleServer, names: Names, *, lease_duration: float) -> None:
-        self._topology = topology
-        self._names = names
-        self._rooms_topology = topology
-        self._rooms_names = names
-        self._lease = Lease(lease_duration)
-        self._rooms_lease = self._lease
-        self._subscriber: Subscriber | None = None
-        self._rooms_subscriber: Subscriber | None = None
-        self._registry: Registry | None = None
-        self._gaps = 0
-        self._last_gap: str | None = None
-
-    def use_rooms_server(self, topology: SingleServer, names: Names) -> None:
-        """Rooms live on a server of their own."""
-        self._rooms_topology = topology
-        self._rooms_names = names
-        self._rooms_lease = Lease(self._lease.duration)
-
-    @property
-    def _split(self) -> bool:
-        return self._rooms_topology is not self._topology
+    def __init__(
+        self,
+        topology: Topology,
+        names: Names,
+        *,
+        lease_duration: float,
+        rooms: tuple[Topology, Names] | None = None,
+    ) -> None:
+        self._sessions = Feed(
+            topology, names, lease_duration=lease_duration, sessions=True, rooms=rooms is None
+        )
+        self._rooms = self._sessions
+        if rooms is not None:
+            self._rooms = Feed(*rooms, lease_duration=lease_duration, sessions=False, rooms=True)
+        self._feeds = [self._sessions] if rooms is None else [self._sessions, self._rooms]
+        self._node: NodeId | None = None
+        self._listening = False
+        self.on_dead: Callable[[str, str], None] | None = None
+        """Called with id and incarnation of a dead node that this one has removed: its presence is to be removed too."""
 
     @asynccontextmanager
     async def opened(self, node: NodeId, receiver: Receiver) -> AsyncIterator[None]:
         """Registered and receiving while entered. Raises ``StoreUnavailable`` when a channel or a key is refused."""
+        self._node = node
         await self._probe_rights(node)
-        registry = Registry(self._topology, self._names, node, receiver.load)
-        fixed = [self._names.sessions_channel("00"), self._names.node_channel(node)]
-        subscriber = self._make(self._topology, self._names, fixed, registry, self._lease, receiver, sessions=True)
-        subscribers = [subscriber]
-        if self._split:
-            rooms_registry = Registry(self._rooms_topology, self._rooms_names, node, receiver.load)
-            # A channel of its own keeps the subscribe-ack, and with it the echo, meaningful when there are no rooms yet.
-            fixed = [self._rooms_names.node_channel(node)]
-            subscribers.append(
-                self._make(
-                    self._rooms_topology, self._rooms_names, fixed, rooms_registry, self._rooms_lease, receiver
-                )
-            )
-        loop = asyncio.get_running_loop()
-        async with asyncio.TaskGroup() as tasks:
-            running = []
+        async with AsyncExitStack() as stack:
+            for feed in self._feeds:
+                try:
+                    await stack.enter_async_context(feed.opened(node, receiver))
+                except BusUnavailable as error:
+                    raise StoreUnavailable(error.reason) from error
+            registry = self._registry(self._rooms)
+            registry.on_dead = self._died
+            self._listening = True
             try:
-                for each in subscribers:
-                    started: asyncio.Future[None] = loop.create_future()
-                    running.append(tasks.create_task(each.run(started), name="asgi-cluster subscriber"))
-                    try:
-                        await started
-                    except BusUnavailable as error:
-                        reason = f"{self._topology.address.name}: cannot subscribe: {error.reason}"
-                        raise StoreUnavailable(reason) from error
-                running.append(tasks.create_task(registry.run(self._lease), name="asgi-cluster registry"))
-                self._registry, self._subscriber, self._rooms_subscriber = registry, subscriber, subscribers[-1]
                 yield
             finally:
-                self._registry = self._subscriber = self._rooms_subscriber = None
-                for task in running:
-                    task.cancel()
-                self._lease.revoke()
-                self._rooms_lease.revoke()
-                if self._topology.answering:
-                    await registry.leave()
+                self._listening = False
 
-    def _make(
-        self,
-        topology: SingleServer,
-        names: Names,
-        fixed: list[str],
-        registry: Registry,
-        lease: Lease,
-        receiver: Receiver,
-        *,
-        sessions: bool = False,
-    ) -> Subscriber:
-        carries_rooms = not (sessions and self._split)
-        session_channels = frozenset(fixed)
-
-        def message(channel: str, payload: bytes) -> None:
-            if channel in session_channels:
-                receiver.session_message(payload)
-                return
-            room = names.room_of_channel(channel)
-            if room is not None:
-                receiver.room_message(room, payload)
-
-        def gap(reason: str, channels: frozenset[str] | None) -> None:
-            self._gaps += 1
-            self._last_gap = reason
-            if sessions:
-                receiver.gap(reason, None)
-            if carries_rooms:
-                receiver.rooms_gap(reason, None)
-
-        def trusted() -> None:
-            if carries_rooms:
-                receiver.rooms_restored(None)
-
-        return Subscriber(
-            topology.subscriber_link,
-            fixed=fixed,
-            echo=Echo(lease),
-            registry=registry,
-            sharded=names.sharded,
-            on_message=message,
-            on_gap=gap,
-            on_trusted=trusted,
-        )
+    def _died(self, node: str, incarnation: str) -> None:
+        if self.on_dead is not None:
+            self.on_dead(node, incarnation)
 
     async def _probe_rights(self, node: NodeId) -> None:
-        # A right that is missing should stop the start, and not the first logout. An Ack that nobody waits for is harmless.
+        # A right that is missing should stop the start, and not the first logout. An Ack that nobody waits for is harmless, and
+        # no room has an empty name.
         harmless = encode(Ack("", node, 0))
-        for topology, channel in (
-            (self._topology, self._names.sessions_channel("00")),
-            (self._topology, self._names.node_channel(node)),
-            (self._rooms_topology, self._rooms_names.room_channel("")),
+        sessions, rooms = self._sessions, self._rooms
+        for feed, channel, what in (
+            (sessions, sessions.names.sessions_channel("00"), "session messages"),
+            (sessions, sessions.names.node_channel(node), "acknowledgements"),
+            (rooms, rooms.names.room_channel(""), "room messages"),
         ):
             try:
-                await topology.call(channel, "PUBLISH", channel, harmless, timeout=1.0)
-            except StoreUnavailable as error:
-                raise StoreUnavailable(f"cannot publish to {channel}: {error.reason}") from error
+                await self._publish(feed, channel, harmless, 1.0)
+            except BusUnavailable as error:
+                raise StoreUnavailable(f"cannot publish {what}: {error.reason}") from error
 
     # The port
 
     def lease(self, bucket: int) -> Lease:
-        """See ``Bus.lease``: one server, one lease."""
-        return self._lease
+        """See ``Bus.lease``."""
+        return self._sessions.lease(self._sessions.names.sessions_channel(f"{bucket:02x}"))
 
     def room_lease(self, room: str) -> Lease:
         """See ``Bus.room_lease``."""
-        return self._rooms_lease
+        return self._rooms.lease(self._rooms.names.room_channel(room))
 
     async def subscribe(self, room: str) -> None:
         """See ``Bus.subscribe``."""
-        if self._rooms_subscriber is None:
-            raise NotStarted("joining a room")
-        await self._rooms_subscriber.subscribe(self._rooms_names.room_channel(room))
+        await self._rooms.subscribe(room)
 
     def unsubscribe(self, room: str) -> None:
         """See ``Bus.unsubscribe``."""
-        if self._rooms_subscriber is not None:
-            self._rooms_subscriber.unsubscribe(self._rooms_names.room_channel(room))
+        self._rooms.unsubscribe(room)
 
     async def publish_room(self, room: str, payload: bytes, *, timeout: float) -> None:
         """See ``Bus.publish_room``."""
-        await self._publish(self._rooms_topology, self._rooms_names.room_channel(room), payload, timeout)
+        await self._publish(self._rooms, self._rooms.names.room_channel(room), payload, timeout)
 
     async def publish_bucket(self, bucket: int, payload: bytes, *, timeout: float) -> None:
         """See ``Bus.publish_bucket``."""
-        await self._publish(self._topology, self._names.sessions_channel(f"{bucket:02x}"), payload, timeout)
+        channel = self._sessions.names.sessions_channel(f"{bucket:02x}")
+        await self._publish(self._sessions, channel, payload, timeout)
 
-    async def _publish(self, topology: SingleServer, channel: str, payload: bytes, timeout: float) -> None:
+    async def _publish(self, feed: Feed, channel: str, payload: bytes, timeout: float) -> None:
         try:
-            await topology.call(channel, "PUBLISH", channel, payload, timeout=timeout)
+            await feed.topology.call(channel, feed.names.publish, channel, payload, timeout=timeout)
         except StoreUnavailable as error:
             raise BusUnavailable(error.reason, outcome_unknown=error.outcome_unknown) from error
 
     def post(self, node: str, payload: bytes) -> None:
         """See ``Bus.post``."""
-        channel = self._names.node_channel(node)
-        self._topology.post(channel, "PUBLISH", channel, payload)
+        names = self._sessions.names
+        channel = names.node_channel(node)
+        self._sessions.topology.post(channel, names.publish, channel, payload)
 
     async def nodes(self, *, timeout: float) -> Mapping[NodeId, NodeInfo]:
         """See ``Bus.nodes``."""
-        registry = self._registry
-        if registry is None:
-            registry = Registry(self._topology, self._names, NodeId(""), lambda: (0, 0))
-        return await registry.observe(None, timeout=timeout)
+        return await self._registry(self._sessions).observe(None, timeout=timeout)
 
-    def identity(self) -> tuple[str, str]:
-        """This node's id and incarnation. Raises ``NotStarted`` when it is not registered."""
-        if self._registry is None:
-            raise NotStarted("entering a room")
-        return self._registry.node, self._registry.incarnation
+    def _registry(self, feed: Feed) -> Registry:
+        # A publisher that does not listen is not registered, and may look all the same.
+        return feed.registry or Registry(feed.topology, feed.names, self._node or NodeId(""), lambda: (0, 0))
+
+    # For presence, which lives with the rooms
+
+    def identity(self) -> tuple[NodeId, str]:
+        """This node and its incarnation. Raises ``NotStarted``."""
+        registry = self._rooms.registry
+        if registry is None:
+            raise NotStarted("presence")
+        return registry.node, registry.incarnation
+
+    async def room_nodes(self, *, timeout: float) -> Mapping[NodeId, NodeInfo]:
+        """The nodes that are registered where the rooms are. Raises ``StoreUnavailable``."""
+        return await self._registry(self._rooms).observe(None, timeout=timeout)
+
+    # Figures
 
     @property
     def deaf(self) -> bool:
         """The store answers and the echo does not."""
-        return self._subscriber is not None and not self._lease.live and self._topology.answering
+        return self._listening and not self._sessions.trusted and self._sessions.topology.answering
 
     def stats(self) -> BusStats:
-        """See ``BusStats``."""
-        subscribers = {id(s): s for s in (self._subscriber, self._rooms_subscriber) if s is not None}.values()
+        """See ``Bus.stats``."""
+        last = [feed.last_gap for feed in self._feeds if feed.last_gap is not None]
         return BusStats(
-            connected=bool(subscribers) and all(s.connected for s in subscribers),
-            lease_remaining=min(self._lease.remaining, self._rooms_lease.remaining),
-            gaps=self._gaps,
-            reconnects=sum(max(0, s.connections - 1) for s in subscribers),
-            received=sum(s.received for s in subscribers),
+            connected=all(feed.connected for feed in self._feeds),
+            lease_remaining=min(feed.lease_remaining for feed in self._feeds),
+            gaps=sum(feed.gaps for feed in self._feeds),
+            reconnects=sum(feed.reconnects for feed in self._feeds),
+            received=sum(feed.received for feed in self._feeds),
             malformed=0,
-            last_gap=self._last_gap,
+            last_gap=last[0] if last else None,
         )

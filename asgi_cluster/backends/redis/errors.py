@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
@@ -14,10 +16,13 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from asgi_cluster.exceptions import StoreUnavailable
 
-__all__ = ["NOT_EXECUTED", "LinkBroken", "first_word", "reason_of", "unavailable"]
+__all__ = ["NOT_EXECUTED", "LinkBroken", "first_of", "first_word", "reason_of", "unavailable"]
 
 NOT_EXECUTED = ("MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN", "NOSCRIPT", "LOADING", "READONLY", "MASTERDOWN")
 """First words of error replies which prove that the command did nothing."""
+
+
+_IN_SCRIPT = re.compile(r"@user_script: ?\d+: -?([A-Z]{3,}) ")
 
 
 class LinkBroken(Exception):
@@ -49,15 +54,30 @@ def first_word(error: BaseException) -> str:
     }.get(type(error).__name__)
     if name is not None:
         return name
-    word = str(error).split(" ", 1)[0]
+    text = str(error)
+    if "ACL failure in script" in text:
+        return "NOPERM"
+    # Redis 6.2 wraps what a script's command answered: "ERR Error running script (…): @user_script:3: -OOM command not…"
+    inner = _IN_SCRIPT.search(text)
+    word = inner[1] if inner else text.split(" ", 1)[0]
     return word if word.isupper() and word.isalpha() else "ERR"
+
+
+def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first error in a group, however deep."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def reason_of(error: BaseException) -> str:
     """What is wrong, for people, without secrets."""
     if isinstance(error, LinkBroken | StoreUnavailable):
         return error.reason
-    if isinstance(error, AuthenticationError | AuthorizationError) and not isinstance(error, NoPermissionError):
+    if isinstance(error, AuthenticationError | AuthorizationError) and not isinstance(
+        error, NoPermissionError
+    ):
         return "the server refused the user name or password"
     if isinstance(error, NoPermissionError):
         return f"the user lacks a permission: {error}"

@@ -12,12 +12,13 @@ __all__ = ["Names"]
 class Names:
     """Names for one prefix and database. ``sharded``: Redis Cluster, channels live in slots."""
 
-    __slots__ = ("_channels", "_prefix", "sharded")
+    __slots__ = ("_channels", "_prefix", "publish", "sharded")
 
     def __init__(self, prefix: str, *, db: int = 0, sharded: bool = False) -> None:
         self._prefix = prefix
         self._channels = f"{prefix}:{db}"
         self.sharded = sharded
+        self.publish = "SPUBLISH" if sharded else "PUBLISH"
 
     # Sessions: the handle is "<bucket>.<token>"
 
@@ -42,8 +43,8 @@ class Names:
     def nodes(self) -> str:
         return f"{self._prefix}:{{nodes}}:all"
 
-    def beat(self, node: str) -> str:
-        return f"{self._prefix}:{{nodes}}:beat:{node}"
+    def beat(self, node: str, tag: str = "nodes") -> str:
+        return f"{self._prefix}:{{{tag}}}:beat:{node}"
 
     # Rooms
 

@@ -77,7 +77,7 @@ class RedisPresence:
 
     async def _nodes(self, timeout: float) -> Any:
         try:
-            return await self._bus.nodes(timeout=timeout)
+            return await self._bus.room_nodes(timeout=timeout)
         except StoreUnavailable as error:
             raise BusUnavailable(error.reason) from error
 

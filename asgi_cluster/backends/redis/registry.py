@@ -16,13 +16,14 @@ import msgspec
 
 from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.scripts import load
+from asgi_cluster.backends.redis.subscriber import Command
 from asgi_cluster.backends.redis.topology import Topology
 from asgi_cluster.bus.bus import NodeInfo
 from asgi_cluster.bus.lease import Lease
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import NodeId, new_token
 
-__all__ = ["BEAT_TTL", "Registry"]
+__all__ = ["BEAT_TTL", "Registry", "SideBeat"]
 
 logger = logging.getLogger("asgi_cluster.registry")
 
@@ -30,8 +31,9 @@ BEAT_TTL = 300_000
 """Milliseconds a registration outlives its last beat: long, so that a stopped server does not expire the living."""
 
 _OBSERVE_EVERY = 1.0
+_REFRESH_EVERY = 5.0
 _DEAD_AFTER = 4.0
-_SAME_MS = 5  # TIME and PTTL are read a moment apart
+_SAME_MS = 5  # Redis 6.2 reads TIME and PTTL of one script a moment apart
 
 
 class _Seen(msgspec.Struct):
@@ -47,31 +49,39 @@ class _Info(msgspec.Struct, array_like=True):
 
 
 class Registry:
-    """This node's entry, and its view of the others."""
+    """This node's entry, and its view of the others. The heartbeat of the subscriber at the primary that has the registry."""
 
-    def __init__(self, topology: Topology, names: Names, node: NodeId, load_of: Callable[[], tuple[int, int]]) -> None:
+    def __init__(
+        self, topology: Topology, names: Names, node: NodeId, load_of: Callable[[], tuple[int, int]]
+    ) -> None:
         self._topology = topology
         self._names = names
         self.node = node
         self._load_of = load_of
         self._started_at = time.time()
         self._seen: dict[str, _Seen] = {}
-        self._unbroken_since: float | None = None
+        self._written: bytes | None = None
         self.incarnation = new_token()
         self.on_dead: Callable[[str, str], None] | None = None
-        """Called with the id and the incarnation of a node that this observer removed."""
+        """Called with the id and the incarnation of a node that this observer removed, and no other did."""
 
-    def registration(self) -> tuple[str | bytes | int, ...]:
-        """The command that registers this node under a new incarnation."""
+    # The heartbeat
+
+    def registration(self) -> Command:
+        """Enters this node under a new incarnation."""
         self.incarnation = new_token()
         script = load("node_register")
         keys = (self._names.nodes(), self._names.beat(self.node))
         return ("EVAL", script.source, 2, *keys, self.node, self._info(), BEAT_TTL)
 
-    def beat(self) -> tuple[str, str, int]:
-        """The heartbeat: a write, because a read or a PUBLISH still succeeds on an isolated or read-only server, and a PEXPIRE,
-        because it passes when memory is full. Answers 0 when the registration is gone."""
+    def beat(self) -> Command:
+        """A write, because a read or a PUBLISH still succeeds on an isolated or read-only server, and a PEXPIRE, because it
+        passes when memory is full. Answers 0 when the registration is gone."""
         return ("PEXPIRE", self._names.beat(self.node), BEAT_TTL)
+
+    def interrupted(self) -> None:
+        """Our lease had lapsed: what was not seen to move may have been unable to."""
+        self._seen.clear()
 
     def _info(self) -> bytes:
         sockets, rooms = self._load_of()
@@ -79,29 +89,34 @@ class Registry:
 
     async def leave(self) -> None:
         """Take this node off, best effort."""
+        keys = [self._names.nodes(), self._names.beat(self.node)]
         try:
-            await self._topology.call(self._names.nodes(), "HDEL", self._names.nodes(), self.node, timeout=0.5)
-            await self._topology.call(self._names.nodes(), "DEL", self._names.beat(self.node), timeout=0.5)
+            await self._topology.run(load("node_leave"), keys, [self.node], timeout=0.5)
         except StoreUnavailable as error:
             logger.info("node %s could not sign off: %s", self.node, error.reason)
 
-    async def run(self, lease: Lease) -> None:
-        """Observe, and refresh this node's own entry, until cancelled. ``lease`` is this observer's own."""
+    # The others
+
+    async def run(self, lease: Callable[[], Lease]) -> None:
+        """Observe, and refresh this node's own entry, until cancelled. ``lease()`` is the lease of our own heartbeat."""
+        loop = asyncio.get_running_loop()
+        refreshed_at = loop.time()
         while True:
             await asyncio.sleep(_OBSERVE_EVERY)
-            if not lease.live:
-                self._unbroken_since = None
+            if not lease().live:
+                self.interrupted()
                 continue
-            if self._unbroken_since is None:
-                self._unbroken_since = lease.clock()
-                self._seen.clear()
             try:
-                names = self._names.nodes()
-                await self._topology.call(names, "HSET", names, self.node, self._info(), timeout=1.0)
-                await self.observe(lease)
+                await self.observe(lease())
+                info = self._info()
+                if loop.time() - refreshed_at >= _REFRESH_EVERY and info != self._written:
+                    await self._topology.run(
+                        load("node_refresh"), [self._names.nodes()], [self.node, info], timeout=1.0
+                    )
+                    self._written, refreshed_at = info, loop.time()
             except StoreUnavailable as error:
                 logger.debug("the registry did not answer: %s", error.reason)
-                self._unbroken_since = None
+                self.interrupted()
 
     async def observe(self, lease: Lease | None, *, timeout: float = 1.0) -> dict[NodeId, NodeInfo]:
         """All registered nodes; with a live ``lease``, those that have died are removed first. Raises ``StoreUnavailable``."""
@@ -128,7 +143,8 @@ class Registry:
                 lag=max(0, BEAT_TTL - pttl) / 1000,
                 incarnation=info.incarnation,
             )
-        self._seen = {node: seen for node, seen in self._seen.items() if node in found}
+        if lease is not None:
+            self._seen = {node: seen for node, seen in self._seen.items() if node in found}
         return found
 
     def _is_dead(self, node: str, expiry: int, lease: Lease) -> bool:
@@ -137,8 +153,7 @@ class Registry:
         if seen is None or abs(seen.expiry - expiry) > _SAME_MS:
             self._seen[node] = _Seen(expiry, now)
             return False
-        unbroken = self._unbroken_since
-        return lease.live and unbroken is not None and now - max(seen.since, unbroken) >= _DEAD_AFTER
+        return lease.live and now - seen.since >= _DEAD_AFTER
 
     async def _reap(self, node: str, expiry: int, incarnation: str) -> None:
         keys = [self._names.nodes(), self._names.beat(node)]
@@ -146,3 +161,21 @@ class Registry:
             logger.warning("node %s is dead: removed", node)
             if self.on_dead is not None:
                 self.on_dead(node, incarnation)
+
+
+class SideBeat:
+    """The heartbeat at a primary of a Cluster that does not have the registry: a key of its own in a slot of that primary."""
+
+    def __init__(self, names: Names, node: NodeId, tag: str) -> None:
+        self._key = names.beat(node, tag)
+
+    def registration(self) -> Command:
+        """See ``Heartbeat.registration``."""
+        return ("SET", self._key, "", "PX", BEAT_TTL)
+
+    def beat(self) -> Command:
+        """See ``Heartbeat.beat``."""
+        return ("PEXPIRE", self._key, BEAT_TTL)
+
+    def interrupted(self) -> None:
+        """See ``Heartbeat.interrupted``: nobody is observed here."""

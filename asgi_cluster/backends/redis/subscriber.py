@@ -9,74 +9,122 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 
-from asgi_cluster.backends.redis.errors import LinkBroken, reason_of
-from asgi_cluster.backends.redis.link import Link, OnPush
-from asgi_cluster.backends.redis.registry import Registry
-from asgi_cluster.bus.lease import Echo
+from asgi_cluster.backends.redis.errors import LinkBroken, first_of, first_word, reason_of
+from asgi_cluster.backends.redis.link import Link, Refusals
+from asgi_cluster.backends.redis.primary import Primary
+from asgi_cluster.bus.lease import Echo, Lease
 from asgi_cluster.exceptions import BusUnavailable
 
-__all__ = ["Subscriber"]
+__all__ = ["Command", "Heartbeat", "Listener", "Subscriber"]
 
 logger = logging.getLogger("asgi_cluster.bus")
 
+Command = tuple[str | bytes | int, ...]
+
 _BEAT_EVERY = 0.5
 _DEAD_AFTER = 1.0
-_CONNECT_TIMEOUT = 1.0
+_LOOK_EVERY = 0.1
+_SETUP = 2.0
+_FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 0.5
+_RETRY_MOVED = 0.1
 _BATCH = 500
+_MOVED = frozenset(("MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN"))
+_DEMOTED = frozenset(("READONLY", "MASTERDOWN"))
+
+
+class Heartbeat(Protocol):
+    """What is written on the subscriber's connection, over and over."""
+
+    def registration(self) -> Command:
+        """Makes the node known; answers anything but an error."""
+        ...
+
+    def beat(self) -> Command:
+        """Answers 1, or 0 when the node is not known (any more)."""
+        ...
+
+    def interrupted(self) -> None:
+        """The lease was not live without a break."""
+        ...
+
+
+class Listener(Protocol):
+    """Who is told. Called on the event loop; must not block."""
+
+    def heartbeat(self, subscriber: Subscriber) -> Heartbeat:
+        """What to beat with, at this moment."""
+        ...
+
+    def message(self, channel: str, payload: bytes) -> None:
+        """It came on one of our channels."""
+        ...
+
+    def gap(self, subscriber: Subscriber, reason: str, channels: frozenset[str]) -> None:
+        """Messages may have been lost on these channels. Their lease is 0 already, or they have none any more."""
+        ...
+
+    def acknowledged(self, subscriber: Subscriber, channels: frozenset[str]) -> None:
+        """From now on messages on these channels arrive."""
+        ...
+
+    def moved(self, subscriber: Subscriber) -> None:
+        """The server says that something lives elsewhere."""
+        ...
 
 
 class Subscriber:
-    """One connection to one primary, and what it is subscribed to.
-
-    ``fixed`` are the channels it always has; others come and go. ``on_message(channel, payload)`` is called for every message;
-    ``on_gap(reason, channels)`` when messages may have been lost, on these channels or (``None``) on all; ``on_trusted()`` when the
-    first echo after a gap has come back.
-    """
+    """One connection to one primary, and what it is subscribed to. ``vital``: channels without which it is no use."""
 
     def __init__(
         self,
-        make_link: Callable[[OnPush], Link],
+        primary: Primary,
+        lease: Lease,
+        listener: Listener,
         *,
-        fixed: Iterable[str],
-        echo: Echo,
-        registry: Registry,
         sharded: bool,
-        on_message: Callable[[str, bytes], None],
-        on_gap: Callable[[str, frozenset[str] | None], None],
-        on_trusted: Callable[[], None],
+        vital: Collection[str] = (),
     ) -> None:
-        self._make_link = make_link
-        self._fixed = list(fixed)
-        self._echo = echo
-        self._registry = registry
-        self._on_message = on_message
-        self._on_gap = on_gap
-        self._on_trusted = on_trusted
-        self._subscribe_verb = "SSUBSCRIBE" if sharded else "SUBSCRIBE"
-        self._unsubscribe_verb = "SUNSUBSCRIBE" if sharded else "UNSUBSCRIBE"
+        self.primary = primary
+        self.lease = lease
+        self._echo = Echo(lease)
+        self._listener = listener
+        self._sharded = sharded
+        self._prefix = "S" if sharded else ""
+        self._vital = vital
         self._wanted: set[str] = set()
-        self._sent: set[str] = set()
+        self._sent: dict[str, int] = {}
+        self._acked: set[str] = set()
         self._waiting: dict[str, asyncio.Future[None]] = {}
+        self._batches = 0
         self._link: Link | None = None
-        self._ready = False
         self._flushing = False
-        self._trusted = False
+        self._registered = False
         self.received = 0
         self.connections = 0
 
     @property
     def connected(self) -> bool:
-        """Whether the connection stands and all subscriptions have been acknowledged."""
-        return self._ready
+        """Whether the connection stands and was subscribed to all that was wanted then."""
+        return self._link is not None
+
+    def hears(self, channel: str) -> bool:
+        """Whether the subscription to ``channel`` stands."""
+        return channel in self._acked
 
     # Channels that come and go
+
+    def want(self, channel: str) -> None:
+        """Subscribe, without waiting."""
+        self._wanted.add(channel)
+        if self._link is not None:
+            self._flush_soon()
 
     async def subscribe(self, channel: str) -> None:
         """Returns when the server has acknowledged; at once while the connection is down: then it is among the first to be sent.
@@ -84,23 +132,22 @@ class Subscriber:
         Raises:
             BusUnavailable: the server refused.
         """
-        self._wanted.add(channel)
-        if not self._ready or (channel in self._sent and channel not in self._waiting):
+        self.want(channel)
+        if self._link is None or channel in self._acked:
             return
         future = self._waiting.get(channel)
         if future is None:
             future = self._waiting[channel] = asyncio.get_running_loop().create_future()
-            self._flush_soon()
         await asyncio.shield(future)
 
     def unsubscribe(self, channel: str) -> None:
         """No more of it."""
         self._wanted.discard(channel)
-        if self._ready:
+        if self._link is not None:
             self._flush_soon()
 
     def _flush_soon(self) -> None:
-        # One command for all the joins and leaves of a loop tick.
+        # One command for all the joins and leaves of a loop tick; who joins and leaves in one tick costs nothing.
         if not self._flushing:
             self._flushing = True
             asyncio.get_running_loop().call_soon(self._flush)
@@ -108,30 +155,67 @@ class Subscriber:
     def _flush(self) -> None:
         self._flushing = False
         link = self._link
-        if link is None or not self._ready:
-            return
-        joining, leaving = sorted(self._wanted - self._sent), sorted(self._sent - self._wanted)
-        for channel in [c for c in self._waiting if c not in self._wanted]:
-            self._answer([channel], None)
-        try:
-            for some in _batches(leaving):
-                self._sent.difference_update(some)
-                link.subscribe(self._unsubscribe_verb, some).add_done_callback(_retrieve)
-            for some in _batches(joining):
-                self._sent.update(some)
-                acked = link.subscribe(self._subscribe_verb, some)
-                acked.add_done_callback(partial(self._acknowledged, some))
-        except LinkBroken:
+        if link is None or not link.up:
             return  # the gap is on its way, and then everything is subscribed anew
+        self._answer([channel for channel in self._waiting if channel not in self._wanted], None)
+        leaving = sorted(self._sent.keys() - self._wanted)
+        joining = sorted(self._wanted - self._sent.keys())
+        if leaving:
+            for channel in leaving:
+                del self._sent[channel]
+                self._acked.discard(channel)
+            link.subscribe(f"{self._prefix}UNSUBSCRIBE", self._commands(leaving))
+        if joining:
+            self._send(link, joining)
 
-    def _acknowledged(self, channels: list[str], done: asyncio.Future[None]) -> None:
-        error = done.exception()
-        if isinstance(error, ResponseError):
-            self._sent.difference_update(channels)
-            self._wanted.difference_update(channels)
-            self._answer(channels, BusUnavailable(reason_of(error)))
-        else:
-            self._answer(channels, None)
+    def _commands(self, channels: Sequence[str], *, apart: bool = False) -> list[Sequence[str]]:
+        # Channels of one sharded command must share a slot; a refusal by an access list refuses all of its command.
+        size = 1 if self._sharded or apart else _BATCH
+        return [channels[start : start + size] for start in range(0, len(channels), size)]
+
+    def _send(self, link: Link, channels: Sequence[str], *, apart: bool = False) -> asyncio.Future[Refusals]:
+        self._batches += 1
+        self._sent.update(dict.fromkeys(channels, self._batches))
+        done = link.subscribe(f"{self._prefix}SUBSCRIBE", self._commands(channels, apart=apart))
+        if self._link is not None:
+            done.add_done_callback(partial(self._answered, link, self._batches, channels))
+        return done
+
+    def _answered(
+        self, link: Link, batch: int, channels: Sequence[str], done: asyncio.Future[Refusals]
+    ) -> None:
+        if done.cancelled() or done.exception() is not None or link is not self._link:
+            return  # lost with the connection
+        refused = done.result()
+        # A channel that was left meanwhile, or left and joined again, has a later command on the way.
+        current = [channel for channel in channels if self._sent.get(channel) == batch]
+        heard = frozenset(channel for channel in current if channel not in refused)
+        self._acked |= heard
+        if heard:
+            self._listener.acknowledged(self, heard)
+        self._answer(heard, None)
+        self._refused(link, {channel: refused[channel] for channel in current if channel in refused})
+
+    def _refused(self, link: Link, refused: Refusals) -> None:
+        if not refused:
+            return
+        for channel in refused:
+            del self._sent[channel]
+        moved = frozenset(channel for channel, error in refused.items() if first_word(error) in _MOVED)
+        if moved:
+            # They are heard when whoever has them now has acknowledged; until then this is a gap, and nobody need wait.
+            self._listener.gap(self, "channels are being moved", moved)
+            self._answer(moved, None)
+            self._listener.moved(self)
+            asyncio.get_running_loop().call_later(_RETRY_MOVED, self._flush_soon)
+        others = [channel for channel in refused if channel not in moved]
+        if len(others) > 1 and not self._sharded and len(set(map(id, refused.values()))) < len(others):
+            self._send(link, others, apart=True)
+            return
+        for channel in others:
+            self._wanted.discard(channel)
+            self._answer([channel], BusUnavailable(reason_of(refused[channel])))
+            logger.error("a room's channel was refused: %s", reason_of(refused[channel]))
 
     def _answer(self, channels: Iterable[str], error: BusUnavailable | None) -> None:
         for channel in channels:
@@ -146,104 +230,139 @@ class Subscriber:
     # The connection
 
     async def run(self, started: asyncio.Future[None]) -> None:
-        """Stay connected until cancelled. ``started`` gets the outcome of the first attempt."""
-        pause = 0.05
+        """Stay connected until cancelled. ``started`` gets the first echo, or why the first attempt failed."""
+        pause = _FIRST_PAUSE
         while True:
             reason: str | None = None
             try:
                 await self._one_connection(started)
-            except* (LinkBroken, RedisError, OSError, TimeoutError) as group:
-                error: BaseException = group
-                while isinstance(error, BaseExceptionGroup):
-                    error = error.exceptions[0]
+            except* Exception as group:
+                error = first_of(group)
+                if not isinstance(error, LinkBroken | RedisError | OSError):
+                    logger.error("the subscriber of %s failed", self.primary.name, exc_info=error)
                 reason = reason_of(error)
                 if not started.done():
-                    started.set_exception(BusUnavailable(reason))
+                    started.set_exception(BusUnavailable(f"{self.primary.name}: cannot subscribe: {reason}"))
             finally:
-                pause = 0.05 if self._ready else min(pause * 2, _LONGEST_PAUSE)
+                pause = _FIRST_PAUSE if self.connected else min(pause * 2, _LONGEST_PAUSE)
                 self._lost(reason)
             await asyncio.sleep(random.uniform(0, pause))
 
     def _lost(self, reason: str | None) -> None:
-        was_ready, self._ready = self._ready, False
-        self._link = None
-        self._trusted = False
-        self._sent.clear()
+        was_connected, self._link = self.connected, None
         self._echo.gap()
-        if was_ready and reason is not None:  # without one it is being stopped, and nobody is left to be told
-            self._on_gap(reason, None)
+        self._sent.clear()
+        self._acked.clear()
+        if (
+            was_connected and reason is not None
+        ):  # without one it is being stopped, and nobody is left to be told
+            self._listener.gap(self, reason, frozenset(self._wanted))
         self._answer(list(self._waiting), None)
 
     async def _one_connection(self, started: asyncio.Future[None]) -> None:
-        link = self._make_link(self._pushed)
-        await link.open(_CONNECT_TIMEOUT)
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(link.run(), name="asgi-cluster subscriber link")
-            async with asyncio.timeout(_CONNECT_TIMEOUT * 2):
-                # Registered before the first lease: whoever serves from a cache is known to those who log out.
-                await link.send(*self._registry.registration())
-                channels = [*self._fixed, *sorted(self._wanted)]
-                self._sent = set(self._wanted)
-                await asyncio.gather(*[link.subscribe(self._subscribe_verb, some) for some in _batches(channels)])
-            self._link = link
-            self._ready = True
-            self.connections += 1
-            self._echo.subscribed()
-            if not self._sent.issuperset(self._wanted) or not self._wanted.issuperset(self._sent):
+        link = await self.primary.dial(
+            lambda kind, channel, payload: self._pushed(link, kind, channel, payload)
+        )
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(link.run(), name="asgi-cluster subscriber link")
+                async with asyncio.timeout(_SETUP):
+                    await self.primary.introduce(link)
+                    await self._register(link)
+                    await self._subscribe_all(link)
+                self.connections += 1
+                self._link = link
+                self._echo.subscribed()
+                self._listener.acknowledged(self, frozenset(self._acked))
                 self._flush_soon()
-            await self._beat_forever(link, started)
+                await self._beat_forever(link, started)
+        finally:
+            await link.close()
+
+    async def _register(self, link: Link) -> None:
+        # Before the first lease: whoever serves from a cache is known to those who log out. Known already after a mere
+        # reconnect: then the incarnation, and with it everybody's presence, stays.
+        heartbeat = self._listener.heartbeat(self)
+        if not self._registered or await link.send(*heartbeat.beat()) != 1:
+            await link.send(*heartbeat.registration())
+            self._registered = True
+
+    async def _subscribe_all(self, link: Link) -> None:
+        channels = sorted(self._wanted)
+        if not channels:
+            return
+        refused = await self._send(link, channels)
+        if refused and not self._sharded:
+            for channel in refused:
+                del self._sent[channel]
+            refused = await self._send(link, sorted(refused), apart=True)
+        for channel in self._vital:
+            if channel in refused and first_word(refused[channel]) not in _MOVED:
+                raise refused[channel]
+        self._acked = set(self._sent) - set(refused)
+        self._refused(link, refused)
 
     async def _beat_forever(self, link: Link, started: asyncio.Future[None]) -> None:
         loop = asyncio.get_running_loop()
         next_beat = loop.time()
         while True:
+            heartbeat = self._listener.heartbeat(self)
             self._echo.beat()
-            link.send(*self._registry.beat()).add_done_callback(lambda done: self._echoed(link, done, started))
+            link.send(*heartbeat.beat()).add_done_callback(partial(self._echoed, link, heartbeat, started))
             next_beat = max(next_beat + _BEAT_EVERY, loop.time())
-            while loop.time() < next_beat:
-                await asyncio.sleep(min(0.1, max(0.0, next_beat - loop.time())))
+            while (now := loop.time()) < next_beat:
+                await asyncio.sleep(min(_LOOK_EVERY, next_beat - now))
+                if loop.time() - now > _BEAT_EVERY:
+                    continue  # this process slept: the echo may be waiting to be read
                 since = self._echo.waiting_since
-                if since is not None and self._echo.lease.clock() - since > _DEAD_AFTER:
+                if since is not None and self.lease.clock() - since > _DEAD_AFTER:
                     raise LinkBroken(f"no echo for {_DEAD_AFTER:g} s")
 
-    def _echoed(self, link: Link, done: asyncio.Future[Any], started: asyncio.Future[None]) -> None:
-        if done.cancelled() or link is not self._link:
+    def _echoed(
+        self, link: Link, heartbeat: Heartbeat, started: asyncio.Future[None], done: asyncio.Future[Any]
+    ) -> None:
+        if done.cancelled() or link is not self._link or not link.up:
             return
         error = done.exception()
-        renewed = error is None and done.result() == 1
-        self._echo.reply(renewed)
-        if isinstance(error, LinkBroken):
-            return
-        if error is None and not renewed:
-            # The registration is gone (a restart, FLUSHALL): until it is back, a logout would not know this node.
-            logger.warning("this node's registration was gone: registering again")
-            link.send(*self._registry.registration()).add_done_callback(_retrieve)
-        elif error is not None and not started.done():
-            started.set_exception(BusUnavailable(reason_of(error)))
-        elif renewed:
+        known = error is None and done.result() == 1
+        if not self.lease.live:
+            heartbeat.interrupted()
+        self._echo.reply(known)
+        if error is not None:
+            word = first_word(error)
+            if not started.done():
+                started.set_exception(BusUnavailable(f"{self.primary.name}: cannot beat: {reason_of(error)}"))
+            if word in _MOVED:
+                self._listener.moved(self)
+            elif word in _DEMOTED:
+                link.abort("the server is a replica now")
+        elif known:
             if not started.done():
                 started.set_result(None)
-            if not self._trusted:
-                self._trusted = True
-                self._on_trusted()
+        else:
+            # Gone with a FLUSHALL or because we were silent for long: until it is back, a logout does not count on this node.
+            logger.warning("this node's registration was gone: registering again")
+            link.abort("the registration was gone")
+            self._registered = False
 
-    def _pushed(self, kind: bytes, channel: bytes, payload: Any) -> None:
+    def _pushed(self, link: Link, kind: bytes, channel: bytes, payload: Any) -> None:
         name = channel.decode()
         if kind in (b"message", b"smessage"):
             self.received += 1
-            self._on_message(name, payload)
+            try:
+                self._listener.message(name, payload)
+            except Exception:
+                # Whatever it was has not been dealt with, an invalidation perhaps: that is a gap.
+                logger.exception("a message could not be dealt with")
+                link.abort("a message could not be dealt with")
             return
-        # An unsolicited unsubscribe: the slot has moved, and what is published there now is not heard here.
-        self._sent.discard(name)
-        self._echo.gap()
-        self._on_gap("a channel moved away", frozenset((name,)))
-        raise LinkBroken("a channel moved away")
+        if self._sent.pop(name, None) is None:
+            return  # left already
+        # The slot has moved, and what is published there now is not heard here.
+        self._acked.discard(name)
+        self._listener.gap(self, "a channel has moved", frozenset((name,)))
+        self._listener.moved(self)
 
-
-def _batches(channels: list[str]) -> Iterable[list[str]]:
-    return [channels[start : start + _BATCH] for start in range(0, len(channels), _BATCH)]
-
-
-def _retrieve(done: asyncio.Future[Any]) -> None:
-    if not done.cancelled():
-        done.exception()
+    def __repr__(self) -> str:
+        state = "connected" if self.connected else "down"
+        return f"<Subscriber {self.primary.name} {state}, {len(self._wanted)} channels>"

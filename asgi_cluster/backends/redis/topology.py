@@ -4,38 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol
 
 from redis.exceptions import NoScriptError, RedisError
 
 from asgi_cluster.backends.redis.commands import CommandLink
 from asgi_cluster.backends.redis.errors import first_word, unavailable
-from asgi_cluster.backends.redis.link import Link, OnPush
+from asgi_cluster.backends.redis.lifetime import background
+from asgi_cluster.backends.redis.primary import Primary
 from asgi_cluster.backends.redis.scripts import Script
 from asgi_cluster.backends.redis.urls import Address
 from asgi_cluster.exceptions import StoreUnavailable
 
-__all__ = ["SingleServer", "Topology"]
+__all__ = ["OnePrimary", "Topology", "single_server"]
 
 logger = logging.getLogger("asgi_cluster.redis")
 
-_RETRY_PAUSE = 0.05
+_RETRY_PAUSE = 0.02
 
 
 class Topology(Protocol):
-    """One or more servers that together hold all keys."""
+    """One or more primaries that together hold all keys."""
 
     sharded: bool
     """Redis Cluster: channels live in slots, publish with SPUBLISH."""
 
-    def opened(self) -> Any:
-        """An async context manager: connected while it is entered. Raises ``StoreUnavailable`` on entering."""
+    def opened(self) -> AbstractAsyncContextManager[None]:
+        """Connected while entered. Raises ``StoreUnavailable`` on entering: cannot be reached, refuses us, is too old."""
         ...
 
     async def call(self, key: str, *args: str | bytes | int, timeout: float) -> Any:
         """One command, to the primary that has ``key``. Replies are bytes, int, list, dict or ``None``.
+
+        Only what provably did not run is tried again, while there is time.
 
         Raises:
             StoreUnavailable: no reply within ``timeout`` seconds, or the server refused.
@@ -45,7 +48,7 @@ class Topology(Protocol):
     async def run(
         self, script: Script, keys: Sequence[str], args: Sequence[str | bytes | int], *, timeout: float
     ) -> Any:
-        """A script, all of whose keys share a slot. Raises as ``call``."""
+        """A script, all of whose keys share a slot. As ``call``."""
         ...
 
     def post(self, key: str, *args: str | bytes | int) -> bool:
@@ -53,7 +56,11 @@ class Topology(Protocol):
         ...
 
     def run_id(self, key: str) -> str:
-        """The run id of the server that has ``key``: another one has not necessarily the same last writes."""
+        """The run id of the server that has ``key``: another one has not necessarily the same last writes.
+
+        Raises:
+            StoreUnavailable: not connected.
+        """
         ...
 
     @property
@@ -61,35 +68,76 @@ class Topology(Protocol):
         """Whether every primary is connected and has answered lately."""
         ...
 
+    # For the subscribers
 
-class SingleServer:
-    """One server without failover."""
+    def primaries(self) -> Sequence[Primary]:
+        """All of them, as far as is known."""
+        ...
+
+    def home(self, key: str) -> Primary | None:
+        """The primary that has ``key`` (or a channel), as far as is known; ``None`` while nobody has it."""
+        ...
+
+    def tag_at(self, primary: Primary) -> str | None:
+        """A hash tag whose keys live on ``primary``; ``None`` when it has no slots."""
+        ...
+
+    def watch(self, changed: Callable[[], None] | None) -> None:
+        """``changed`` is called whenever homes may have changed."""
+        ...
+
+    def doubt(self) -> None:
+        """Somebody was redirected or cut off: look again where everything is, soon. Never waits."""
+        ...
+
+    def hurry(self, primary: Primary) -> None:
+        """A subscriber has reached ``primary`` again: the command link need not wait its pause out."""
+        ...
+
+
+class Routed:
+    """What topologies share: scripts by their hash."""
+
+    async def call(self, key: str, *args: str | bytes | int, timeout: float) -> Any:
+        """See ``Topology.call``."""
+        raise NotImplementedError
+
+    async def run(
+        self, script: Script, keys: Sequence[str], args: Sequence[str | bytes | int], *, timeout: float
+    ) -> Any:
+        """See ``Topology.run``."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        try:
+            return await self.call(keys[0], "EVALSHA", script.sha, len(keys), *keys, *args, timeout=timeout)
+        except NoScriptError:
+            # The server has not seen it since it started. EVAL also loads it.
+            remaining = deadline - loop.time()
+            return await self.call(keys[0], "EVAL", script.source, len(keys), *keys, *args, timeout=remaining)
+
+
+class OnePrimary(Routed):
+    """All keys on one primary: a single server, or whatever the sentinels say it is."""
 
     sharded = False
 
-    def __init__(self, address: Address) -> None:
-        self.address = address
+    def __init__(self, primary: Primary) -> None:
+        self.primary = primary
         self._commands: CommandLink | None = None
-
-    def subscriber_link(self, on_push: OnPush) -> Link:
-        """A link for the subscriber, not open yet."""
-        return Link(self.address.connection(), on_push)
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
-        """Connected while entered. Raises ``StoreUnavailable`` when it cannot be reached, refuses us, or is too old."""
-        commands = CommandLink(lambda: Link(self.address.connection()), self.address.name)
-        await commands.open_once()
+        """See ``Topology.opened``."""
+        commands = CommandLink(self.primary)
         started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        async with asyncio.TaskGroup() as tasks:
-            keeper = tasks.create_task(commands.run(started), name="asgi-cluster commands")
+        async with background() as tasks:
+            tasks.start(commands.run(started), name="asgi-cluster commands")
+            await started
+            self._commands = commands
             try:
-                await started
-                self._commands = commands
                 yield
             finally:
                 self._commands = None
-                keeper.cancel()
 
     def _link(self) -> CommandLink:
         if self._commands is None:
@@ -97,7 +145,7 @@ class SingleServer:
         return self._commands
 
     async def call(self, key: str, *args: str | bytes | int, timeout: float) -> Any:
-        """See ``Topology.call``. What provably did not run is tried again while there is time."""
+        """See ``Topology.call``."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         while True:
@@ -106,20 +154,21 @@ class SingleServer:
             except NoScriptError:
                 raise
             except RedisError as error:
+                self._refused(first_word(error))
                 if loop.time() + _RETRY_PAUSE >= deadline:
                     raise unavailable(error, sent=False) from error
-                logger.debug("%s answered %s: trying again", self.address.name, first_word(error))
+                logger.debug("%s answered %s: trying again", self.primary.name, first_word(error))
                 await asyncio.sleep(_RETRY_PAUSE)
 
-    async def run(
-        self, script: Script, keys: Sequence[str], args: Sequence[str | bytes | int], *, timeout: float
-    ) -> Any:
-        """See ``Topology.run``."""
-        try:
-            return await self.call(keys[0], "EVALSHA", script.sha, len(keys), *keys, *args, timeout=timeout)
-        except NoScriptError:
-            # The server has not seen it since it started. EVAL also loads it.
-            return await self.call(keys[0], "EVAL", script.source, len(keys), *keys, *args, timeout=timeout)
+    def _refused(self, word: str) -> None:
+        if word == "READONLY":
+            # Demoted under our feet. Whoever is the primary now, it is not at the other end of this connection.
+            self.drop("the server is a replica now")
+
+    def drop(self, reason: str) -> None:
+        """Connect anew, because the primary is another one now."""
+        if self._commands is not None:
+            self._commands.drop(reason)
 
     def post(self, key: str, *args: str | bytes | int) -> bool:
         """See ``Topology.post``."""
@@ -134,5 +183,33 @@ class SingleServer:
         """See ``Topology.answering``."""
         return self._commands is not None and self._commands.answering
 
+    def primaries(self) -> Sequence[Primary]:
+        """See ``Topology.primaries``."""
+        return [self.primary]
+
+    def home(self, key: str) -> Primary:
+        """See ``Topology.home``."""
+        return self.primary
+
+    def tag_at(self, primary: Primary) -> str:
+        """See ``Topology.tag_at``."""
+        return "nodes"
+
+    def watch(self, changed: Callable[[], None] | None) -> None:
+        """See ``Topology.watch``: homes never change."""
+
+    def doubt(self) -> None:
+        """See ``Topology.doubt``: every new connection looks anew anyhow."""
+
+    def hurry(self, primary: Primary) -> None:
+        """See ``Topology.hurry``."""
+        if self._commands is not None:
+            self._commands.hurry()
+
     def __repr__(self) -> str:
-        return f"<SingleServer {self.address.name}>"
+        return f"<{type(self).__name__} {self.primary.name}>"
+
+
+def single_server(address: Address) -> OnePrimary:
+    """One server without failover."""
+    return OnePrimary(Primary(address.dial, lambda: address.name))

@@ -1,17 +1,37 @@
-"""From a URL to connections, refused at construction when it cannot work, and never with a password in the message."""
+"""From a URL to servers, refused at construction when it cannot work, and never with a password in the message.
+
+    redis://[user:password@]host[:6379][/db]            rediss:// the same with TLS
+    unix://[user:password@]/path/to/socket[?db=0]
+    redis+sentinel://[user:password@]host[:26379][,host…]/service[/db][?sentinel_username=…&sentinel_password=…]
+    redis+cluster://[user:password@]host[:6379][,host…]
+
+with ``rediss+…`` for TLS, and the options ``socket_connect_timeout`` (seconds), ``client_name`` and redis-py's ``ssl_…``.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from ssl import SSLContext
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, Literal, Self
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
-from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection, UnixDomainSocketConnection, parse_url
+from redis.asyncio.connection import (
+    AbstractConnection,
+    Connection,
+    SSLConnection,
+    UnixDomainSocketConnection,
+    parse_url,
+)
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.maint_notifications import MaintNotificationsConfig
 
-__all__ = ["Address"]
+from asgi_cluster.backends.redis.link import Link, OnPush
+
+__all__ = ["Address", "Target", "parse_target"]
+
+_CONNECT_TIMEOUT = 1.0
+_OPTIONS = {"client_name", "db", "host", "password", "path", "port", "socket_connect_timeout", "username"}
 
 
 class Address:
@@ -21,36 +41,62 @@ class Address:
         self, url: str, *, ssl_context: SSLContext | None = None, credential_provider: Any = None
     ) -> None:
         try:
+            parts = urlsplit(url)
+            host, _ = parts.hostname, parts.port
             options: dict[str, Any] = dict(parse_url(url))
-            host = urlsplit(url).hostname
         except ValueError as error:
             # redis-py and urllib name the offending part, never the credentials.
             raise ValueError(f"not a Redis URL: {error}") from None
         self._class: type[AbstractConnection] = options.pop("connection_class", Connection)
-        if self._class is not UnixDomainSocketConnection and not host:
-            raise ValueError("a Redis URL needs a host: redis://host:6379/0")
-        self.db = int(options.pop("db", 0) or 0)
-        path = urlsplit(url).path.strip("/")
-        if self._class is not UnixDomainSocketConnection and path and not path.isdigit():
-            raise ValueError(f"the path of a Redis URL is a database number, not {path!r}")
-        self._options = {**options, "db": self.db}
+        path = parts.path.strip("/")
         if self._class is UnixDomainSocketConnection:
-            self.name = f"unix socket {options.get('path')}"
-        else:
-            self._options.setdefault("port", 6379)
-            self.name = f"{options['host']}:{self._options['port']}"
+            if not path:
+                raise ValueError("a unix URL needs a path: unix:///run/redis.sock")
+        elif not host:
+            raise ValueError("a Redis URL needs a host: redis://host:6379/0")
+        elif path and not path.isdigit():
+            raise ValueError(f"the path of a Redis URL is a database number, not {path!r}")
+        for name in options:
+            if name not in _OPTIONS and not name.startswith("ssl_"):
+                raise ValueError(f"a Redis URL does not take the option {name!r} here")
+        if not isinstance(options.get("db", 0), int) or options.get("db", 0) < 0:
+            raise ValueError("the database of a Redis URL is a number of at least 0")
         if ssl_context is not None:
             if self._class is not SSLConnection:
                 raise ValueError("ssl_context goes with rediss://")
-            self._options["ssl_context"] = ssl_context
+            options["ssl_context"] = ssl_context
         if credential_provider is not None:
             if "password" in options or "username" in options:
                 raise ValueError("give user and password in the URL, or a credential_provider, not both")
-            self._options["credential_provider"] = credential_provider
+            options["credential_provider"] = credential_provider
+        if self._class is not UnixDomainSocketConnection:
+            options.setdefault("port", 6379)
+        self.db: int = options.setdefault("db", 0)
+        self._timeout: float = options.get("socket_connect_timeout") or _CONNECT_TIMEOUT
+        self._options = options
         try:
             self.connection()
         except TypeError as error:
             raise ValueError(f"unknown option in a Redis URL: {error}") from None
+
+    @property
+    def name(self) -> str:
+        """Where it is, for people."""
+        if self._class is UnixDomainSocketConnection:
+            return f"unix socket {self._options['path']}"
+        return "{}:{}".format(*self.place)
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Host and port; of a unix socket the path and 0."""
+        return self._options.get("host") or self._options["path"], self._options.get("port", 0)
+
+    def at(self, host: str, port: int) -> Self:
+        """The same user, password and TLS on another server."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._options = {**self._options, "host": host, "port": port}
+        return other
 
     def connection(self) -> AbstractConnection:
         """A connection that is not open yet: RESP3, no retries, no timeouts of its own."""
@@ -59,12 +105,94 @@ class Address:
                 **self._options,
                 "protocol": 3,
                 "socket_timeout": None,
-                "socket_keepalive": True,
+                "socket_connect_timeout": self._timeout,
                 "retry": Retry(NoBackoff(), 0),
                 "decode_responses": False,
                 "maint_notifications_config": MaintNotificationsConfig(enabled=False),
             }
         )
 
+    async def dial(self, on_push: OnPush | None = None) -> Link:
+        """An open link. Raises ``LinkBroken``."""
+        link = Link(self.connection(), on_push)
+        await link.open(self._timeout)
+        return link
+
     def __repr__(self) -> str:
         return f"<Address {self.name}/{self.db}>"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """What a cluster URL means."""
+
+    kind: Literal["single", "sentinel", "cluster"]
+    addresses: tuple[Address, ...]
+    """The server; the sentinels; or some of the Cluster's nodes."""
+    primary: Address
+    """How to connect to a primary, once it is known where it is; for ``single`` the address itself."""
+    service: str = ""
+    """What the sentinels call the primary."""
+
+    @property
+    def db(self) -> int:
+        """The database number."""
+        return self.primary.db
+
+
+def parse_target(
+    url: str, *, ssl_context: SSLContext | None = None, credential_provider: Any = None
+) -> Target:
+    """The servers that ``url`` names.
+
+    Raises:
+        ValueError: it cannot work; says what is wrong.
+    """
+    scheme, separator, rest = url.partition("://")
+    if "+" not in scheme or not separator:
+        address = Address(url, ssl_context=ssl_context, credential_provider=credential_provider)
+        return Target(kind="single", addresses=(address,), primary=address)
+    plain, _, kind = scheme.partition("+")
+    if kind not in ("sentinel", "cluster") or plain not in ("redis", "rediss"):
+        raise ValueError(f"unknown scheme {scheme!r}")
+    rest, _, fragment = rest.partition("#")
+    rest, _, query = rest.partition("?")
+    authority, _, path = rest.partition("/")
+    credentials, at, hosts = authority.rpartition("@")
+    names = hosts.split(",")
+    if fragment or not all(names):
+        raise ValueError(f"a {scheme} URL lists its servers: {scheme}://host:port,host:port")
+    options = parse_qsl(query, keep_blank_values=True)
+    of_sentinels = {key: value for key, value in options if key.startswith("sentinel_")}
+    others = urlencode([(key, value) for key, value in options if not key.startswith("sentinel_")])
+    tail = f"?{others}" if others else ""
+    segments = [unquote(segment) for segment in path.split("/") if segment]
+
+    def one(host: str, before: str, db: str = "", **more: Any) -> Address:
+        return Address(f"{plain}://{before}{host}/{db}{tail}", ssl_context=ssl_context, **more)
+
+    if kind == "cluster":
+        if segments not in ([], ["0"]) or of_sentinels:
+            raise ValueError("a Redis Cluster has database 0 only: redis+cluster://host:port,host:port")
+        seeds = tuple(one(host, credentials + at, credential_provider=credential_provider) for host in names)
+        return Target(kind="cluster", addresses=seeds, primary=seeds[0])
+    if not 1 <= len(segments) <= 2 or (len(segments) == 2 and not segments[1].isdigit()):
+        raise ValueError(
+            "a Sentinel URL names the service: redis+sentinel://host:26379,host:26379/mymaster/0"
+        )
+    unknown = set(of_sentinels) - {"sentinel_username", "sentinel_password"}
+    if unknown:
+        raise ValueError(f"a Sentinel URL does not take the option {min(unknown)!r}")
+    sentinels = []
+    for name in names:
+        # An address without a port is on the sentinels' default port; IPv6 is in brackets, as in any URL.
+        sentinel = one(name if name.rpartition("]")[2].count(":") else f"{name}:26379", "")
+        sentinel._options |= {key.removeprefix("sentinel_"): value for key, value in of_sentinels.items()}
+        sentinels.append(sentinel)
+    primary = one(
+        names[0],
+        credentials + at,
+        segments[1] if len(segments) == 2 else "",
+        credential_provider=credential_provider,
+    )
+    return Target(kind="sentinel", addresses=tuple(sentinels), primary=primary, service=segments[0])

@@ -1,0 +1,46 @@
+"""Background tasks that live exactly as long as a block."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+__all__ = ["Background", "background"]
+
+
+class Background:
+    """Starts tasks in the block's group."""
+
+    def __init__(self, group: asyncio.TaskGroup) -> None:
+        self._group = group
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
+        """Run until it ends, or the block does."""
+        task = self._group.create_task(coroutine, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def cancel(self) -> None:
+        """All of them; the block waits for their end."""
+        for task in self._tasks:
+            task.cancel()
+
+
+@asynccontextmanager
+async def background() -> AsyncIterator[Background]:
+    """Cancels what was started in it on leaving. An exception of the block leaves it as it is, not wrapped in a group."""
+    failure: Exception | None = None
+    async with asyncio.TaskGroup() as group:
+        tasks = Background(group)
+        try:
+            yield tasks
+        except Exception as error:
+            failure = error
+        finally:
+            tasks.cancel()
+    if failure is not None:
+        raise failure

@@ -1,0 +1,76 @@
+"""One primary: where it is at the moment, and whether it is what we take it for."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from redis.exceptions import ResponseError
+
+from asgi_cluster.backends.redis.errors import LinkBroken
+from asgi_cluster.backends.redis.link import Link, OnPush
+
+__all__ = ["Dial", "Primary"]
+
+Dial = Callable[[OnPush | None], Awaitable[Link]]
+"""Opens a link to the primary, wherever it is now; raises ``LinkBroken``."""
+
+_MODES = {"standalone": "redis://", "sentinel": "redis+sentinel://", "cluster": "redis+cluster://"}
+
+
+class Primary:
+    """A server that takes writes. ``mode`` is what ``HELLO`` must say: ``standalone`` or ``cluster``.
+
+    ``minimum`` is the oldest version that will do.
+    """
+
+    def __init__(
+        self,
+        dial: Dial,
+        name: Callable[[], str],
+        *,
+        mode: str = "standalone",
+        minimum: tuple[int, int] = (6, 2),
+    ) -> None:
+        self.dial = dial
+        self._name = name
+        self._mode = mode
+        self._minimum = minimum
+
+    @property
+    def name(self) -> str:
+        """Where it is, for people."""
+        return self._name()
+
+    async def introduce(self, link: Link) -> str:
+        """Its run id. ``link`` runs already.
+
+        Raises:
+            LinkBroken: it is too old, or no primary, or of another kind.
+        """
+        try:
+            hello, info = link.send("HELLO", "3"), link.send("INFO", "server")
+            answer = await hello
+            facts: dict[str, str] = dict(
+                line.split(":", 1) for line in (await info).decode().splitlines() if ":" in line
+            )
+        except ResponseError as error:
+            raise LinkBroken(f"cannot ask the server what it is: {error}", sent=False) from error
+        version = facts.get("redis_version", "0")
+        if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < self._minimum:
+            needed = "{}.{}".format(*self._minimum)
+            raise LinkBroken(
+                f"the server is too old: Redis {needed} or newer is needed, this is {version}", sent=False
+            )
+        mode = answer[b"mode"].decode()
+        if mode != self._mode:
+            raise LinkBroken(
+                f"this server is in {mode} mode: its URL starts with {_MODES.get(mode)}", sent=False
+            )
+        role = answer[b"role"].decode()
+        if role != "master":
+            # Behind a name that moves with the primary this passes; until then nothing written here would last.
+            raise LinkBroken(f"this server is a {role}, not a primary", sent=False)
+        return facts.get("run_id", "")
+
+    def __repr__(self) -> str:
+        return f"<Primary {self.name}>"
