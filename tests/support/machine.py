@@ -1,0 +1,81 @@
+"""What this machine has, and the small things every real process needs."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, NoReturn
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LOCAL = "127.0.0.1"
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nobody has right now."""
+    with socket.socket() as probe:
+        probe.bind((LOCAL, 0))
+        return int(probe.getsockname()[1])
+
+
+def lacking(what: str) -> NoReturn:
+    """Skip visibly on somebody's laptop, fail where ``CI`` says that everything is there."""
+    if os.environ.get("CI", "").lower() in ("1", "true"):
+        pytest.fail(f"CI has to have {what}")
+    pytest.skip(f"no {what} on this machine")
+
+
+def program(*names: str) -> str:
+    """The path of the first of these programs that is installed; see ``lacking``."""
+    for name in names:
+        if path := shutil.which(name):
+            return path
+    lacking(names[0])
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    # Linux ties the signal to the *thread* that forked: with a worker thread the child would die too.
+    if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(1, signal.SIGKILL) and None  # PR_SET_PDEATHSIG
+
+
+def spawn(
+    command: Sequence[str],
+    *,
+    log: IO[bytes] | int,
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
+) -> subprocess.Popen[bytes]:
+    """Start a process that ends with us even when we are killed."""
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=env,
+        cwd=cwd,
+        preexec_fn=_die_with_parent(),
+    )
+
+
+def end(process: subprocess.Popen[bytes], *, patience: float = 5.0) -> int:
+    """SIGTERM, and SIGKILL for one that does not go; the exit status."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGCONT)
+        process.terminate()
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return process.wait()
