@@ -15,7 +15,7 @@ from asgi_cluster.backends.redis.store import RedisSessionStore
 from asgi_cluster.backends.redis.topology import Topology, single_server
 from asgi_cluster.backends.redis.urls import Target, parse_target
 from asgi_cluster.bus.bus import Receiver
-from asgi_cluster.ids import NodeId
+from asgi_cluster.ids import Handle, NodeId
 
 __all__ = ["RedisBackend"]
 
@@ -67,6 +67,8 @@ class RedisBackend:
         async with AsyncExitStack() as stack:
             for topology in self._topologies:
                 await stack.enter_async_context(topology.opened())
+            # A right to run scripts that is missing should stop the start, and not the first visitor.
+            await self.store.read(Handle(f"00.{'-' * 22}"), timeout=1.0)
             if listen:
                 await stack.enter_async_context(self.bus.opened(node, receiver))
             yield
