@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.servers import Server, debian_binary, start_valkey
+from tests.support.topologies import RedisCluster, SentinelSet, start_redis_cluster, start_sentinel_set
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +30,20 @@ def debian_redis() -> Iterator[Server]:
     """The distribution's redis-server; the test is skipped, with ``CI`` set it fails, where there is none."""
     with start_valkey(binary=debian_binary()) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def sentinel_set() -> Iterator[SentinelSet]:
+    """One Sentinel set for all tests that leave it as they found it. ``start_sentinel_set`` for one to break."""
+    with start_sentinel_set() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def redis_cluster() -> Iterator[RedisCluster]:
+    """One Redis Cluster for all tests that leave it as they found it. ``start_redis_cluster`` for one to break."""
+    with start_redis_cluster() as found:
+        yield found
 
 
 @pytest.fixture

@@ -104,12 +104,11 @@ class Server:
         if self._log is not None:
             self._log.close()
         self._log = (self.directory / "log").open("ab")
-        defaults = ["--bind", LOCAL, "--save", "", "--appendonly", "no", "--dir", str(self.directory)]
-        command = [self.binary, *self._before(), "--port", str(self.port), *defaults, *self.args]
-        self.process = spawn(command, log=self._log)
+        self.process = spawn(self._command(), log=self._log)
 
-    def _before(self) -> list[str]:
-        return []
+    def _command(self) -> list[str]:
+        place = ["--bind", LOCAL, "--port", str(self.port), "--dir", str(self.directory)]
+        return [self.binary, *place, "--save", "", "--appendonly", "no", *self.args]
 
     def _answers(self, timeout: float) -> bool:
         assert self.process is not None
@@ -181,7 +180,7 @@ class Server:
 def start_valkey(*args: str, binary: str | None = None, port: int | None = None) -> Server:
     """A running server; ``with start_valkey() as server`` or ``server.stop()`` ends it.
 
-    ``args`` are server options (``"--maxmemory", "10mb"``); ``binary`` is another server's (``debian_binary``).
+    ``args`` are server options (``"--maxmemory", "10mb"``); ``binary``: another server (``debian_binary``).
     """
     server = Server(args, binary=binary, port=port)
     try:

@@ -10,7 +10,8 @@ import redis.asyncio
 
 from tests.support.nodes import serve, serve_process, several
 from tests.support.proxy import Proxy
-from tests.support.servers import Server, start_valkey
+from tests.support.servers import Server, debian_binary, start_valkey
+from tests.support.topologies import start_redis_cluster, start_sentinel_set
 from tests.support.waiting import eventually
 
 
@@ -159,3 +160,38 @@ async def test_eventually_says_what_it_saw_last() -> None:
     """The failure names the last answer."""
     with pytest.raises(AssertionError, match="last answer: 0"):
         await eventually(lambda: 0, timeout=0.02)
+
+
+@pytest.mark.parametrize("binary", ["valkey", "debian"])
+async def test_sentinel_set_fails_over(binary: str) -> None:
+    """A killed primary is replaced by its replica, with what it had, and the sentinels say so."""
+    with start_sentinel_set(
+        "--requirepass", "x", down_after=0.5, binary=debian_binary() if binary == "debian" else None
+    ) as found:
+        old = found.primary
+        with old.client() as known:
+            known.set("a", 1)
+            assert known.wait(1, 1000) == 1
+        old.kill()
+        new = await eventually(lambda: found.primary if found.primary is not old else None, timeout=30)
+        with new.client() as known:
+            assert known.get("a") == b"1"
+
+
+async def test_redis_cluster_replaces_a_primary_and_moves_slots() -> None:
+    """Keys go along with their slot; after a kill another node owns the dead one's slots."""
+    with start_redis_cluster() as cluster:
+        assert len(cluster.primaries()) == 3
+        slot = cluster.slot("{a}b")
+        source = cluster.primary_of(slot)
+        with source.client() as known:
+            known.set("{a}b", "value")
+        target = next(node for node in cluster.primaries() if node is not source)
+        cluster.move([slot], target)
+        assert cluster.primary_of(slot) is target
+        with target.client() as known:
+            assert known.get("{a}b") == b"value"
+        heir = cluster.replica_of(target)
+        target.kill()
+        await eventually(lambda: cluster.primary_of(slot) is heir, timeout=20)
+        cluster.wait_ok()
