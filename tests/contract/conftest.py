@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack
 
@@ -10,9 +9,7 @@ import pytest
 
 from asgi_cluster.ids import new_token
 from tests.contract.sites import Site
-from tests.support.servers import start_valkey
-
-DEBIAN = "/usr/bin/redis-server"
+from tests.support.servers import debian_binary, start_valkey
 
 
 def _memory(stack: ExitStack) -> str:
@@ -24,15 +21,14 @@ def _valkey(stack: ExitStack) -> str:
 
 
 def _debian(stack: ExitStack) -> str:
-    if shutil.which(DEBIAN) is None:
-        pytest.skip("no redis-server on this machine")
-    return stack.enter_context(start_valkey(binary=DEBIAN)).url
+    return stack.enter_context(start_valkey(binary=debian_binary())).url
 
 
 URLS: dict[str, Callable[[ExitStack], str]] = {"memory": _memory, "valkey": _valkey, "redis": _debian}
 """How to get the URL of each kind; what it starts is stopped with the stack, after the last test."""
 
-SERVERS = [kind for kind in URLS if kind != "memory"]
+SERVERS = ["valkey", "redis"]
+"""Those that are one server, which a test may look into."""
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +60,10 @@ async def server_site(request: pytest.FixtureRequest, url_of: Callable[[str], st
     """The same on the kinds that have a server."""
     async with AsyncExitStack() as stack:
         yield Site(request.param, url_of(request.param), f"t{new_token()}", stack)
+
+
+@pytest.fixture
+async def stack() -> AsyncIterator[AsyncExitStack]:
+    """For servers and nodes that only one test needs; left after it."""
+    async with AsyncExitStack() as stack:
+        yield stack

@@ -256,21 +256,21 @@ async def test_channel_that_is_refused(server_site: Site, server: redis.Redis) -
     assert (record.version, record.write_id, dict(record.fields)) == (1, made.write_id, dict(made.fields))
 
 
-async def test_memory_that_is_full() -> None:
+async def test_memory_that_is_full(stack: AsyncExitStack) -> None:
     """A full server refuses new sessions and writes as a whole; it still reads, touches and logs out."""
-    with start_valkey() as full, redis.Redis.from_url(full.url) as server:
-        async with AsyncExitStack() as stack:
-            store = (await Site("valkey", full.url, "full", stack).node()).backend.store
-            made, kept = await create(store, "ann"), await create(store, "ann")
-            server.config_set("maxmemory", "1")
-            for attempt in (lambda: create(store), lambda: write(store, made.handle, removed=["theme"])):
-                with pytest.raises(StoreUnavailable, match="OOM") as failed:
-                    await attempt()
-                assert not failed.value.outcome_unknown
-            record = await store.read(made.handle, timeout=TIMEOUT)
-            assert record is not None
-            assert (record.version, dict(record.fields)) == (1, dict(made.fields))
-            assert await store.touch(made.handle, timeout=TIMEOUT)
-            assert (await end_all(store, "ann", keep=kept.handle)).sessions == 1
-            assert [await alive(store, each.handle) for each in (made, kept)] == [False, True]
-            assert (await end(store, kept.handle)).sessions == 1
+    full = stack.enter_context(start_valkey())
+    server = stack.enter_context(redis.Redis.from_url(full.url))
+    store = (await Site("valkey", full.url, "full", stack).node()).backend.store
+    made, kept = await create(store, "ann"), await create(store, "ann")
+    server.config_set("maxmemory", "1")
+    for attempt in (lambda: create(store), lambda: write(store, made.handle, removed=["theme"])):
+        with pytest.raises(StoreUnavailable, match="OOM") as failed:
+            await attempt()
+        assert not failed.value.outcome_unknown
+    record = await store.read(made.handle, timeout=TIMEOUT)
+    assert record is not None
+    assert (record.version, dict(record.fields)) == (1, dict(made.fields))
+    assert await store.touch(made.handle, timeout=TIMEOUT)
+    assert (await end_all(store, "ann", keep=kept.handle)).sessions == 1
+    assert [await alive(store, each.handle) for each in (made, kept)] == [False, True]
+    assert (await end(store, kept.handle)).sessions == 1

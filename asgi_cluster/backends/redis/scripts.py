@@ -21,7 +21,7 @@ class Script:
 
 @cache
 def load(name: str) -> Script:
-    """The script in ``scripts/<name>.lua``, with ``other.lua`` in front if its first line is ``--! other``."""
+    """The script in ``scripts/<name>.lua``; its first line may name another for in front: ``--! other``."""
     source = _read(name)
     first, _, rest = source.partition("\n")
     if first.startswith("--! "):
