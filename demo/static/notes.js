@@ -1,0 +1,377 @@
+/** The notes on the board: showing, dragging, editing them with mouse, finger and keyboard. */
+
+import * as api from "./api.js";
+import { $, between, element, hue, icon, toast } from "./dom.js";
+import { BoardState } from "./state.js";
+
+export const COLOURS = ["lemon", "mint", "sky", "rose", "lilac", "peach"];
+const LONGEST_TEXT = 500;
+const HOLE_PATIENCE = 500; // ms that a missing change may take before the board is read again
+
+export class Notes {
+  #state = new BoardState();
+  #elements = new Map();
+  #area = $("notes");
+  #top = 1;
+  #live = null;
+  #holeTimer = null;
+  #loading = null;
+  #reloadAgain = false;
+
+  constructor() {
+    $("board").addEventListener("dblclick", (event) => {
+      if (event.target.closest(".note")) return;
+      void this.add(this.#at(event.clientX - this.#size() / 2, event.clientY - 30));
+    });
+  }
+
+  /** Where drags are told while they last: a function, or null while signed out. */
+  set live(publish) {
+    this.#live = publish;
+  }
+
+  /** Read the whole board. */
+  load() {
+    if (this.#loading) {
+      this.#reloadAgain = true; // the answer under way may be older than what called for this one
+      return this.#loading;
+    }
+    this.#loading = this.#load().finally(() => {
+      this.#loading = null;
+      if (!this.#reloadAgain) return;
+      this.#reloadAgain = false;
+      return this.load();
+    });
+    return this.#loading;
+  }
+
+  async #load() {
+    try {
+      const { version, notes } = await api.readBoard();
+      this.#state.replace(version, notes);
+      this.#renderAll();
+    } catch (error) {
+      if (error.status === 401) return; // the lock says it
+      this.#later(2000);
+    }
+  }
+
+  #later(milliseconds) {
+    clearTimeout(this.#holeTimer);
+    this.#holeTimer = setTimeout(() => {
+      this.#holeTimer = null;
+      void this.load();
+    }, milliseconds);
+  }
+
+  /** A change that the server announced. */
+  changed(change) {
+    if (change.type === "note") {
+      if (this.#state.put(change.note)) this.#render(change.note);
+    } else if (change.type === "gone") {
+      if (this.#state.remove(change.id, change.version)) this.#takeDown(change.id);
+    }
+    if (!this.#state.hole) {
+      clearTimeout(this.#holeTimer);
+      this.#holeTimer = null;
+    } else if (this.#holeTimer === null) {
+      this.#later(HOLE_PATIENCE);
+    }
+    this.#count();
+  }
+
+  /** Somebody else is dragging a note. */
+  dragged({ id, x, y, end }, who) {
+    const shown = this.#elements.get(id);
+    if (!shown || shown.classList.contains("held")) return;
+    if (typeof x === "number" && typeof y === "number") this.#place(shown, between(0, x, 1), between(0, y, 1));
+    clearTimeout(shown.releaseTimer);
+    if (end) {
+      delete shown.dataset.holder;
+      return;
+    }
+    shown.dataset.holder = who;
+    shown.style.setProperty("--hue", hue(who));
+    shown.releaseTimer = setTimeout(() => {
+      // Their last word may be lost; what the board says counts.
+      delete shown.dataset.holder;
+      const note = this.#state.notes.get(id);
+      if (note) this.#place(shown, note.x, note.y);
+    }, 1500);
+  }
+
+  async add(place) {
+    const colour = document.querySelector("#colours input:checked")?.value ?? COLOURS[0];
+    const { x, y } = place ?? { x: 0.08 + Math.random() * 0.84, y: 0.08 + Math.random() * 0.7 };
+    const note = await this.#try(api.addNote({ text: "", colour, x, y }));
+    if (!note) return;
+    this.changed({ type: "note", note });
+    this.#edit(this.#elements.get(note.id));
+  }
+
+  clear() {
+    this.#state = new BoardState();
+    clearTimeout(this.#holeTimer);
+    this.#holeTimer = null;
+    for (const shown of this.#elements.values()) shown.remove();
+    this.#elements.clear();
+  }
+
+  // Showing
+
+  #renderAll() {
+    for (const id of this.#elements.keys()) if (!this.#state.notes.has(id)) this.#takeDown(id);
+    for (const note of this.#state.notes.values()) this.#render(note);
+    this.#count();
+  }
+
+  #count() {
+    $("empty").hidden = this.#state.notes.size > 0;
+  }
+
+  #render(note) {
+    let shown = this.#elements.get(note.id);
+    if (!shown) {
+      shown = this.#make(note.id);
+      this.#elements.set(note.id, shown);
+      this.#area.append(shown);
+    }
+    const text = shown.querySelector(".text");
+    if (text && text.textContent !== note.text) {
+      if (text.textContent) {
+        shown.classList.remove("flash");
+        void shown.offsetWidth;
+        shown.classList.add("flash");
+      }
+      text.textContent = note.text;
+    }
+    shown.dataset.colour = COLOURS.includes(note.colour) ? note.colour : COLOURS[0];
+    shown.querySelector(".by").textContent = note.by;
+    shown.title = note.edited_by && note.edited_by !== note.by ? `by ${note.by}, last changed by ${note.edited_by}` : `by ${note.by}`;
+    shown.setAttribute("aria-label", `Note by ${note.by}: ${note.text || "empty"}`);
+    if (!shown.classList.contains("held")) {
+      this.#place(shown, note.x, note.y);
+      delete shown.dataset.holder;
+    }
+  }
+
+  #make(id) {
+    const button = (name, label, act) => {
+      const made = element("button", { type: "button", title: label, "aria-label": label }, icon(name));
+      made.addEventListener("click", act);
+      return made;
+    };
+    const shown = element(
+      "article",
+      { className: "note", tabIndex: 0 },
+      element("div", { className: "text" }),
+      element(
+        "footer",
+        {},
+        element("span", { className: "by" }),
+        button("colour", "Colour", () => this.#palette(shown)),
+        button("edit", "Edit", () => this.#edit(shown)),
+        button("remove", "Delete", () => void this.#delete(shown)),
+      ),
+    );
+    shown.dataset.noteId = id;
+    let hash = 0;
+    for (const character of id) hash = (hash * 31 + character.charCodeAt(0)) % 997;
+    shown.style.setProperty("--tilt", `${(hash % 50) / 10 - 2.5}deg`);
+    shown.addEventListener("pointerdown", (event) => this.#grab(shown, event));
+    shown.addEventListener("dblclick", (event) => {
+      if (!event.target.closest("button, textarea")) this.#edit(shown);
+    });
+    shown.addEventListener("keydown", (event) => this.#key(shown, event));
+    shown.addEventListener("animationend", () => shown.classList.remove("flash"));
+    return shown;
+  }
+
+  #takeDown(id) {
+    const shown = this.#elements.get(id);
+    this.#elements.delete(id);
+    if (!shown) return;
+    shown.classList.add("leaving");
+    shown.removeAttribute("data-note-id");
+    setTimeout(() => shown.remove(), 260);
+  }
+
+  #place(shown, x, y) {
+    shown.style.setProperty("--x", x);
+    shown.style.setProperty("--y", y);
+  }
+
+  // Moving
+
+  #size() {
+    return parseFloat(getComputedStyle(this.#area.querySelector(".note") ?? this.#area).width) || 180;
+  }
+
+  /** A place on the page as fractions of the board, so that every screen shows the same picture. */
+  #at(left, top, size = this.#elements.size ? this.#size() : 180) {
+    const area = this.#area.getBoundingClientRect();
+    return {
+      x: between(0, (left - area.left) / Math.max(1, area.width - size), 1),
+      y: between(0, (top - area.top) / Math.max(1, area.height - size * 0.95), 1),
+    };
+  }
+
+  #grab(shown, event) {
+    if (event.button !== 0 || event.target.closest("button, textarea, .palette")) return;
+    const { left, top } = this.#origin(shown);
+    const offset = { x: event.clientX - left, y: event.clientY - top };
+    const size = shown.offsetWidth;
+    let place = null;
+    shown.style.zIndex = String(++this.#top);
+    shown.setPointerCapture(event.pointerId);
+    const move = ({ clientX, clientY }) => {
+      if (!place && Math.hypot(clientX - event.clientX, clientY - event.clientY) < 4) return; // a click
+      place = this.#at(clientX - offset.x, clientY - offset.y, size);
+      shown.classList.add("held");
+      this.#place(shown, place.x, place.y);
+      this.#live?.({ type: "drag", id: shown.dataset.noteId, ...place });
+    };
+    const drop = () => {
+      shown.removeEventListener("pointermove", move);
+      shown.removeEventListener("pointerup", drop);
+      shown.removeEventListener("pointercancel", drop);
+      shown.classList.remove("held");
+      if (place) void this.#move(shown, place);
+    };
+    shown.addEventListener("pointermove", move);
+    shown.addEventListener("pointerup", drop);
+    shown.addEventListener("pointercancel", drop);
+  }
+
+  /** Where the note's untilted corner is. */
+  #origin(shown) {
+    const area = this.#area.getBoundingClientRect();
+    return { left: area.left + shown.offsetLeft, top: area.top + shown.offsetTop };
+  }
+
+  async #move(shown, place) {
+    const id = shown.dataset.noteId;
+    if (!id) return;
+    const rounded = { x: Math.round(place.x * 1e4) / 1e4, y: Math.round(place.y * 1e4) / 1e4 };
+    const note = await this.#try(api.editNote(id, rounded));
+    this.#live?.({ type: "drag", id, ...rounded, end: true });
+    if (note) this.changed({ type: "note", note });
+    else this.#restore(id);
+  }
+
+  #key(shown, event) {
+    if (event.target !== shown) return;
+    const steps = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+    if (event.key in steps) {
+      const step = event.shiftKey ? 0.1 : 0.02;
+      const x = between(0, Number(shown.style.getPropertyValue("--x")) + steps[event.key][0] * step, 1);
+      const y = between(0, Number(shown.style.getPropertyValue("--y")) + steps[event.key][1] * step, 1);
+      this.#place(shown, x, y);
+      clearTimeout(shown.moveTimer);
+      shown.moveTimer = setTimeout(() => void this.#move(shown, { x, y }), 250);
+    } else if (event.key === "Enter" || event.key === "F2") {
+      this.#edit(shown);
+    } else if (event.key === "Delete" || event.key === "Backspace") {
+      void this.#delete(shown);
+    } else if (event.key === "c") {
+      this.#palette(shown);
+    } else {
+      return;
+    }
+    event.preventDefault();
+  }
+
+  // Changing
+
+  #edit(shown) {
+    if (!shown || shown.classList.contains("editing")) return;
+    const id = shown.dataset.noteId;
+    const before = this.#state.notes.get(id)?.text ?? "";
+    const text = shown.querySelector(".text");
+    const count = element("span", { className: "count" });
+    const area = element("textarea", { value: before, maxLength: LONGEST_TEXT, rows: 4, "aria-label": "Text of the note" });
+    const tell = () => { count.textContent = area.value.length > LONGEST_TEXT - 100 ? `${LONGEST_TEXT - area.value.length}` : ""; };
+    tell();
+    shown.classList.add("editing");
+    shown.style.zIndex = String(++this.#top);
+    text.replaceWith(area);
+    shown.querySelector(".by").after(count);
+    area.focus();
+    area.select();
+    let done = false;
+    const finish = async (keep) => {
+      if (done) return;
+      done = true;
+      const wanted = area.value.trim();
+      text.textContent = keep ? wanted : (this.#state.notes.get(id)?.text ?? before);
+      area.replaceWith(text);
+      count.remove();
+      shown.classList.remove("editing");
+      if (!keep || wanted === before || !this.#elements.has(id)) return;
+      const note = await this.#try(api.editNote(id, { text: wanted }));
+      if (note) this.changed({ type: "note", note });
+      else this.#restore(id);
+    };
+    area.addEventListener("input", tell);
+    area.addEventListener("blur", () => void finish(true));
+    area.addEventListener("keydown", (event) => {
+      const save = event.key === "Enter" && (event.ctrlKey || event.metaKey);
+      if (!save && event.key !== "Escape") return;
+      event.stopPropagation();
+      void finish(save);
+      shown.focus();
+    });
+  }
+
+  #palette(shown) {
+    const open = shown.querySelector(".palette");
+    if (open) {
+      open.remove();
+      return;
+    }
+    const palette = element("div", { className: "palette", role: "group", "aria-label": "Colour" });
+    for (const colour of COLOURS) {
+      const swatch = element("button", { type: "button", className: "swatch", title: colour, "aria-label": colour });
+      swatch.dataset.colour = colour;
+      swatch.addEventListener("click", async () => {
+        palette.remove();
+        shown.focus();
+        const note = await this.#try(api.editNote(shown.dataset.noteId, { colour }));
+        if (note) this.changed({ type: "note", note });
+      });
+      palette.append(swatch);
+    }
+    palette.addEventListener("keydown", (event) => {
+      if (event.key !== "Escape") return;
+      palette.remove();
+      shown.focus();
+    });
+    palette.addEventListener("focusout", (event) => {
+      if (!palette.contains(event.relatedTarget)) palette.remove();
+    });
+    shown.append(palette);
+    shown.style.zIndex = String(++this.#top);
+    palette.firstElementChild.focus();
+  }
+
+  async #delete(shown) {
+    const id = shown.dataset.noteId;
+    const gone = await this.#try(api.deleteNote(id));
+    if (gone) this.changed({ type: "gone", ...gone });
+  }
+
+  #restore(id) {
+    const note = this.#state.notes.get(id);
+    if (note) this.#render(note);
+  }
+
+  async #try(promise) {
+    try {
+      return await promise;
+    } catch (error) {
+      if (error.status === 404) void this.load();
+      if (error.status !== 401) toast(error.message);
+      return null;
+    }
+  }
+}
