@@ -273,14 +273,14 @@ def _resume(coroutine: Coroutine[Any, Any, None], waits_for: Any) -> Generator[A
     # A task that awaits this sees the future that the coroutine already yielded, as if it had started it
     # itself.
     while True:
+        sent: Any = None
+        raised: BaseException | None = None
         try:
-            value = yield waits_for
+            sent = yield waits_for
         except BaseException as error:
-            step = lambda raised=error: coroutine.throw(raised)  # noqa: E731
-        else:
-            step = lambda sent=value: coroutine.send(sent)  # noqa: E731
+            raised = error
         try:
-            waits_for = step()
+            waits_for = coroutine.send(sent) if raised is None else coroutine.throw(raised)
         except StopIteration:
             return
 

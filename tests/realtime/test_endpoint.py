@@ -1,0 +1,297 @@
+"""The built-in endpoint, by hand: every command, every refusal."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx
+import pytest
+import websockets
+
+from asgi_cluster import NotPermitted, RoomRequest, RoomRule
+from tests.realtime.conftest import sign_in
+from tests.realtime.site import Site
+from tests.support.waiting import eventually
+
+OPEN = RoomRule("open:{name}", subscribe=True, publish=True)
+
+
+async def test_connect_anonymous(lone_site: Site) -> None:
+    """Without a session a client connects, and is told its id and how often it is pinged."""
+    node = await lone_site.node(rules=[OPEN])
+    async with node.raw() as client:
+        reply = await client.call("connect", {"name": "test", "unknown": 1, "flag": 7})
+        assert reply["connect"]["client"]
+        assert reply["connect"]["ping"] == 25
+        assert reply["connect"]["pong"] is True
+
+
+async def test_publication_reaches_every_node(site: Site) -> None:
+    """A broadcast and a client's publication reach every node's subscribers, with the publisher's info."""
+    first, second = await site.node(rules=[OPEN]), await site.node(rules=[OPEN])
+    cookie = await sign_in(first, "ada")
+    async with first.client(cookie) as ada, second.client() as bob:
+        for client in (ada, bob):
+            assert "subscribe" in await client.call("subscribe", {"channel": "open:a"})
+        await first.cluster.room("open:a").broadcast({"n": 1})
+        assert await ada.pub() == {"n": 1}
+        assert await bob.pub() == {"n": 1}
+        assert (await ada.call("publish", {"channel": "open:a", "data": "hi"}))["publish"] == {}
+        push = await bob.push()
+        assert push["channel"] == "open:a"
+        assert push["pub"]["data"] == "hi"
+        assert push["pub"]["info"]["user"] == "ada"
+        assert await ada.pub() == "hi"
+
+
+async def test_broadcast_bytes_are_base64(lone_site: Site) -> None:
+    """JSON clients get bytes as base64 (the proto3 JSON mapping)."""
+    node = await lone_site.node(rules=[OPEN])
+    async with node.client() as client:
+        await client.call("subscribe", {"channel": "open:a"})
+        await node.cluster.room("open:a").broadcast(b"\x00\xff")
+        assert await client.pub() == "AP8="
+
+
+async def test_broadcast_excludes(site: Site) -> None:
+    """``exclude`` leaves one connection out, on its own node and on another."""
+    node, other = await site.node(rules=[OPEN]), await site.node(rules=[OPEN])
+    async with node.raw() as first, node.client() as second:
+        client_id = (await first.call("connect", {}))["connect"]["client"]
+        for client in (first, second):
+            await client.call("subscribe", {"channel": "open:a"})
+        await other.cluster.room("open:a").broadcast(1, exclude=client_id)
+        await other.cluster.room("open:a").broadcast(2)
+        assert await first.pub() == 2
+        assert await second.pub() == 1
+
+
+async def refuse(request: RoomRequest) -> bool:
+    if request.room == "rule:reason":
+        raise NotPermitted("members only")
+    if request.room == "rule:bug":
+        raise ZeroDivisionError
+    return request.data == {"key": 1}
+
+
+@pytest.mark.parametrize(
+    ("channel", "data", "code", "message"),
+    [
+        ("none", None, 102, "unknown channel"),
+        ("rule:reason", None, 103, "members only"),
+        ("rule:no", None, 103, "permission denied"),
+        ("closed:a", None, 103, "permission denied"),
+        ("", None, 107, "bad request"),
+        ("open:" + "a" * 300, None, 107, "bad request"),
+        ("open:\n", None, 107, "bad request"),
+    ],
+)
+async def test_subscribe_refused(lone_site: Site, channel: str, data: Any, code: int, message: str) -> None:
+    """Each refusal has its code, and the connection goes on."""
+    node = await lone_site.node(
+        rules=[OPEN, RoomRule("rule:{name}", subscribe=refuse), RoomRule("closed:{x}")]
+    )
+    async with node.client() as client:
+        reply = await client.call("subscribe", {"channel": channel})
+        assert reply["error"] == {"code": code, "message": message}
+        assert "subscribe" in await client.call("subscribe", {"channel": "rule:yes", "data": {"key": 1}})
+
+
+async def test_subscribe_rule_fails(lone_site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    """A rule with a bug is logged; the client gets a temporary error and no details."""
+    node = await lone_site.node(rules=[RoomRule("rule:{name}", subscribe=refuse)])
+    async with node.client() as client:
+        reply = await client.call("subscribe", {"channel": "rule:bug"})
+        assert reply["error"] == {"code": 100, "message": "internal server error", "temporary": True}
+    assert "ZeroDivisionError" in caplog.text
+
+
+async def test_subscribe_twice_and_too_often(site: Site) -> None:
+    """105 for the same room again, 106 beyond ``max_rooms``; unsubscribing makes room."""
+    node = await site.node(rules=[OPEN], max_rooms=2)
+    async with node.client() as client:
+        await client.call("subscribe", {"channel": "open:a"})
+        assert (await client.call("subscribe", {"channel": "open:a"}))["error"]["code"] == 105
+        await client.call("subscribe", {"channel": "open:b"})
+        assert (await client.call("subscribe", {"channel": "open:c"}))["error"]["code"] == 106
+        assert (await client.call("unsubscribe", {"channel": "open:a"}))["unsubscribe"] == {}
+        assert "subscribe" in await client.call("subscribe", {"channel": "open:c"})
+        await node.cluster.room("open:a").broadcast(1)
+        await node.cluster.room("open:c").broadcast(2)
+        assert (await client.push())["channel"] == "open:c"
+
+
+async def test_batch_both_ways(lone_site: Site) -> None:
+    """Commands joined by newlines are all answered; a subscribe in a batch is done before what follows it."""
+    node = await lone_site.node(rules=[OPEN])
+    async with node.client() as client:
+        await client.send(
+            {"id": 11, "subscribe": {"channel": "open:a"}},
+            {"id": 12, "subscribe": {"channel": "open:b"}},
+            {"id": 13, "publish": {"channel": "open:b", "data": [1]}},
+            {"id": 14, "unsubscribe": {"channel": "open:a"}},
+        )
+        for command_id, name in ((11, "subscribe"), (12, "subscribe"), (13, "publish"), (14, "unsubscribe")):
+            assert name in await client.reply(command_id)
+        assert await client.pub() == [1]
+
+
+@pytest.mark.parametrize("name", ["presence", "presence_stats", "history"])
+async def test_feature_not_available(lone_site: Site, name: str) -> None:
+    """A room without presence or history says 108; to those who are not in it 103."""
+    node = await lone_site.node(rules=[OPEN])
+    async with node.client() as client:
+        assert (await client.call(name, {"channel": "open:a"}))["error"]["code"] == 103
+        await client.call("subscribe", {"channel": "open:a"})
+        assert (await client.call(name, {"channel": "open:a"}))["error"]["code"] == 108
+
+
+async def test_unknown_command(lone_site: Site) -> None:
+    """A command that this server does not know gets 104, and the connection goes on."""
+    node = await lone_site.node()
+    async with node.client() as client:
+        assert (await client.call("teleport", {}))["error"]["code"] == 104
+        assert (await client.call("rpc", {"method": "none"}))["error"]["code"] == 104
+        assert (await client.call("refresh", {"token": ""}))["error"]["code"] == 108
+        assert (await client.call("ping", {}))["ping"] == {}
+
+
+@pytest.mark.parametrize(
+    ("frame", "code"),
+    [
+        ("", 3501),
+        ("nonsense", 3501),
+        ("[]", 3501),
+        ('{"id": "x"}', 3501),
+        ('{"id": 1, "subscribe": 3}', 3501),
+        ('{"id": 0, "subscribe": {"channel": "a"}}', 3501),
+        ('{"id": -1, "ping": {}}', 3501),
+        ('{"id": 1, "connect": {}}', 3501),
+        (b"\xff\xfe", 3501),
+        ("[" * 5000, 3501),
+        ('{"id": 1, "rpc": {"data": "%s"}}' % ("x" * 70_000), 1009),
+        ('{"send": {"data": 1}}', 3508),
+    ],
+)
+async def test_bad_frame(
+    lone_site: Site, caplog: pytest.LogCaptureFixture, frame: str | bytes, code: int
+) -> None:
+    """What is no command closes the connection with a documented code. Others go on; nothing is an error."""
+    node = await lone_site.node(rules=[OPEN])
+    async with node.client() as other, node.client() as client:
+        await other.call("subscribe", {"channel": "open:a"})
+        await client.ws.send(frame)
+        assert (await client.closed())[0] == code
+        await node.cluster.room("open:a").broadcast(1)
+        assert await other.pub() == 1
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_binary_frame(lone_site: Site) -> None:
+    """JSON in a binary frame is as good."""
+    node = await lone_site.node()
+    async with node.raw() as client:
+        await client.ws.send(b'{"id": 1, "connect": {}}')
+        assert "connect" in await client.reply(1)
+
+
+async def test_command_before_connect(lone_site: Site) -> None:
+    """Connect comes first; anything else is 3501."""
+    node = await lone_site.node(rules=[OPEN])
+    async with node.raw() as client:
+        await client.send({"id": 1, "subscribe": {"channel": "open:a"}})
+        assert await client.closed() == (3501, "bad request")
+
+
+async def test_never_connects(lone_site: Site) -> None:
+    """A client that does not send its connect command is closed with 3502."""
+    node = await lone_site.node(connect_timeout=0.1)
+    async with node.raw() as client:
+        assert await client.closed() == (3502, "stale")
+
+
+async def test_too_many_commands(lone_site: Site) -> None:
+    """Beyond the rate the connection is closed with 3013."""
+    node = await lone_site.node(max_commands_per_second=2)
+    async with node.client() as client:
+        await client.send(*({"id": n, "ping": {}} for n in range(2, 40)))
+        assert await client.closed() == (3013, "too many requests")
+
+
+async def test_ping_and_pong(lone_site: Site) -> None:
+    """Who answers pings stays; who does not is closed with 3012."""
+    node = await lone_site.node(ping_interval=0.2, pong_timeout=0.1, rules=[OPEN])
+    async with node.client() as alive, node.client() as silent:
+        await alive.call("subscribe", {"channel": "open:a"})
+        async with asyncio.TaskGroup() as tasks:
+            still = tasks.create_task(alive.pub())
+            await silent.ws.recv()
+            assert (await silent.closed())[0] == 3012
+            await node.cluster.room("open:a").broadcast("still here")
+        assert still.result() == "still here"
+
+
+@pytest.mark.parametrize(
+    ("origin", "allowed", "accepted"),
+    [
+        (None, None, True),
+        ("same", None, True),
+        ("https://evil.example", None, False),
+        ("null", None, False),
+        ("https://app.example", ["https://app.example"], True),
+        ("https://evil.example", ["https://app.example"], False),
+        ("same", ["https://app.example"], False),
+        ("https://evil.example", ["*"], True),
+    ],
+)
+async def test_origin(lone_site: Site, origin: str | None, allowed: list[str] | None, accepted: bool) -> None:
+    """An Origin that is present and not allowed is refused with 403 before the handshake is answered."""
+    node = await lone_site.node(allowed_origins=allowed)
+    headers = {} if origin is None else {"origin": node.http if origin == "same" else origin}
+    if accepted:
+        async with node.raw(headers=headers) as client:
+            assert "connect" in await client.call("connect", {})
+    else:
+        with pytest.raises(websockets.InvalidStatus) as refused:
+            async with node.raw(headers=headers):
+                pass
+        assert refused.value.response.status_code == 403
+
+
+async def test_http_requests(lone_site: Site) -> None:
+    """client.js is served with validators; everything else below the path has its status."""
+    node = await lone_site.node()
+    async with httpx.AsyncClient(base_url=node.http) as http:
+        script = await http.get("/realtime/client.js")
+        assert script.status_code == 200
+        assert script.headers["content-type"] == "text/javascript; charset=utf-8"
+        assert "export" in script.text
+        assert "set-cookie" not in script.headers
+        again = await http.get("/realtime/client.js", headers={"if-none-match": script.headers["etag"]})
+        assert again.status_code == 304
+        head = await http.head("/realtime/client.js")
+        assert head.headers["content-length"] == script.headers["content-length"]
+        assert head.content == b""
+        assert (await http.post("/realtime/client.js")).status_code == 405
+        assert (await http.get("/realtime/websocket")).status_code == 426
+        assert (await http.get("/realtime/other")).status_code == 404
+    with pytest.raises(websockets.InvalidStatus) as refused:
+        async with node.raw(path="/realtime/other"):
+            pass
+    assert refused.value.response.status_code == 404
+
+
+async def test_logout_closes_clients(site: Site) -> None:
+    """A logout on one node closes the session's clients on every node with 4501, and no one else's."""
+    first, second = await site.node(rules=[OPEN]), await site.node(rules=[OPEN])
+    cookie = await sign_in(first, "ada")
+    async with first.client(cookie) as here, second.client(cookie) as there, second.client() as other:
+        async with httpx.AsyncClient(base_url=first.http, headers={"cookie": cookie}) as http:
+            receipt = (await http.get("/logout")).json()
+        assert receipt == {"closed": 2, "complete": True}
+        assert await here.closed() == (4501, "logged out")
+        assert await there.closed() == (4501, "logged out")
+        assert "subscribe" in await other.call("subscribe", {"channel": "open:a"})
+    await eventually(lambda: second.cluster.stats().realtime.connections == 0)
+    assert second.cluster.stats().realtime.rooms == 0
