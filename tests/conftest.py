@@ -34,14 +34,14 @@ def debian_redis() -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def sentinel_set() -> Iterator[SentinelSet]:
-    """One Sentinel set for all tests that leave it as they found it. ``start_sentinel_set`` for one to break."""
+    """A Sentinel set for tests that leave it as they found it; ``start_sentinel_set`` for one to break."""
     with start_sentinel_set() as found:
         yield found
 
 
 @pytest.fixture(scope="session")
 def redis_cluster() -> Iterator[RedisCluster]:
-    """One Redis Cluster for all tests that leave it as they found it. ``start_redis_cluster`` for one to break."""
+    """A Redis Cluster for tests that leave it as they found it; ``start_redis_cluster`` for one to break."""
     with start_redis_cluster() as found:
         yield found
 
