@@ -13,6 +13,7 @@ from asgi_cluster.backends.memory.store import MemorySessionStore
 from asgi_cluster.backends.memory.world import Seat, World
 from asgi_cluster.bus.bus import Receiver
 from asgi_cluster.bus.lease import Clock, boot_clock
+from asgi_cluster.exceptions import NotStarted
 from asgi_cluster.ids import NodeId
 
 __all__ = ["MemoryBackend"]
@@ -50,7 +51,9 @@ class MemoryBackend:
         return self._presence
 
     def _incarnation(self) -> str:
-        return self._bus.seat.incarnation if self._bus.seat is not None else ""
+        if self._bus.seat is None:
+            raise NotStarted("presence")
+        return self._bus.seat.incarnation
 
     @asynccontextmanager
     async def open(self, node: NodeId, receiver: Receiver, *, listen: bool) -> AsyncIterator[None]:

@@ -1,89 +1,103 @@
-"""Who is in a room, in Redis: one hash per room, entries that belong to a node's incarnation."""
+"""Who is in a room, in Redis: one hash per room, whose entries belong to a node's incarnation."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-import msgspec
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.scripts import load
 from asgi_cluster.backends.redis.topology import Topology
+from asgi_cluster.bus.bus import NodeInfo
 from asgi_cluster.exceptions import BusUnavailable, StoreUnavailable
+from asgi_cluster.ids import NodeId
+from asgi_cluster.realtime.presence import count_people
 
-if TYPE_CHECKING:
-    from asgi_cluster.backends.redis.bus import RedisBus
+__all__ = ["RedisPresence", "Registered"]
 
-__all__ = ["RedisPresence"]
+_ROOM_TTL = 7 * 24 * 3600 * 1000
+"""Milliseconds after the last arrival, or the last look, for which a room's presence stays when nobody is
+left to clean it up: longer than sockets live."""
 
-_ROOM_TTL = 24 * 3600 * 1000
-"""Milliseconds after its last arrival for which a room's presence is kept when nobody is left to clean it up."""
+_TRUSTED_FOR = 1.0
+"""Seconds for which a list of the living nodes is good enough: a dead one counts for four seconds anyhow."""
+
+
+class Registered(Protocol):
+    """What presence needs of the registry."""
+
+    def identity(self) -> tuple[NodeId, str]:
+        """This node and its incarnation. Raises ``NotStarted``."""
+        ...
+
+    async def nodes(self, *, timeout: float) -> Mapping[NodeId, NodeInfo]:
+        """All registered nodes. Raises ``StoreUnavailable``."""
+        ...
 
 
 class RedisPresence:
-    """``realtime.presence.PresenceStore``. An entry is ``<node> <incarnation>`` and, after a newline, the client info."""
+    """``realtime.presence.PresenceStore``. An entry is ``<node> <incarnation>`` and, after a newline, the
+    client info.
 
-    def __init__(self, topology: Topology, names: Names, bus: RedisBus) -> None:
+    What a dead node left behind is not shown, and is removed by ``reap``.
+    """
+
+    def __init__(self, topology: Topology, names: Names, registry: Registered) -> None:
         self._topology = topology
         self._names = names
-        self._bus = bus
+        self._registry = registry
+        self._living: frozenset[bytes] = frozenset()
+        self._asked_at = -_TRUSTED_FOR
 
     async def enter(self, room: str, client: str, info: bytes, *, timeout: float) -> None:
         """See ``PresenceStore.enter``."""
-        key = self._names.room_in(room)
-        node, incarnation = self._bus.identity()
-        entry = _owner(node, incarnation) + info
-        await self._call(key, "HSET", key, client, entry, timeout=timeout)
-        self._topology.post(key, "PEXPIRE", key, _ROOM_TTL)
+        entry = _owner(*self._registry.identity()) + info
+        await self._run("presence_enter", room, [client, entry, _ROOM_TTL], timeout)
 
     async def leave(self, room: str, client: str, *, timeout: float) -> bool:
         """See ``PresenceStore.leave``."""
         key = self._names.room_in(room)
-        return bool(await self._call(key, "HDEL", key, client, timeout=timeout))
+        try:
+            return bool(await self._topology.call(key, "HDEL", key, client, timeout=timeout))
+        except StoreUnavailable as error:
+            raise BusUnavailable(error.reason, outcome_unknown=error.outcome_unknown) from error
 
     async def members(self, room: str, *, timeout: float) -> Mapping[str, bytes]:
-        """See ``PresenceStore.members``. Entries of nodes that are gone are left out."""
-        key = self._names.room_in(room)
-        rows, nodes = await asyncio.gather(
-            self._call(key, "HGETALL", key, timeout=timeout), self._nodes(timeout), return_exceptions=False
-        )
-        living = {_owner(node, info.incarnation) for node, info in nodes.items()}
-        found: dict[str, bytes] = {}
-        for client, entry in rows.items():
+        """See ``PresenceStore.members``."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + timeout
+        found: list[tuple[str, bytes, bytes]] = []
+        for client, entry in _pairs(await self._run("presence_members", room, [_ROOM_TTL], timeout)):
             owner, newline, info = entry.partition(b"\n")
-            if owner + newline in living:
-                found[client.decode()] = info
-        return found
+            found.append((client.decode(), owner + newline, info))
+        owners = {owner for _, owner, _ in found}
+        # Whoever the last list did not name may have registered since: only then is it asked for out of turn.
+        if not owners <= self._living or clock() - self._asked_at >= _TRUSTED_FOR:
+            await self._ask(deadline - clock())
+        return {client: info for client, owner, info in found if owner in self._living}
+
+    async def _ask(self, timeout: float) -> None:
+        asked_at = asyncio.get_running_loop().time()
+        try:
+            nodes = await self._registry.nodes(timeout=timeout)
+        except StoreUnavailable as error:
+            raise BusUnavailable(error.reason) from error
+        self._living = frozenset(_owner(node, info.incarnation) for node, info in nodes.items())
+        self._asked_at = asked_at
 
     async def stats(self, room: str, *, timeout: float) -> tuple[int, int]:
         """See ``PresenceStore.stats``."""
-        members = await self.members(room, timeout=timeout)
-        return len(members), len({_user(info) for info in members.values()})
+        return count_people(await self.members(room, timeout=timeout))
 
     async def reap(self, room: str, node: str, incarnation: str, *, timeout: float) -> Mapping[str, bytes]:
-        """Remove what a dead incarnation left behind; what this call removed, and nobody else did."""
-        key = self._names.room_in(room)
-        try:
-            rows = await self._topology.run(
-                load("presence_reap"), [key], [_owner(node, incarnation)], timeout=timeout
-            )
-        except StoreUnavailable as error:
-            raise BusUnavailable(error.reason, outcome_unknown=error.outcome_unknown) from error
-        return {
-            client.decode(): entry.partition(b"\n")[2] for client, entry in zip(rows[::2], rows[1::2], strict=True)
-        }
+        """See ``PresenceStore.reap``."""
+        removed = await self._run("presence_reap", room, [_owner(node, incarnation)], timeout)
+        return {client.decode(): entry.partition(b"\n")[2] for client, entry in _pairs(removed)}
 
-    async def _nodes(self, timeout: float) -> Any:
+    async def _run(self, name: str, room: str, args: Sequence[str | bytes | int], timeout: float) -> Any:
         try:
-            return await self._bus.room_nodes(timeout=timeout)
-        except StoreUnavailable as error:
-            raise BusUnavailable(error.reason) from error
-
-    async def _call(self, key: str, *args: str | bytes | int, timeout: float) -> Any:
-        try:
-            return await self._topology.call(key, *args, timeout=timeout)
+            return await self._topology.run(load(name), [self._names.room_in(room)], args, timeout=timeout)
         except StoreUnavailable as error:
             raise BusUnavailable(error.reason, outcome_unknown=error.outcome_unknown) from error
 
@@ -92,8 +106,5 @@ def _owner(node: str, incarnation: str) -> bytes:
     return f"{node} {incarnation}\n".encode()
 
 
-def _user(info: bytes) -> str:
-    try:
-        return str(msgspec.json.decode(info).get("user", ""))
-    except (msgspec.DecodeError, AttributeError):
-        return ""
+def _pairs(flat: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
+    return list(zip(flat[::2], flat[1::2], strict=True))
