@@ -33,12 +33,14 @@ class Background:
 @asynccontextmanager
 async def background() -> AsyncIterator[Background]:
     """Cancels what was started in it on leaving. An exception of the block leaves it as it is, not wrapped in a group."""
-    failure: Exception | None = None
+    failure: BaseException | None = None
     async with asyncio.TaskGroup() as group:
         tasks = Background(group)
         try:
             yield tasks
-        except Exception as error:
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
             failure = error
         finally:
             tasks.cancel()

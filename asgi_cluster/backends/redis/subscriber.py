@@ -358,6 +358,9 @@ class Subscriber:
             return
         if self._sent.pop(name, None) is None:
             return  # left already
+        if not self._sharded:
+            link.abort("the server ended a subscription")
+            return
         # The slot has moved, and what is published there now is not heard here.
         self._acked.discard(name)
         self._listener.gap(self, "a channel has moved", frozenset((name,)))

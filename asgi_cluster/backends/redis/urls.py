@@ -33,6 +33,8 @@ __all__ = ["Address", "Target", "parse_target"]
 _CONNECT_TIMEOUT = 1.0
 _OPTIONS = {"client_name", "db", "host", "password", "path", "port", "socket_connect_timeout", "username"}
 
+_ENCODE = " (in a password, / ? # and @ are written %2F %3F %23 and %40)"
+
 
 class Address:
     """How to connect to one server."""
@@ -40,22 +42,25 @@ class Address:
     def __init__(
         self, url: str, *, ssl_context: SSLContext | None = None, credential_provider: Any = None
     ) -> None:
+        unix = url.startswith("unix:")
         try:
             parts = urlsplit(url)
             host, _ = parts.hostname, parts.port
+        except ValueError:
+            # Not with urllib's words: they quote what stands where the port should be, and that may be half a password.
+            raise ValueError(f"the host or port of a Redis URL makes no sense{_ENCODE}") from None
+        path = parts.path.strip("/")
+        if unix and not path:
+            raise ValueError("a unix URL needs a path: unix:///run/redis.sock")
+        if not unix and not host:
+            raise ValueError(f"a Redis URL needs a host: redis://host:6379/0{_ENCODE}")
+        if not unix and path and not path.isdigit():
+            raise ValueError(f"the path of a Redis URL is a database number{_ENCODE}")
+        try:
             options: dict[str, Any] = dict(parse_url(url))
         except ValueError as error:
-            # redis-py and urllib name the offending part, never the credentials.
             raise ValueError(f"not a Redis URL: {error}") from None
         self._class: type[AbstractConnection] = options.pop("connection_class", Connection)
-        path = parts.path.strip("/")
-        if self._class is UnixDomainSocketConnection:
-            if not path:
-                raise ValueError("a unix URL needs a path: unix:///run/redis.sock")
-        elif not host:
-            raise ValueError("a Redis URL needs a host: redis://host:6379/0")
-        elif path and not path.isdigit():
-            raise ValueError(f"the path of a Redis URL is a database number, not {path!r}")
         for name in options:
             if name not in _OPTIONS and not name.startswith("ssl_"):
                 raise ValueError(f"a Redis URL does not take the option {name!r} here")

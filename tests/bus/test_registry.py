@@ -1,0 +1,84 @@
+"""Which nodes there are, and which have died."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from tests.bus.nodes import opened
+from tests.support.proxy import Proxy
+from tests.support.servers import Server, start_valkey
+from tests.support.waiting import eventually
+
+
+async def test_nodes_are_listed_with_what_they_say_of_themselves(valkey: Server, prefix: str) -> None:
+    """Id, when it started, sockets, rooms, the age of its beat; gone when it has signed off."""
+    async with opened(valkey.url, prefix) as one:
+        async with opened(valkey.url, prefix) as two:
+            nodes = await one.bus.nodes(timeout=1)
+            assert set(nodes) == {one.id, two.id}
+            info = nodes[two.id]
+            assert (info.sockets, info.rooms) == (7, 3)
+            assert abs(info.started_at - time.time()) < 5
+            assert 0 <= info.lag < 1
+            assert info.incarnation == two.bus.identity()[1]
+        assert set(await one.bus.nodes(timeout=1)) == {one.id}
+
+
+async def test_a_node_is_registered_before_its_first_lease(valkey: Server, prefix: str) -> None:
+    """Whoever can serve from a cache is among those that a logout counts on."""
+    async with opened(valkey.url, prefix) as node:
+        assert valkey.client().hexists(f"{prefix}:{{nodes}}:all", node.id)
+        assert valkey.client().pttl(f"{prefix}:{{nodes}}:beat:{node.id}") > 200_000
+
+
+async def test_a_registration_that_vanishes_comes_back_as_another_incarnation(prefix: str) -> None:
+    """FLUSHALL: a gap, and a new incarnation, so that presence is entered again."""
+    with start_valkey() as server:
+        async with opened(server.url, prefix) as node:
+            _, before = node.bus.identity()
+            server.client().flushall()
+            await eventually(lambda: node.bus.identity()[1] != before)
+            await eventually(lambda: node.live)
+            assert (await node.bus.nodes(timeout=1))[node.id].incarnation == node.bus.identity()[1]
+            assert node.receiver.of("gap")
+            assert [event[1] for event in node.receiver.of("rooms restored")] == [None]
+
+
+@pytest.mark.faults
+async def test_a_dead_node_is_removed_within_six_seconds(valkey: Server, prefix: str) -> None:
+    """Cut off for good, without signing off: gone from the list, and the remover is told whose presence to remove."""
+    dead: list[tuple[str, str]] = []
+    async with opened(valkey.url, prefix) as observer, Proxy(valkey.url) as proxy, opened(proxy.url, prefix) as node:
+        observer.bus.on_dead = lambda *gone: dead.append(gone)
+        identity = node.bus.identity()
+        proxy.cut()
+        cut_at = time.monotonic()
+        await eventually(lambda: dead, timeout=6.0)
+        assert time.monotonic() - cut_at >= 3.5
+        assert dead == [identity]
+        assert set(await observer.bus.nodes(timeout=1)) == {observer.id}
+        proxy.heal()
+        await eventually(lambda: node.live)
+        assert set(await observer.bus.nodes(timeout=1)) == {observer.id, node.id}
+        assert node.bus.identity() != identity
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("stalled", [2.5, 6.0])
+async def test_the_living_are_not_removed_after_a_stall_of_the_server(prefix: str, stalled: float) -> None:
+    """For some seconds nobody could beat: that proves nothing against anybody."""
+    with start_valkey() as server:
+        async with opened(server.url, prefix) as one, opened(server.url, prefix) as two:
+            identities = {one.bus.identity(), two.bus.identity()}
+            dead: list[tuple[str, str]] = []
+            one.bus.on_dead = two.bus.on_dead = lambda *gone: dead.append(gone)
+            server.pause()
+            await asyncio.sleep(stalled)
+            server.resume()
+            await eventually(lambda: one.live and two.live)
+            await asyncio.sleep(2.5)
+            assert dead == []
+            assert {one.bus.identity(), two.bus.identity()} == identities
