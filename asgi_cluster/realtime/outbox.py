@@ -305,9 +305,17 @@ class Outbox:
     async def drained(self) -> None:
         """Return when nothing waits for the client any more, or the outbox is closed."""
         while self.blocked and not self.closed:
-            if self._drained is None:
-                self._drained = self.socket.loop.create_future()
-            await asyncio.shield(self._drained)
+            await self._change()
+
+    async def idle(self) -> None:
+        """Return when nothing is being sent. A closed outbox may still be in the middle of something."""
+        while self.blocked:
+            await self._change()
+
+    async def _change(self) -> None:
+        if self._drained is None:
+            self._drained = self.socket.loop.create_future()
+        await asyncio.shield(self._drained)
 
     def _wake(self) -> None:
         waiting, self._drained = self._drained, None

@@ -476,10 +476,15 @@ class Rooms:
     # In
 
     def receive(self, room: str, payload: bytes) -> None:
-        """What the bus brought for a room."""
+        """What the bus brought for a room. Raises nothing: the bus's reader has others to serve."""
         audience = self._hub.audience(room)
-        if audience is None:
-            return
+        if audience is not None:
+            try:
+                self._receive(audience, payload)
+            except Exception:
+                logger.exception("a room message could not be delivered")
+
+    def _receive(self, audience: Audience, payload: bytes) -> None:
         try:
             position, previous, body = open_envelope(payload)
         except ValueError:

@@ -136,7 +136,7 @@ class RoomRule:
             )
         if self.history and self.slow != "disconnect":
             raise ValueError(
-                f"room rule {self.pattern!r}: slow={self.slow!r} loses messages, a room with history does not: "
+                f"room rule {self.pattern!r}: slow={self.slow!r} loses messages, history must not: "
                 'use slow="disconnect" (the client comes back and recovers), or history=0'
             )
         expression = "".join(

@@ -120,20 +120,31 @@ class Socket:
     def _close_now(self) -> None:
         if self.state != "open":
             return
-        if self.outbox is not None:
+        outbox = self.outbox
+        if outbox is not None:
             # What was sent before the close goes out before it, unless the client is slow.
-            self.outbox.flush()
-            self.outbox.close()
+            outbox.flush()
+            outbox.close()
         self.state = "closed"
         if self._closing is not None and not self._closing.done():
             self._closing.set_result(None)
-        event = {"type": "websocket.close", "code": self.close_code, "reason": self.close_reason}
-        try:
+        rest: Awaitable[None] | None
+        if self.server is None or (outbox is not None and outbox.blocked):
+            # An unknown server may expect a task around its send, and websockets' legacy protocol fails when
+            # two of them wait for a client that does not read.
+            rest = self._send_close(outbox)
+        else:
             # uvicorn writes at once unless its buffer is full, so a thousand closes are a thousand writes and
-            # no task. An unknown server may expect a task around its coroutine.
-            rest = drive(self.send(event)) if self.server is not None else self.send(event)
-        except (OSError, RuntimeError):
-            return  # closed by the app or the client in the same moment
+            # no task.
+            try:
+                rest = drive(self._send_close(None))
+            except (OSError, RuntimeError):
+                return  # closed by the app or the client in the same moment
+            except Exception:
+                # Whoever closes a thousand sockets must not stop at one.
+                logger.exception("a server failed to close a socket")
+                self.abort()
+                return
         if rest is None:
             self._cut_later()
             return
@@ -142,6 +153,11 @@ class Socket:
         except RuntimeError:
             discard(rest)
             self.abort()  # the node is stopping and takes no more work
+
+    async def _send_close(self, outbox: Outbox | None) -> None:
+        if outbox is not None:
+            await outbox.idle()
+        await self.send({"type": "websocket.close", "code": self.close_code, "reason": self.close_reason})
 
     async def _finish_close(self, rest: Awaitable[None]) -> None:
         try:

@@ -17,6 +17,13 @@ async def site(cluster_url: str, prefix: str) -> AsyncIterator[Site]:
 
 
 @pytest.fixture
+async def redis_site(redis_url: str, prefix: str) -> AsyncIterator[Site]:
+    """A cluster on a real server, for what matters only there."""
+    async with AsyncExitStack() as stack:
+        yield Site(redis_url, prefix, stack)
+
+
+@pytest.fixture
 async def lone_site(prefix: str) -> AsyncIterator[Site]:
     """A memory cluster, for what does not concern the backend."""
     async with AsyncExitStack() as stack:
