@@ -2,7 +2,7 @@
 
 import { connect } from "/realtime/client.js";
 import * as api from "./api.js";
-import { $, element, showNode, toast } from "./dom.js";
+import { $, element, hue, icon, showNode, toast } from "./dom.js";
 import { COLOURS, Notes } from "./notes.js";
 import { Panel } from "./panel.js";
 import { People } from "./people.js";
@@ -56,7 +56,7 @@ function lock(reason) {
   $("lock-text").textContent = `${reason || "The session has ended"}, at ${time}. The board is safe; your seat is kept warm.`;
   $("lock").hidden = false;
   $("page").inert = true;
-  document.title = "🔒 The Board";
+  document.title = "Locked · The Board";
   $("again").focus();
 }
 
@@ -79,6 +79,7 @@ $("sign-out").addEventListener("click", async () => {
   try {
     const { sockets_closed: sockets, nodes, milliseconds } = await api.logout();
     close();
+    notes.clear();
     gate();
     toast(`Signed out: ${sockets} ${sockets === 1 ? "socket" : "sockets"} closed on ${nodes} nodes in ${milliseconds} ms.`, 6000);
   } catch (error) {
@@ -127,7 +128,7 @@ function open() {
     publication: ({ data, info, recovered }) => {
       // Only the server puts changes here without a sender; what people publish themselves is not the board's word.
       if (!info) notes.changed(data);
-      else if (data?.type === "wave" && !recovered) wave(info.user);
+      else if (data?.type === "heart" && !recovered) heart(info.user);
     },
     join: ({ info }) => people.joined(info),
     leave: ({ info }) => people.left(info),
@@ -182,16 +183,17 @@ function showState(state) {
 
 // Small pleasures
 
-$("wave").addEventListener("click", () => {
-  client?.publish(BOARD, { type: "wave" }).catch((error) => toast(error.message));
+$("heart").addEventListener("click", () => {
+  client?.publish(BOARD, { type: "heart" }).catch((error) => toast(error.message));
 });
 
-function wave(name) {
-  if ($("board").querySelectorAll(".waving").length > 20) return;
-  const hand = element("div", { className: "waving" }, "👋", element("small", {}, name === user ? "you" : name));
-  hand.style.setProperty("--left", `${15 + Math.random() * 70}%`);
-  hand.addEventListener("animationend", () => hand.remove());
-  $("board").append(hand);
+function heart(name) {
+  if ($("board").querySelectorAll(".heart").length > 20) return;
+  const shown = element("div", { className: "heart" }, icon("heart"), element("small", {}, name === user ? "you" : name));
+  shown.style.setProperty("--left", `${15 + Math.random() * 70}%`);
+  shown.style.setProperty("--hue", hue(name));
+  shown.addEventListener("animationend", () => shown.remove());
+  $("board").append(shown);
 }
 
 $("board").addEventListener("pointermove", ({ clientX, clientY, pointerType }) => {

@@ -16,6 +16,7 @@ const ICONS = {
   edit: "M4 20l1-4L16.500 4.500a2.100 2.100 0 0 1 3 3L8 19z",
   colour: "M12 3.500c4 5 6 7.600 6 10.500a6 6 0 0 1-12 0c0-2.900 2-5.500 6-10.500z",
   remove: "M5 7h14M10 7V4.500h4V7M7 7l1 13h8l1-13",
+  heart: "M12 20.500C5 15.500 2.500 12 2.500 8.500a5 5 0 0 1 9.500-2.200 5 5 0 0 1 9.500 2.200c0 3.500-2.500 7-9.500 12z",
   pointer: "M3 2l14 6.500-6 1.800-2.200 6z",
 };
 
@@ -38,7 +39,8 @@ export function hue(name) {
 
 export function showNode(where, name) {
   where.textContent = name ?? "–";
-  where.style.setProperty("--hue", hue(name ?? ""));
+  // Neighbouring numbers get colours that are far apart.
+  where.style.setProperty("--hue", String((Number(/\d+$/.exec(name ?? "")?.[0] ?? 0) * 137 + 40) % 360));
 }
 
 export function toast(text, milliseconds = 4000) {

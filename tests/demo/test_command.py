@@ -1,0 +1,126 @@
+"""``python -m demo``: the command line and the processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import httpx
+import pytest
+
+from tests.demo.running import Demo, interrupt, row_of_ports, start_demo, stopped
+from tests.support.machine import LOCAL, ROOT
+from tests.support.servers import Server
+from tests.support.waiting import eventually
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "demo", *arguments], capture_output=True, text=True, timeout=30, cwd=ROOT
+    )
+
+
+def test_help_names_every_option() -> None:
+    """--help says what there is."""
+    result = run("--help")
+    assert result.returncode == 0
+    for option in ("--port", "--nodes", "--redis", "--host"):
+        assert option in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--port", "0"], "1 to 65535"),
+        (["--port", "65535"], "no room for 3 nodes"),
+        (["--nodes", "0"], "1 to 16"),
+        (["--redis", "http://localhost"], "starts with redis://"),
+    ],
+)
+def test_bad_argument_is_refused(arguments: list[str], said: str) -> None:
+    """An argument that makes no sense ends the command with status 2 and says why."""
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert said in result.stderr
+
+
+def test_redis_that_does_not_answer_is_a_clear_error() -> None:
+    """No traceback, no password: one sentence and status 1."""
+    result = run("--port", str(row_of_ports(4)), "--redis", "redis://:secret@127.0.0.1:1/0")
+    assert result.returncode == 1
+    assert "does not answer" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "secret" not in result.stderr + result.stdout
+
+
+def test_second_demo_on_the_same_port_is_refused(demo: Demo) -> None:
+    """The port is shared with SO_REUSEPORT, so a second demo could bind it: it is refused all the same."""
+    result = run("--port", str(demo.port))
+    assert result.returncode == 1
+    assert f"Port {demo.port} on {LOCAL} cannot be used" in result.stderr
+    assert "--port" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_taken_node_port_is_refused(demo: Demo) -> None:
+    """A node's own port counts too."""
+    result = run("--port", str(demo.port - 1), "--nodes", "1")
+    assert result.returncode == 1
+    assert f"Port {demo.port} on" in result.stderr
+
+
+def test_addresses_are_printed(demo: Demo) -> None:
+    """The shared address and each node's."""
+    for port in range(demo.port, demo.port + 4):
+        assert f"http://localhost:{port}/" in demo.log()
+
+
+def test_given_redis_is_used_and_left_running(valkey: Server) -> None:
+    """With --redis no server of its own is started."""
+    port = row_of_ports(2)
+    with subprocess.Popen(
+        [sys.executable, "-m", "demo", "--port", str(port), "--nodes", "1", "--redis", valkey.url],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "Ctrl-C" in line:
+                break
+        assert valkey.client().keys("asgi-cluster-demo:*")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(15) == 0
+    assert valkey.client().ping()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_signal_leaves_nothing_running(number: signal.Signals) -> None:
+    """Ctrl-C and SIGTERM: every process is gone, status 0, and the ports are free again."""
+    with start_demo(nodes=2) as demo:
+        family = demo.family()
+        assert len(family) == 5  # supervisor, two nodes, Valkey and its guard
+        assert interrupt(demo, number) == 0
+        assert stopped(family)
+        assert "Traceback" not in demo.log()
+
+
+async def test_killed_supervisor_leaves_nothing_running() -> None:
+    """kill -9 of the supervisor: nodes and Valkey see the end of their pipe."""
+    with start_demo(nodes=1) as demo:
+        family = demo.family()
+        demo.process.kill()
+        await eventually(lambda: stopped(family), timeout=10)
+
+
+async def test_killed_node_is_started_again() -> None:
+    """A node that dies comes back on its port, and the person is told."""
+    with start_demo(nodes=1) as demo:
+        killed = demo.node_pid(1)
+        os.kill(killed, signal.SIGKILL)
+        await eventually(lambda: "node-1 is back" in demo.log(), timeout=20)
+        assert "SIGKILL" in demo.log()
+        assert demo.node_pid(1) != killed
+        assert httpx.get(demo.node_url(1) + "/health").status_code == 200
