@@ -8,9 +8,11 @@ from ssl import SSLContext
 from typing import Any
 
 from asgi_cluster.backends.redis.bus import RedisBus
+from asgi_cluster.backends.redis.cluster import ClusterTopology
 from asgi_cluster.backends.redis.history import RedisHistory
 from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.presence import RedisPresence
+from asgi_cluster.backends.redis.sentinel import SentinelTopology
 from asgi_cluster.backends.redis.store import RedisSessionStore
 from asgi_cluster.backends.redis.topology import Topology, single_server
 from asgi_cluster.backends.redis.urls import Target, parse_target
@@ -22,7 +24,13 @@ __all__ = ["RedisBackend"]
 
 def make_topology(target: Target) -> Topology:
     """The topology that ``target`` names; connects to nothing yet."""
-    return single_server(target.primary)
+    match target.kind:
+        case "sentinel":
+            return SentinelTopology(target)
+        case "cluster":
+            return ClusterTopology(target)
+        case "single":
+            return single_server(target.primary)
 
 
 class RedisBackend:

@@ -69,6 +69,7 @@ class Feed:
                 await asyncio.gather(*self._plan())
                 self._open = True
                 self.topology.watch(self._replan)
+                self._replan()
                 tasks.start(
                     registry.run(lambda: self.lease_of(self.names.nodes())), name="asgi-cluster registry"
                 )
@@ -201,25 +202,26 @@ class Feed:
 
     def gap(self, subscriber: Subscriber, reason: str, channels: frozenset[str]) -> None:
         """See ``Listener.gap``."""
-        if self._receiver is None or not self._open:
+        self.topology.doubt()
+        fresh = channels - self._lost  # of the others it has been told, and nothing was trusted since
+        self._lost |= channels & self._wanted
+        if self._receiver is None or not self._open or not fresh:
             return
         self.gaps += 1
         self.last_gap = reason
-        self._lost |= channels & self._wanted
-        buckets, rooms = self._split(channels)
+        buckets, rooms = self._split(fresh)
         if buckets is None or buckets:
             self._receiver.gap(reason, buckets)
         if rooms is None or rooms:
             self._receiver.rooms_gap(reason, rooms)
-        self.topology.doubt()
 
     def acknowledged(self, subscriber: Subscriber, channels: frozenset[str]) -> None:
         """See ``Listener.acknowledged``."""
         self.topology.hurry(subscriber.primary)
         back = channels & self._lost
+        self._lost -= back
         if self._receiver is None or not self._open or not back:
             return
-        self._lost -= back
         buckets, rooms = self._split(back)
         if buckets is None or buckets:
             # What was read between the gap and this moment may have changed unheard: it must not be kept now.

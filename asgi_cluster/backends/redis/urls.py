@@ -192,7 +192,7 @@ def parse_target(
     for name in names:
         # An address without a port is on the sentinels' default port; IPv6 is in brackets, as in any URL.
         sentinel = one(name if name.rpartition("]")[2].count(":") else f"{name}:26379", "")
-        sentinel._options |= {key.removeprefix("sentinel_"): value for key, value in of_sentinels.items()}
+        sentinel._options |= {"db": 0} | {key.removeprefix("sentinel_"): value for key, value in of_sentinels.items()}
         sentinels.append(sentinel)
     primary = one(
         names[0],

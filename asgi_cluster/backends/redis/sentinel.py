@@ -1,0 +1,189 @@
+"""A primary that the sentinels name: asked before every connection, and heard when it changes.
+
+Every sentinel is listened to for ``+switch-master``; a retry that is pinned to the old address would find out late.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from redis.exceptions import RedisError
+
+from asgi_cluster.backends.redis.errors import LinkBroken, first_of, reason_of
+from asgi_cluster.backends.redis.lifetime import background
+from asgi_cluster.backends.redis.link import Link, OnPush
+from asgi_cluster.backends.redis.primary import Primary
+from asgi_cluster.backends.redis.topology import OnePrimary
+from asgi_cluster.backends.redis.urls import Address, Target
+from asgi_cluster.exceptions import StoreUnavailable
+
+__all__ = ["SentinelTopology"]
+
+logger = logging.getLogger("asgi_cluster.redis")
+
+_SWITCH = "+switch-master"
+_ANSWER = 0.3
+_PATIENCE = 1.0
+_FIRST_PAUSE = 0.05
+_LONGEST_PAUSE = 1.0
+_PROBE_EVERY = 1.0
+
+Place = tuple[str, int]
+
+
+class _Sentinel:
+    """One sentinel, listened to as long as it lives."""
+
+    def __init__(self, address: Address, topology: SentinelTopology) -> None:
+        self.address = address
+        self._topology = topology
+        self.link: Link | None = None
+        self.reason = "not connected yet"
+
+    async def run(self) -> None:
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                await self._one_connection()
+            except* Exception as group:
+                error = first_of(group)
+                if not isinstance(error, LinkBroken | RedisError | OSError):
+                    logger.error("the link to sentinel %s failed", self.address.name, exc_info=error)
+                self.reason = reason_of(error)
+            finally:
+                pause = _FIRST_PAUSE if self.link is not None else min(pause * 2, _LONGEST_PAUSE)
+                self.link = None
+                self._topology.heard_of_sentinels()
+            await asyncio.sleep(random.uniform(0, pause))
+
+    async def _one_connection(self) -> None:
+        link = await self.address.dial(self._pushed)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(link.run(), name="asgi-cluster sentinel link")
+                async with asyncio.timeout(_PATIENCE):
+                    refused = await link.subscribe("SUBSCRIBE", [[_SWITCH]])
+                for error in refused.values():
+                    raise error
+                self.link = link
+                self._topology.heard_of_sentinels()
+                while True:  # a sentinel that is stopped is not one to wait for
+                    await asyncio.sleep(_PROBE_EVERY)
+                    async with asyncio.timeout(_PATIENCE):
+                        await link.send("PING")
+        finally:
+            await link.close()
+
+    def _pushed(self, kind: bytes, channel: bytes, payload: Any) -> None:
+        if kind == b"message":
+            service, _, _, host, port = payload.decode().split(" ")
+            self._topology.switched(service, (host, int(port)))
+
+    async def ask(self, service: str) -> tuple[int, Place] | None:
+        """The epoch of its knowledge, and where the primary is; ``None`` when it does not know or does not answer."""
+        if self.link is None:
+            return None
+        try:
+            async with asyncio.timeout(_ANSWER):
+                asked = (
+                    self.link.send("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service),
+                    self.link.send("SENTINEL", "MASTER", service),
+                )
+                place, facts = [await answer for answer in asked]
+            return int(facts[b"config-epoch"]), (place[0].decode(), int(place[1]))
+        except (RedisError, LinkBroken, TimeoutError, TypeError) as error:
+            # TypeError: a null in place of an address, from a sentinel that has no such service.
+            self.reason = f"does not know {service!r}" if isinstance(error, TypeError) else reason_of(error)
+            return None
+
+
+class SentinelTopology(OnePrimary):
+    """All keys on the primary of one Sentinel service."""
+
+    def __init__(self, target: Target) -> None:
+        self._address = target.primary
+        self._service = target.service
+        self._sentinels = [_Sentinel(address, self) for address in target.addresses]
+        self._heard = asyncio.Event()
+        self._place: Place | None = None
+        self._places: WeakKeyDictionary[Link, Place] = WeakKeyDictionary()
+        super().__init__(Primary(self._dial, lambda: self._name))
+
+    @property
+    def _name(self) -> str:
+        return f"{self._service} at {self._place[0]}:{self._place[1]}" if self._place else self._service
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[None]:
+        """See ``Topology.opened``."""
+        async with background() as tasks:
+            for sentinel in self._sentinels:
+                tasks.start(sentinel.run(), name="asgi-cluster sentinel")
+            async with super().opened():
+                await self._warn()
+                yield
+
+    async def _warn(self) -> None:
+        try:
+            found = await self.call("", "CONFIG", "GET", "min-replicas-to-write", timeout=1.0)
+        except StoreUnavailable:
+            return  # managed servers keep their configuration to themselves
+        if found.get(b"min-replicas-to-write") == b"0":
+            logger.warning(
+                "min-replicas-to-write is 0: a primary that is cut off goes on taking writes, "
+                "and nothing bounds how old a session is that is read there"
+            )
+
+    # Where it is
+
+    async def _dial(self, on_push: OnPush | None) -> Link:
+        error = LinkBroken("no sentinel was asked", sent=False)
+        for place in await self._locate():
+            try:
+                link = await self._address.at(*place).dial(on_push)
+            except LinkBroken as broken:
+                error = broken
+                continue
+            self._place = self._places[link] = place
+            return link
+        raise error
+
+    async def _locate(self) -> list[Place]:
+        """Where the primary may be, the freshest knowledge first."""
+        deadline = asyncio.get_running_loop().time() + _PATIENCE
+        while True:
+            heard = self._heard
+            answers = await asyncio.gather(*[sentinel.ask(self._service) for sentinel in self._sentinels])
+            known = sorted(filter(None, answers), reverse=True)
+            if known:
+                return list(dict.fromkeys(place for _, place in known))
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await heard.wait()
+            except TimeoutError:
+                told = "; ".join(
+                    f"{sentinel.address.name}: {sentinel.reason}" for sentinel in self._sentinels
+                )
+                raise LinkBroken(f"no sentinel knows the primary ({told})", sent=False) from None
+
+    def heard_of_sentinels(self) -> None:
+        """One of them is there, or gone."""
+        self._heard.set()
+        self._heard = asyncio.Event()
+
+    def switched(self, service: str, place: Place) -> None:
+        """A sentinel says that the primary is there now."""
+        if service != self._service:
+            return
+        old = [link for link, known in self._places.items() if known != place and link.up]
+        if old:
+            logger.warning("the primary of %s is now %s:%d", service, *place)
+        for link in old:
+            link.abort("the primary has changed")
+        self.hurry(self.primary)

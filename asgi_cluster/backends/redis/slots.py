@@ -1,0 +1,49 @@
+"""Which primary has which slot of a Redis Cluster, as one of its nodes sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from redis.crc import key_slot
+
+__all__ = ["SLOTS", "Place", "View", "epoch_of", "parse_redirect", "parse_slots", "slot_of", "tags"]
+
+SLOTS = 16384
+
+Place = tuple[str, int]
+
+View = list[Place | None]
+"""For each slot, host and port of its primary; ``None`` when nobody has it."""
+
+
+def slot_of(key: str) -> int:
+    """The slot of a key or a sharded channel; what is in ``{}`` counts, if anything is."""
+    slot: int = key_slot(key.encode())
+    return slot
+
+
+def parse_slots(reply: Sequence[Any], asked: Place) -> View:
+    """The reply to ``CLUSTER SLOTS``. A node that does not know its own address means the one it was ``asked`` at."""
+    view: View = [None] * SLOTS
+    for first, last, primary, *_ in reply:
+        host = (primary[0] or b"").decode()
+        place = (asked[0] if host in ("", "?") else host, int(primary[1]))
+        view[first : last + 1] = [place] * (last - first + 1)
+    return view
+
+
+def epoch_of(info: bytes) -> tuple[bool, int]:
+    """From ``CLUSTER INFO``: whether the node thinks all is well, and how fresh its knowledge is. The greatest is right."""
+    facts = dict(line.split(":", 1) for line in info.decode().splitlines() if ":" in line)
+    return facts.get("cluster_state") == "ok", int(facts.get("cluster_current_epoch", "0"))
+
+
+def parse_redirect(error: Any, asked: Place) -> tuple[int, Place]:
+    """Slot and target of redis-py's ``MovedError`` or ``AskError``."""
+    return int(error.slot_id), (error.host or asked[0], int(error.port))
+
+
+def tags(start: int = 0) -> list[str]:
+    """Hash tags to choose from; a thousand of them meet any primary with more than a few slots."""
+    return [f"beat{number}" for number in range(start, start + 1000)]
