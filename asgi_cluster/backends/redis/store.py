@@ -19,6 +19,7 @@ __all__ = ["RedisSessionStore"]
 logger = logging.getLogger("asgi_cluster.redis")
 
 _CORRUPT = -2
+_UNSURE = -3
 _OUTCOMES: Mapping[int, WriteOutcome] = {1: "written", 0: "gone", -1: "conflict"}
 
 _LONGEST = 100 * 365 * 24 * 3600
@@ -82,7 +83,11 @@ class RedisSessionStore:
             draft.address,
             *_pairs(draft.fields),
         ]
-        await self._run("session_create", draft.handle, args, timeout=timeout)
+        keys = [self._names.session(draft.handle)]
+        if draft.user is not None:
+            keys += self._of_user(draft.user)[1]
+        args.insert(0, self._names.bucket(draft.handle[:2]))
+        await self._topology.run(load("session_create"), keys, args, timeout=timeout)
 
     async def write(
         self,
@@ -192,9 +197,18 @@ class RedisSessionStore:
         return bool(await self._topology.run(load("unlock"), [key], [token], timeout=timeout))
 
     async def _run(self, name: str, handle: Handle, args: list[Any], *, timeout: float) -> Any:
-        prefix = self._names.bucket(handle[:2])
+        script, bucket = load(name), handle[:2]
+        args = [self._names.bucket(bucket), *args]
         keys = [self._names.session(handle)]
-        return await self._topology.run(load(name), keys, [prefix, *args], timeout=timeout)
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + timeout
+        reply = await self._topology.run(script, keys, args, timeout=timeout)
+        if isinstance(reply, list) and reply[0] == _UNSURE:
+            # The user's epoch is missing: revoked, or in a slot that is moving. With the epoch among the keys
+            # the server knows which; it answers TRYAGAIN in the second case, which the topology does.
+            keys.append(self._names.epoch(bucket, reply[1].decode()))
+            reply = await self._topology.run(script, keys, args, timeout=deadline - clock())
+        return reply
 
     async def _change(self, name: str, handle: Handle, args: list[Any], *, timeout: float) -> WriteOutcome:
         reply = await self._run(name, handle, args, timeout=timeout)

@@ -1,14 +1,14 @@
 -- In front of the scripts for a room's history. KEYS[1] is its log, KEYS[2] its meta.
 
--- Which line of history this server writes. It changes with a restart and with a promotion, which is when last writes can have been
--- lost; the run id would not when an old primary takes over again. Asked here and not told by the caller, who may not yet know that
--- it talks to another server.
+-- Which line of history this server writes. It changes with a restart and with a promotion, which is when
+-- last writes can have been lost; the run id would not when an old primary takes over again. Asked here and
+-- not told by the caller, who may not yet know that it talks to another server.
 local function lineage()
   return string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)') or 'unknown'
 end
 
--- The room's numbering: its epoch, its last offset and the lineage that gave it out. `epoch` is for a room that has none: a log
--- whose numbering is lost is worth nothing.
+-- The room's numbering: its epoch, its last offset and the lineage that gave it out. `epoch` is for a room
+-- that has none: a log whose numbering is lost is worth nothing.
 local function numbering(epoch)
   local meta = redis.pcall('HMGET', KEYS[2], 'epoch', 'offset', 'run')
   local offset = not meta.err and tonumber(meta[2])

@@ -1,6 +1,6 @@
 --! session
--- ARGV: prefix, token, user ('' none), epoch nonce, idle, absolute, secret, write id, persistent, agent, address,
--- then name, value, name, value…
+-- KEYS: session, and with a user epoch and index. ARGV: prefix, token, user ('' none), epoch nonce, idle,
+-- absolute, secret, write id, persistent, agent, address, then name, value, name, value…
 local now = milliseconds()
 local idle, absolute = tonumber(ARGV[5]), tonumber(ARGV[6])
 local left = math.min(idle, absolute)
@@ -14,18 +14,17 @@ redis.call(
 redis.call('PEXPIRE', KEYS[1], left)
 in_parts('HSET', KEYS[1], 12, #ARGV)
 if user ~= '' then
-  local epoch_key, index_key = ARGV[1] .. 'e:' .. user, ARGV[1] .. 'i:' .. user
-  local epoch = redis.call('GET', epoch_key)
+  local epoch = redis.call('GET', KEYS[2])
   if not epoch then
     epoch = ARGV[4]
-    redis.call('SET', epoch_key, epoch, 'PX', absolute)
-  elseif redis.call('PTTL', epoch_key) < absolute then
+    redis.call('SET', KEYS[2], epoch, 'PX', absolute)
+  elseif redis.call('PTTL', KEYS[2]) < absolute then
     -- The nonce must outlive every session made under it: a missing one means revoked.
-    redis.call('PEXPIRE', epoch_key, absolute)
+    redis.call('PEXPIRE', KEYS[2], absolute)
   end
   redis.call('HSET', KEYS[1], '@user', user, '@epoch', epoch, '@agent', ARGV[10], '@addr', ARGV[11])
-  redis.call('ZREMRANGEBYSCORE', index_key, '-inf', now)
-  redis.call('ZADD', index_key, now + left, ARGV[2])
-  if redis.call('PTTL', index_key) < absolute then redis.call('PEXPIRE', index_key, absolute) end
+  redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now)
+  redis.call('ZADD', KEYS[3], now + left, ARGV[2])
+  if redis.call('PTTL', KEYS[3]) < absolute then redis.call('PEXPIRE', KEYS[3], absolute) end
 end
 return 1

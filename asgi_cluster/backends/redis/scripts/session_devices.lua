@@ -1,5 +1,6 @@
 --! session
 -- KEYS: epoch, index; ARGV: prefix. Reply: {{token, milliseconds to live, created, seen, agent, address}…}
+-- Only time takes a token out of the index: a record that is not found may be on its way here.
 local now = milliseconds()
 redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
 local devices = {}
@@ -12,8 +13,6 @@ for _, token in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
     devices[#devices + 1] = {
       token, ttl < 0 and record.left or ttl, tonumber(told[1]) or now, tonumber(told[2]) or now, told[3] or '', told[4] or '',
     }
-  else
-    redis.call('ZREM', KEYS[2], token)
   end
 end
 return devices

@@ -11,11 +11,11 @@ for _, token in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
   if not (kept and token == ARGV[3]) then
     local key = ARGV[1] .. 's:' .. token
     if living(key, ARGV[1], now) then ended = ended + 1 end
-    redis.call('DEL', key)
+    elsewhere(redis.pcall('DEL', key))
   end
 end
--- First what passes when memory is full. Missing means revoked, so that without a session left no nonce is needed; and a session
--- that the index has lost is dead as well.
+-- First what passes when memory is full. Missing means revoked, so that without a session left no nonce is
+-- needed; and a session that the index has lost is dead as well.
 redis.call('DEL', KEYS[1], KEYS[2])
 if kept then
   redis.call('SET', KEYS[1], ARGV[7], 'PX', kept.absolute - now)

@@ -1,5 +1,5 @@
 --! session
--- ARGV: prefix, token. Reply: 1 touched, 0 gone, -2 corrupt.
+-- ARGV: prefix, token. Reply: 1 touched, 0 gone, -2 corrupt, {-3, user} unsure.
 local now = milliseconds()
 local record, why = living(KEYS[1], ARGV[1], now)
 if not record then return why end

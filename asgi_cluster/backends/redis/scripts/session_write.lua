@@ -1,6 +1,7 @@
 --! session
--- ARGV: prefix, token, publish command, channel, message, write id, expected write id ('' any), number of removed fields,
--- removed…, then name, value… Reply: 1 written, 0 gone, -1 conflict, -2 corrupt.
+-- ARGV: prefix, token, publish command, channel, message, write id, expected write id ('' any), number of
+-- removed fields, removed…, then name, value… Reply: 1 written, 0 gone, -1 conflict, -2 corrupt, {-3, user}
+-- unsure.
 local now = milliseconds()
 local record, why = living(KEYS[1], ARGV[1], now)
 if not record then return why end
