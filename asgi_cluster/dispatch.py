@@ -12,6 +12,7 @@ from asgi_cluster.bus.messages import (
     Disconnect,
     Ended,
     MalformedMessage,
+    NodeDied,
     PersonalMessage,
     UserEnded,
     decode,
@@ -91,6 +92,8 @@ class Dispatch:
                     self._hub.close_session(message.handle, message.code, message.reason)
                 elif message.user is not None:
                     self._hub.close_user(message.user, keep=None, code=message.code, reason=message.reason)
+            case NodeDied():
+                self._rooms.node_died(message.node, message.incarnation)
             case _:
                 logger.debug("%s does not belong on a session channel", type(message).__name__)
 

@@ -8,7 +8,7 @@ Delivery is at most once. What makes that bearable is the lease: it proves when 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -83,6 +83,14 @@ class Receiver(Protocol):
 
 class Bus(Protocol):
     """Carries messages between nodes."""
+
+    on_dead: Callable[[str, str], None] | None
+    """Called with id and incarnation of a dead node that this one, and no other, has removed from the registry."""
+
+    @property
+    def incarnation(self) -> str:
+        """Changes when this node had to register again; ``""`` while it is not registered."""
+        ...
 
     def lease(self, bucket: int) -> Lease:
         """The lease that vouches for cached sessions of this bucket."""

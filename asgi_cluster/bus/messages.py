@@ -23,6 +23,7 @@ __all__ = [
     "Left",
     "MalformedMessage",
     "Message",
+    "NodeDied",
     "PersonalMessage",
     "Published",
     "UserEnded",
@@ -126,7 +127,15 @@ class Disconnect(msgspec.Struct, frozen=True, array_like=True, tag="d"):
     origin: str
 
 
-Message = Changed | Ended | UserEnded | Ack | Published | Joined | Left | PersonalMessage | Disconnect
+class NodeDied(msgspec.Struct, frozen=True, array_like=True, tag="n"):
+    """The registry removed a dead node: its people are to be taken out of the rooms."""
+
+    node: str
+    incarnation: str
+    origin: str
+
+
+Message = Changed | Ended | UserEnded | Ack | Published | Joined | Left | PersonalMessage | Disconnect | NodeDied
 
 
 class MalformedMessage(ValueError):

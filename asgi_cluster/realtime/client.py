@@ -42,7 +42,8 @@ from asgi_cluster.realtime.protocol import (
     encode_reply,
     to_json,
 )
-from asgi_cluster.realtime.rooms import Entered, pub_of
+from asgi_cluster.realtime.publications import pub_of
+from asgi_cluster.realtime.rooms import Entered
 from asgi_cluster.realtime.rules import (
     Connected,
     ConnectRequest,

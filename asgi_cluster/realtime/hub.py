@@ -306,9 +306,9 @@ class Hub:
         """Every room with a member here."""
         return tuple(self._rooms.values())
 
-    def connections_of(self, user: str) -> tuple[Connection, ...]:
-        """The user's sockets here that the cluster serves."""
-        found = (socket.connection for socket in tuple(self._by_user.get(user, ())))
+    def connections(self) -> tuple[Connection, ...]:
+        """Every socket here that the cluster serves."""
+        found = (socket.connection for socket in tuple(self._sockets))
         return tuple(connection for connection in found if connection is not None)
 
     def members(self, audience: Audience) -> tuple[Connection, ...]:

@@ -17,6 +17,7 @@ from asgi_cluster.bus.messages import (
     Left,
     MalformedMessage,
     Message,
+    NodeDied,
     PayloadKind,
     Published,
     decode,
@@ -25,13 +26,16 @@ from asgi_cluster.bus.messages import (
 from asgi_cluster.config import RealtimeConfig
 from asgi_cluster.exceptions import BusUnavailable, ClusterError
 from asgi_cluster.ids import NodeId, new_token
+from asgi_cluster.realtime.attendance import Attendance
 from asgi_cluster.realtime.connection import Connection
 from asgi_cluster.realtime.history import Entry, HistoryStore, Page, Position, open_envelope, seal_envelope
 from asgi_cluster.realtime.hub import Audience, Hub
 from asgi_cluster.realtime.outbox import Packet
-from asgi_cluster.realtime.payload import decode_payload, encode_payload
+from asgi_cluster.realtime.payload import encode_payload
 from asgi_cluster.realtime.presence import PresenceStore
-from asgi_cluster.realtime.protocol import ClientInfo, Pub, UnsubscribeCode, encode_push, to_json
+from asgi_cluster.realtime.protocol import ClientInfo, UnsubscribeCode, encode_push
+from asgi_cluster.realtime.publications import encode_publication
+from asgi_cluster.realtime.room import Publication, Room, RoomHistory, RoomMember
 from asgi_cluster.realtime.rules import (
     Connected,
     ConnectRequest,
@@ -56,43 +60,11 @@ __all__ = [
     "RoomRule",
     "Rooms",
     "encode_payload",
-    "pub_of",
 ]
 
 logger = logging.getLogger("asgi_cluster.realtime")
 
 _IDS_KEPT = 1024
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Publication:
-    """One message of a room's history. ``data`` is what was broadcast: ``str``, ``bytes`` or a JSON value."""
-
-    data: Any
-    offset: int
-    client: str | None = None
-    """The id of the connection that published it; ``None``: the server."""
-    user_id: str | None = None
-    """Whom that connection belonged to."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RoomHistory:
-    """Publications, and where the room stood when they were read."""
-
-    publications: Sequence[Publication]
-    offset: int
-    epoch: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RoomMember:
-    """A connection that is in a room with presence, somewhere in the cluster."""
-
-    connection_id: str
-    user_id: str | None
-    info: Any = None
-    """What the ``connect`` hook said of it (``Connected.info``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,86 +75,6 @@ class Entered:
 
     position: Position | None
     missed: Sequence[Entry] | None
-
-
-class Room:
-    """A room by its name, whoever is in it. Get one from ``cluster.room``."""
-
-    __slots__ = ("_rooms", "name")
-
-    def __init__(self, rooms: Rooms, name: str) -> None:
-        self._rooms = rooms
-        self.name = name
-
-    async def broadcast(
-        self,
-        data: Any,
-        *,
-        exclude: Connection | str | None = None,
-        key: str | None = None,
-        idempotency_key: str | None = None,
-    ) -> Position | None:
-        """Send ``data`` to every member on every node: one round trip.
-
-        The app's own sockets get ``str`` and JSON values as text and ``bytes`` as binary, bare. Clients of
-        the endpoint get JSON; ``bytes`` reach them as a base64 string. In a room with history it is
-        remembered, and its position returned; elsewhere it is delivered at most once, and ``None`` returned.
-        All nodes see one order.
-
-        Args:
-            exclude: a connection, or its id, that does not get it now. Recovery returns it all the same.
-            key: with ``slow="latest"``, the last message of each key is kept for a slow client.
-            idempotency_key: broadcasts with the same key within five minutes are one message. Needs a room
-            with history.
-
-        Raises:
-            BusUnavailable: it could not be handed to the bus.
-            TypeError, ValueError: ``data`` cannot be encoded, or is longer than ``max_broadcast_bytes``.
-        """
-        kind, payload = encode_payload(data)
-        excluded = exclude.id if isinstance(exclude, Connection) else exclude
-        return await self._rooms.publish(
-            self.name, kind, payload, exclude=excluded, key=key, idempotency_key=idempotency_key
-        )
-
-    async def history(
-        self, limit: int | None = None, since: Position | None = None, reverse: bool = False
-    ) -> RoomHistory:
-        """What the room remembers: after ``since`` (``None``: from the oldest), at most ``limit`` (``None``:
-        all).
-
-        ``reverse``: the newest first. Raises ``BusUnavailable``, and ``ValueError`` when no rule gives the
-        room a history.
-        """
-        if limit is not None and limit < 0:
-            raise ValueError(f"limit must be at least 0, or None, not {limit!r}")
-        page = await self._rooms.read(self.name, limit=limit, since=since, reverse=reverse)
-        publications = [found for entry in page.entries if (found := _publication(entry)) is not None]
-        return RoomHistory(publications=publications, offset=page.top.offset, epoch=page.top.epoch)
-
-    async def presence(self) -> Sequence[RoomMember]:
-        """Who is in the room, on every node. Raises ``BusUnavailable``; ``ValueError`` when no rule gives it
-        presence.
-        """
-        members = await self._rooms.present(self.name)
-        found = []
-        for connection, encoded in members.items():
-            info = msgspec.json.decode(encoded)
-            found.append(
-                RoomMember(
-                    connection_id=connection, user_id=info.get("user") or None, info=info.get("conn_info")
-                )
-            )
-        return found
-
-    async def disconnect(self, *, user: str | None = None) -> None:
-        """Take a user (``None``: everybody) out of the room on every node; the connections stay open. Raises
-        ``BusUnavailable``.
-        """
-        await self._rooms.expel(self.name, user)
-
-    def __repr__(self) -> str:
-        return f"<Room {self.name!r}>"
 
 
 class Rooms:
@@ -202,14 +94,14 @@ class Rooms:
     ) -> None:
         self._bus = bus
         self._history = history
-        self._presence = presence
+        self._attendance = Attendance(presence, bus, info=self.client_info, timeout=deadline)
         self._hub = hub
         self._config = config
         self._node = node
         self._deadline = deadline
         self._ensure_started = ensure_started
+        bus.on_dead = self.report_dead
         self._local_ids: OrderedDict[str, None] = OrderedDict()
-        self._ghosts: set[tuple[str, str]] = set()
         self._complained: set[str] = set()
 
     def room(self, name: str) -> Room:
@@ -304,12 +196,12 @@ class Rooms:
     async def present(self, room: str) -> Mapping[str, bytes]:
         """Connection ids, with their client info as JSON. As ``Room.presence``."""
         self._check_presence(room)
-        return await self._presence.members(room, timeout=self._deadline)
+        return await self._attendance.members(room)
 
     async def presence_stats(self, room: str) -> tuple[int, int]:
         """Connections and distinct users. Raises as ``Room.presence``."""
         self._check_presence(room)
-        return await self._presence.stats(room, timeout=self._deadline)
+        return await self._attendance.stats(room)
 
     def _check_presence(self, room: str) -> None:
         self._ensure_started("presence")
@@ -318,15 +210,17 @@ class Rooms:
             raise ValueError(f"no rule gives {room!r} presence")
 
     async def count_in(self, room: str, connection: Connection) -> int:
-        """Enter a counting room (presence, and nothing else); how many are in it."""
-        await self._appear(connection, room)
-        connections, _ = await self._presence.stats(room, timeout=self._deadline)
+        """Enter a counting room (presence, and nothing else); how many are in it. Raises
+        ``BusUnavailable``.
+        """
+        await self._attendance.appear(connection, room)
+        connections, _ = await self._attendance.stats(room)
         return connections
 
     async def count_out(self, connection: Connection) -> None:
         """Leave the counting rooms."""
-        for room in [room for room in connection.present if room not in connection.rooms]:
-            await self._vanish(connection, room)
+        counting = [room for room in connection.present if room not in connection.rooms]
+        await self._attendance.vanish_everywhere(connection, counting)
 
     async def expel(self, room: str, user: str | None) -> None:
         """As ``Room.disconnect``."""
@@ -355,14 +249,14 @@ class Rooms:
         audience = await self._hub.hold(room)
         try:
             if rule is not None and rule.presence:
-                await self._appear(connection, room)
+                await self._attendance.appear(connection, room)
             missed: Sequence[Entry] | None = None
             position: Position | None = None
             if rule is not None and rule.history:
                 missed, position = await self._sequence(audience, rule).recover(since)
         except BaseException:
             self._release(audience)
-            await self._vanish(connection, room)
+            await self._attendance.vanish(connection, room)
             raise
         # No await from here to the return: what is delivered after this goes to this member too.
         if rule is not None:
@@ -379,15 +273,14 @@ class Rooms:
     async def leave(self, connection: Connection, room: str) -> bool:
         """End a membership; False when there was none."""
         left = self._drop(connection, room)
-        await self._vanish(connection, room)
+        await self._attendance.vanish(connection, room)
         return left
 
     async def leave_all(self, connection: Connection) -> None:
         """The connection is over."""
         for room in list(connection.rooms):
             self._drop(connection, room)
-        for room in list(connection.present):
-            await self._vanish(connection, room)
+        await self._attendance.vanish_everywhere(connection, tuple(connection.present))
 
     def _drop(self, connection: Connection, room: str) -> bool:
         audience = connection.rooms.pop(room, None)
@@ -404,19 +297,6 @@ class Rooms:
         self._hub.release(audience)
         if audience.holds == 0 and audience.sequence is not None:
             audience.sequence.close()
-
-    async def _appear(self, connection: Connection, room: str) -> None:
-        connection.present.add(room)  # before: an entry whose reply was lost has to go, too
-        await self._presence.enter(room, connection.id, self.client_info(connection), timeout=self._deadline)
-
-    async def _vanish(self, connection: Connection, room: str) -> None:
-        if room not in connection.present:
-            return
-        connection.present.discard(room)
-        try:
-            await self._presence.leave(room, connection.id, timeout=self._deadline)
-        except ClusterError:
-            self._ghosts.add((room, connection.id))  # taken away when the bus is back
 
     def _tell(self, connection: Connection, room: str, message: Message) -> None:
         async def tell() -> None:
@@ -442,7 +322,8 @@ class Rooms:
             room = audience.name
 
             def start(work: Coroutine[Any, Any, None]) -> None:
-                self._start(audience, work)
+                if not self._start(audience, work):
+                    work.close()
 
             audience.sequence = RoomSequence(
                 room,
@@ -457,12 +338,11 @@ class Rooms:
             )
         return audience.sequence
 
-    def _start(self, audience: Audience, work: Coroutine[Any, Any, None]) -> None:
+    def _start(self, audience: Audience, work: Coroutine[Any, Any, None]) -> bool:
         for member in self._hub.members(audience):
-            socket = member.socket
-            socket.call(_spawn, socket, work)
-            return
-        work.close()
+            member.socket.call(_spawn, member.socket, work)
+            return True
+        return False
 
     def _lost(self, audience: Audience) -> None:
         """Publications are lost for the members here: they are told, and come back for what there is."""
@@ -535,7 +415,8 @@ class Rooms:
         self, audience: Audience, message: Published, offset: int | None, *, local: bool = False
     ) -> None:
         bare = Packet(message.data, binary=message.kind == "b") if audience.bare else None
-        push = Packet(_push(audience.name, message, offset, local=local)) if audience.pushed else None
+        encoded = encode_publication(audience.name, message, offset, local=local) if audience.pushed else None
+        push = None if encoded is None else Packet(encoded)
         audience.deliver(bare, push, key=message.key, exclude=message.exclude)
 
     def gap(self, rooms: frozenset[str] | None) -> None:
@@ -549,19 +430,37 @@ class Rooms:
         for audience in self._hub.audiences():
             if audience.sequence is not None and (rooms is None or audience.name in rooms):
                 audience.sequence.restored()
-        ghosts, self._ghosts = self._ghosts, set()
-        for audience in self._hub.audiences():
-            if ghosts:
-                self._start(audience, self._bury(ghosts))
-                return
-        self._ghosts |= ghosts
+        self._somewhere(self._attendance.restore(self._hub.connections))
 
-    async def _bury(self, ghosts: set[tuple[str, str]]) -> None:
-        for room, connection in ghosts:
-            try:
-                await self._presence.leave(room, connection, timeout=self._deadline)
-            except ClusterError:
-                self._ghosts.add((room, connection))
+    def node_died(self, node: str, incarnation: str) -> None:
+        """A node is dead, as the registry found: take its people out of the rooms that have members here."""
+        for audience in self._hub.audiences():
+            found = self.rule(audience.name)
+            if found is not None and found[0].presence:
+                work = self._reap(audience.name, node, incarnation, found[0].join_leave)
+                if not self._start(audience, work):
+                    work.close()
+
+    async def _reap(self, room: str, node: str, incarnation: str, tell: bool) -> None:
+        try:
+            # Every node with members here asks; the one that removed an entry tells that it is gone.
+            for client, info in (await self._attendance.reap(room, node, incarnation)).items():
+                if tell:
+                    await self._send(room, Left(client, info))
+        except ClusterError as error:
+            logger.info("a dead node's presence could not be removed (%s)", type(error).__name__)
+
+    def report_dead(self, node: str, incarnation: str) -> None:
+        """This node's registry removed a dead node: every node is told, because each knows its own rooms."""
+        payload = encode(NodeDied(node, incarnation, self._node()))
+        self._somewhere(self._bus.publish_bucket(0, payload, timeout=self._deadline))
+
+    def _somewhere(self, work: Coroutine[Any, Any, None]) -> None:
+        for audience in self._hub.audiences():
+            if self._start(audience, work):
+                return
+        # Without a room with members here there is nobody whose presence could be at stake.
+        work.close()
 
     def __repr__(self) -> str:
         return f"<Rooms, {len(self._hub.audiences())} with members here>"
@@ -569,52 +468,6 @@ class Rooms:
 
 def _spawn(socket: Socket, work: Coroutine[Any, Any, None]) -> None:
     try:
-        spawn(socket.tasks, work, name="asgi-cluster repair")
+        spawn(socket.tasks, work, name="asgi-cluster rooms")
     except RuntimeError:
         return  # the node is stopping
-
-
-def pub_of(entry: Entry) -> Pub | None:
-    """A remembered publication as clients get it; ``None`` when it cannot be read."""
-    message = _published(entry)
-    if message is None:
-        return None
-    return _pub(message, entry.offset)
-
-
-def _pub(message: Published, offset: int | None) -> Pub:
-    pub = Pub(to_json(message.kind, message.data))
-    if message.info is not None:
-        pub = msgspec.structs.replace(pub, info=msgspec.Raw(message.info))
-    return pub if offset is None else msgspec.structs.replace(pub, offset=offset)
-
-
-def _push(room: str, message: Published, offset: int | None, *, local: bool) -> bytes:
-    pub = _pub(message, offset)
-    if local:
-        pub = msgspec.structs.replace(pub, tags={"delivery": "local"})
-    return encode_push("pub", pub, channel=room)
-
-
-def _published(entry: Entry) -> Published | None:
-    try:
-        message = decode(entry.payload)
-    except MalformedMessage:
-        logger.warning("a remembered publication cannot be decoded (another version?)")
-        return None
-    return message if isinstance(message, Published) else None
-
-
-def _publication(entry: Entry) -> Publication | None:
-    message = _published(entry)
-    if message is None:
-        return None
-    user = None
-    if message.info is not None:
-        user = msgspec.json.decode(message.info).get("user") or None
-    return Publication(
-        data=decode_payload(message.kind, message.data),
-        offset=entry.offset,
-        client=message.client,
-        user_id=user,
-    )

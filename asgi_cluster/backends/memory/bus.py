@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from asgi_cluster.backends.memory.world import Seat, World
 from asgi_cluster.bus.bus import BusStats, NodeInfo
@@ -39,6 +39,13 @@ class MemoryBus:
         self._lease = _Unbroken(lease_duration, clock=world.clock)
         self.rooms: set[str] = set()
         self.seat: Seat | None = None
+        self.on_dead: Callable[[str, str], None] | None = None
+        """See ``Bus.on_dead``: never called, a node of this process takes its people along."""
+
+    @property
+    def incarnation(self) -> str:
+        """See ``Bus.incarnation``."""
+        return "" if self.seat is None else self.seat.incarnation
 
     def lease(self, bucket: int) -> Lease:
         """See ``Bus.lease``."""

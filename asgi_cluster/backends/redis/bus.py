@@ -130,6 +130,12 @@ class RedisBus:
         # A publisher that does not listen is not registered, and may look all the same.
         return feed.registry or Registry(feed.topology, feed.names, self._node or NodeId(""), lambda: (0, 0))
 
+    @property
+    def incarnation(self) -> str:
+        """See ``Bus.incarnation``."""
+        registry = self._rooms.registry
+        return "" if registry is None else registry.incarnation
+
     # For presence, which lives with the rooms
 
     def identity(self) -> tuple[NodeId, str]:
