@@ -142,8 +142,8 @@ class ClusterMiddleware:
             return
         if type(current) is dict:
             session.replace(current)
-        elif getattr(current, "__name__", None) == "Empty":
-            # Litestar's clear_session() puts its sentinel class there.
+        elif type(current).__module__ == "litestar.types.empty":
+            # Litestar's clear_session() puts its sentinel Empty there.
             session.clear()
         elif current is not None:
             raise TypeError(
