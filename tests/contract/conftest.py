@@ -10,6 +10,7 @@ import pytest
 from asgi_cluster.ids import new_token
 from tests.contract.sites import Site
 from tests.support.servers import debian_binary, start_valkey
+from tests.support.topologies import start_redis_cluster, start_sentinel_set
 
 
 def _memory(stack: ExitStack) -> str:
@@ -24,7 +25,21 @@ def _debian(stack: ExitStack) -> str:
     return stack.enter_context(start_valkey(binary=debian_binary())).url
 
 
-URLS: dict[str, Callable[[ExitStack], str]] = {"memory": _memory, "valkey": _valkey, "redis": _debian}
+def _sentinel(stack: ExitStack) -> str:
+    return stack.enter_context(start_sentinel_set()).url
+
+
+def _cluster(stack: ExitStack) -> str:
+    return stack.enter_context(start_redis_cluster(replicas=0)).url
+
+
+URLS: dict[str, Callable[[ExitStack], str]] = {
+    "memory": _memory,
+    "valkey": _valkey,
+    "redis": _debian,
+    "sentinel": _sentinel,
+    "cluster": _cluster,
+}
 """How to get the URL of each kind; what it starts is stopped with the stack, after the last test."""
 
 SERVERS = ["valkey", "redis"]

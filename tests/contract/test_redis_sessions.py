@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
@@ -11,6 +12,10 @@ from contextlib import AsyncExitStack
 import pytest
 import redis
 
+from asgi_cluster.backends.redis.names import Names
+from asgi_cluster.backends.redis.store import RedisSessionStore
+from asgi_cluster.backends.redis.topology import single_server
+from asgi_cluster.backends.redis.urls import parse_target
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import UserId, bucket_of
 from tests.contract.drafts import alive, create, end, end_all, rotate, write
@@ -274,3 +279,33 @@ async def test_memory_that_is_full(stack: AsyncExitStack) -> None:
     assert (await end_all(store, "ann", keep=kept.handle)).sessions == 1
     assert [await alive(store, each.handle) for each in (made, kept)] == [False, True]
     assert (await end(store, kept.handle)).sessions == 1
+
+
+async def test_replicas_that_confirm_a_logout(stack: AsyncExitStack) -> None:
+    """With ``wait_replicas`` the receipt says how many have it; one that does not answer is not counted,
+    and holds up nothing for long.
+    """
+    primary = stack.enter_context(start_valkey("--repl-diskless-sync-delay", "0"))
+    replica = stack.enter_context(start_valkey("--replicaof", "127.0.0.1", str(primary.port)))
+    topology = single_server(parse_target(primary.url).primary)
+    await stack.enter_async_context(topology.opened())
+    names = Names("p")
+    store = RedisSessionStore(topology, names, wait_replicas=1)
+    behind = replica.client()
+    await eventually(lambda: behind.info("replication")["master_link_status"] == "up", timeout=15)
+
+    made = await create(store, "ann")
+    assert (await end(store, made.handle)).replicas == 1
+    assert not behind.exists(names.session(made.handle))
+    await create(store, "ann")
+    assert (await end_all(store, "ann")).replicas == 1
+
+    made, other = await create(store, "ann"), await create(store, "ann")
+    replica.pause()
+    try:
+        started = time.monotonic()
+        assert (await end(store, made.handle)).replicas == 0
+        assert time.monotonic() - started < 1
+    finally:
+        replica.resume()
+    assert (await end(RedisSessionStore(topology, names), other.handle)).replicas is None

@@ -52,7 +52,7 @@ class Expiring(Generic[K, V]):
         """Set or replace, to die at ``until``."""
         fresh = key not in self._entries
         self._entries[key] = (value, until)
-        if fresh or until < self._clock():
+        if fresh:
             heapq.heappush(self._due, (until, key))
         self._sweep(2)
 
