@@ -1,1 +1,1 @@
-"""The demo: a board that several people edit at once, on several nodes behind one port. ``python -m demo``."""
+"""The demo: a board that several people edit at once, on several nodes. ``python -m demo``."""

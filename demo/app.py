@@ -73,7 +73,7 @@ def make_app(url: str, *, label: str = "node", prefix: str = "asgi-cluster-demo"
                     presence=True,
                     join_leave=True,
                 ),
-                # Cursors and drags: worth nothing a moment later, so nothing is kept and a slow reader just gets fewer.
+                # Cursors and drags: worth nothing a moment later. Nothing is kept, a slow reader gets fewer.
                 RoomRule("live:{board_id}", subscribe=signed_in, publish=signed_in, slow="drop"),
             ],
         ),
@@ -218,7 +218,7 @@ class _Api:
         try:
             await self._cluster.room(f"board:{self._board.name}").broadcast(change)
         except BusUnavailable as error:
-            # The change is stored. Browsers see the hole in the versions at the next one, and read the board again.
+            # The change is stored. At the next one browsers see a hole in the versions, and read the board.
             logger.warning("a change was stored and not announced: %s", error)
 
 

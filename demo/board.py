@@ -55,7 +55,7 @@ class Board:
     async def read(self) -> tuple[int, list[Note]]:
         """The board's version and its notes, the oldest first."""
         try:
-            stored: dict[bytes, bytes] = await self._redis.hgetall(self._key)
+            stored: dict[Any, Any] = await self._redis.hgetall(self._key)
         except (RedisError, OSError) as error:
             raise BoardUnavailable(type(error).__name__) from error
         version = int(stored.pop(b"@version", b"0"))

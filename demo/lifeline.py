@@ -1,9 +1,10 @@
 """What ties a child process to the supervisor: a pipe on its standard input.
 
-The supervisor never writes to it. When it ends, by whatever signal, the system closes its end, and the child sees the end of
-the file. That works for ``kill -9`` too, on Linux and macOS alike.
+The supervisor never writes to it. When it ends, by whatever signal, the system closes its end, and the
+child sees the end of the file. That works for ``kill -9`` too, on Linux and macOS alike.
 
-``python -m demo.lifeline COMMAND…`` runs a command that knows nothing of this, and ends it when the pipe ends.
+``python -m demo.lifeline COMMAND…`` runs a command that knows nothing of this, and ends it when the pipe
+ends.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def watch(ended: Callable[[], None]) -> None:
     """Call ``ended``, on another thread, when the supervisor is gone."""
 
     def wait() -> None:
-        # os.read and not sys.stdin: a daemon thread inside a buffered read holds its lock when the interpreter ends.
+        # os.read and not sys.stdin: a daemon thread inside a buffered read would hold its lock at exit.
         while os.read(0, 64):
             pass
         ended()

@@ -19,7 +19,7 @@ STOP_WITHIN = 5.0
 
 
 def listen(host: str, port: int, *, shared: bool) -> socket.socket:
-    """A listening socket. With ``shared`` the system spreads connections over all processes that listen like this."""
+    """A listening socket. With ``shared`` all processes that listen like this take their part."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -67,5 +67,5 @@ def main(label: str, host: str, shared_port: int, own_port: int) -> int:
 
 
 if __name__ == "__main__":
-    # The Redis URL comes by the environment: it may hold a password, and a command line is everybody's to read.
+    # The Redis URL comes by the environment: it may hold a password, and everybody can read command lines.
     sys.exit(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))

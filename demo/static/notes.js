@@ -324,30 +324,30 @@ export class Notes {
   }
 
   #palette(shown) {
-    const open = shown.querySelector(".palette");
-    if (open) {
-      open.remove();
-      return;
-    }
+    if (shown.querySelector(".palette")) return; // it closes when it loses the focus
     const palette = element("div", { className: "palette", role: "group", "aria-label": "Colour" });
+    let closed = false;
+    const close = ({ refocus }) => {
+      if (closed) return;
+      closed = true; // taking the focused button away is itself a loss of focus, which would come here again
+      palette.remove();
+      if (refocus) shown.focus();
+    };
     for (const colour of COLOURS) {
       const swatch = element("button", { type: "button", className: "swatch", title: colour, "aria-label": colour });
       swatch.dataset.colour = colour;
       swatch.addEventListener("click", async () => {
-        palette.remove();
-        shown.focus();
+        close({ refocus: true });
         const note = await this.#try(api.editNote(shown.dataset.noteId, { colour }));
         if (note) this.changed({ type: "note", note });
       });
       palette.append(swatch);
     }
     palette.addEventListener("keydown", (event) => {
-      if (event.key !== "Escape") return;
-      palette.remove();
-      shown.focus();
+      if (event.key === "Escape") close({ refocus: true });
     });
     palette.addEventListener("focusout", (event) => {
-      if (!palette.contains(event.relatedTarget)) palette.remove();
+      if (!palette.contains(event.relatedTarget)) close({ refocus: false });
     });
     shown.append(palette);
     shown.style.zIndex = String(++this.#top);

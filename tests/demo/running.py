@@ -62,8 +62,7 @@ def row_of_ports(count: int) -> int:
         first = random.randrange(20_000, 32_000 - count)
         probes = []
         try:
-            for port in range(first, first + count):
-                probes.append(socket.create_server((LOCAL, port)))
+            probes.extend(socket.create_server((LOCAL, port)) for port in range(first, first + count))
         except OSError:
             continue
         finally:
@@ -102,7 +101,7 @@ def start_demo(*, nodes: int = 3) -> Iterator[Demo]:
 
 
 def stopped(processes: list[psutil.Process]) -> bool:
-    """Whether none of them runs any more. A process whose parent is gone too may stay a zombie in a container."""
+    """Whether none of them runs any more. An orphan may stay a zombie in a container without an init."""
     return all(not each.is_running() or each.status() == psutil.STATUS_ZOMBIE for each in processes)
 
 

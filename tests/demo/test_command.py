@@ -123,4 +123,5 @@ async def test_killed_node_is_started_again() -> None:
         await eventually(lambda: "node-1 is back" in demo.log(), timeout=20)
         assert "SIGKILL" in demo.log()
         assert demo.node_pid(1) != killed
-        assert httpx.get(demo.node_url(1) + "/health").status_code == 200
+        async with httpx.AsyncClient() as client:
+            assert (await client.get(demo.node_url(1) + "/health")).status_code == 200

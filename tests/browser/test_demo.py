@@ -1,0 +1,230 @@
+"""The demo as people see it: windows in a real browser, on different nodes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import AsyncIterator
+from functools import partial
+
+import pytest
+from playwright.async_api import Browser, BrowserContext, Error, Page, expect
+
+from tests.demo.running import Demo
+from tests.support.waiting import eventually
+
+_troubles: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+async def empty_board(demo: Demo, context: BrowserContext) -> AsyncIterator[None]:
+    """Each test has the board to itself, and no page may run into a script error or policy violation."""
+    await all_answer(context, demo)
+    _troubles.clear()
+    yield
+    await all_answer(context, demo)
+    assert _troubles == []
+    url = demo.node_url(1)
+    await context.request.post(f"{url}/api/login", data={"name": "Janitor"})
+    for note in (await (await context.request.get(f"{url}/api/board")).json())["notes"]:
+        await context.request.delete(f"{url}/api/board/notes/{note['id']}")
+
+
+async def all_answer(context: BrowserContext, demo: Demo) -> None:
+    """A test may have killed a node: it is back before the next one begins."""
+
+    async def healthy(number: int) -> bool:
+        try:
+            answer = await context.request.get(demo.node_url(number) + "/health")
+        except Error:  # refused: it is being started
+            return False
+        return answer.ok
+
+    for number in range(1, demo.nodes + 1):
+        await eventually(partial(healthy, number), timeout=20)
+
+
+async def window(context: BrowserContext, demo: Demo, number: int) -> Page:
+    """A window on one node."""
+    page = await context.new_page()
+    page.on("pageerror", lambda error: _troubles.append(str(error)))
+    page.on("console", lambda message: _note_violation(message.text))
+    await page.goto(demo.node_url(number))
+    return page
+
+
+def _note_violation(text: str) -> None:
+    if "Content Security Policy" in text:
+        _troubles.append(text)
+
+
+async def sign_in(page: Page, name: str) -> None:
+    await page.get_by_label("Your name").fill(name)
+    await page.get_by_role("button", name="Sign in", exact=True).click()
+    await expect(page.locator("#connection")).to_have_text("live")
+
+
+async def two_windows(context: BrowserContext, demo: Demo) -> tuple[Page, Page]:
+    """One person, one session, two windows on two nodes."""
+    one = await window(context, demo, 1)
+    await sign_in(one, "Ada")
+    two = await window(context, demo, 2)
+    await expect(two.locator("#connection")).to_have_text("live")
+    return one, two
+
+
+async def put_up(page: Page, text: str) -> None:
+    await page.get_by_role("button", name="Add note").click()
+    await page.get_by_role("textbox", name="Text of the note").fill(text)
+    await page.keyboard.press("Control+Enter")
+
+
+async def test_note_appears_moves_changes_and_goes_in_the_other_window(
+    context: BrowserContext, demo: Demo
+) -> None:
+    """Everything done to a note on one node is seen on the other, by mouse and by keyboard."""
+    one, two = await two_windows(context, demo)
+    await expect(one.locator("#socket-node")).to_have_text("node-1")
+    await expect(two.locator("#socket-node")).to_have_text("node-2")
+
+    await put_up(one, "<img src=x onerror=alert(1)> & hello")
+    there = two.locator(".note")
+    await expect(there).to_have_count(1)
+    await expect(there.locator(".text")).to_have_text("<img src=x onerror=alert(1)> & hello")
+    assert await two.locator(".note img").count() == 0
+
+    here = one.locator(".note")
+    box = await here.bounding_box()
+    assert box is not None
+    await one.mouse.move(box["x"] + 30, box["y"] + 20)
+    await one.mouse.down()
+    await one.mouse.move(300, 300, steps=5)
+    await expect(there).to_have_attribute("data-holder", "Ada")
+    await one.mouse.up()
+    place = await here.evaluate(
+        "(note) => [note.style.getPropertyValue('--x'), note.style.getPropertyValue('--y')]"
+    )
+    await expect(there).to_have_css("--x", re.compile(re.escape(place[0][:5])))
+    await expect(there).not_to_have_attribute("data-holder", "Ada")
+
+    await there.focus()
+    await two.keyboard.press("Enter")
+    await two.get_by_role("textbox", name="Text of the note").fill("changed there")
+    await two.keyboard.press("Control+Enter")
+    await expect(here.locator(".text")).to_have_text("changed there")
+
+    await there.focus()
+    await two.keyboard.press("c")
+    await two.get_by_role("button", name="mint").click()
+    await expect(here).to_have_attribute("data-colour", "mint")
+
+    await there.focus()
+    await two.keyboard.press("Delete")
+    await expect(here).to_have_count(0)
+    await expect(one.get_by_text("An empty board.")).to_be_visible()
+
+
+async def test_signing_out_locks_the_other_windows(context: BrowserContext, demo: Demo) -> None:
+    """The other windows of that session lock at once, say who it was, and come back by a new sign-in."""
+    one, two = await two_windows(context, demo)
+    three = await window(context, demo, 3)
+    await expect(three.locator("#connection")).to_have_text("live")
+    await one.get_by_role("button", name="Sign out everywhere").click()
+    for page in (two, three):
+        await expect(page.get_by_role("alertdialog")).to_be_visible()
+        await expect(page.locator("#lock-text")).to_contain_text("Ada signed out on node-1, at ")
+        await expect(page.locator("#page")).to_have_attribute("inert", "")
+    await expect(one.get_by_text("Signed out: 3 sockets closed on 3 nodes")).to_be_visible()
+    await expect(one.get_by_role("alertdialog")).to_be_hidden()
+
+    await two.get_by_role("button", name="Sign in again").click()
+    await sign_in(two, "Grace")
+    # The third has the same cookies: it only has to ask.
+    await three.get_by_role("button", name="Sign in again").click()
+    await expect(three.locator("#connection")).to_have_text("live")
+    await expect(three).to_have_title("Grace · The Board")
+
+
+async def test_other_people_stay_signed_in(context: BrowserContext, chromium: Browser, demo: Demo) -> None:
+    """A sign-out ends that session only; who is here is right before and after."""
+    one = await window(context, demo, 1)
+    await sign_in(one, "Ada")
+    other = await chromium.new_context()
+    try:
+        two = await window(other, demo, 2)
+        await sign_in(two, "Grace")
+        for page in (one, two):
+            await expect(page.locator("#people li")).to_have_count(2)
+        await one.get_by_role("button", name="Sign out everywhere").click()
+        await expect(two.locator("#people li")).to_have_count(1)
+        await expect(two.locator("#people li")).to_have_attribute("title", "Grace (you)")
+        await expect(two.locator("#connection")).to_have_text("live")
+    finally:
+        await other.close()
+
+
+async def test_window_comes_back_when_its_node_was_killed(context: BrowserContext, demo: Demo) -> None:
+    """kill -9 of a node: its window says so, finds the restarted node, and has what happened meanwhile."""
+    one, two = await two_windows(context, demo)
+    await put_up(one, "before")
+    await expect(two.locator(".note")).to_have_count(1)
+    os.kill(demo.node_pid(2), signal.SIGKILL)
+    await expect(two.locator("#connection")).to_have_text("connecting…")
+    await put_up(one, "meanwhile")
+    await expect(two.locator("#connection")).to_have_text("live", timeout=20_000)
+    await expect(two.locator(".note")).to_have_count(2)
+    await put_up(two, "after")
+    await expect(one.locator(".note")).to_have_count(3)
+
+
+async def test_window_on_the_shared_port_moves_to_another_node(context: BrowserContext, demo: Demo) -> None:
+    """Where any node answers, losing one is a matter of a moment."""
+    page = await context.new_page()
+    await page.goto(demo.url)
+    await sign_in(page, "Ada")
+    lost = await page.locator("#socket-node").text_content()
+    assert lost is not None
+    os.kill(demo.node_pid(int(lost.removeprefix("node-"))), signal.SIGKILL)
+    await expect(page.locator("#socket-node")).to_have_text(re.compile(r"node-\d"), timeout=20_000)
+    await expect(page.locator("#connection")).to_have_text("live")
+    await put_up(page, "still here")
+    await expect(page.locator(".note .text")).to_have_text("still here")
+
+
+async def test_bad_name_is_explained(context: BrowserContext, demo: Demo) -> None:
+    """What the server says is shown where the person looks."""
+    page = await window(context, demo, 1)
+    await page.get_by_label("Your name").fill("   ")
+    await page.get_by_role("button", name="Sign in", exact=True).click()
+    await expect(page.get_by_role("alert")).to_contain_text("A name has 1 to 32")
+
+
+async def test_statistics_show_every_node(context: BrowserContext, demo: Demo) -> None:
+    """The panel opens, fills itself, and closes with Escape."""
+    page = await window(context, demo, 3)
+    await sign_in(page, "Ada")
+    await page.get_by_role("button", name="Cluster").click()
+    for number in (1, 2, 3):
+        await expect(
+            page.get_by_role("complementary").get_by_text(f"node-{number}", exact=True)
+        ).to_be_visible(timeout=20_000)
+    await page.keyboard.press("Escape")
+    await expect(page.get_by_role("complementary")).to_be_hidden()
+
+
+async def test_page_fits_a_phone(chromium: Browser, demo: Demo) -> None:
+    """Nothing is wider than the screen, and a note can be put up and dragged with a finger."""
+    phone = await chromium.new_context(viewport={"width": 360, "height": 700}, has_touch=True, is_mobile=True)
+    try:
+        page = await phone.new_page()
+        await page.goto(demo.node_url(1))
+        await sign_in(page, "Ada")
+        await put_up(page, "small")
+        assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        box = await page.locator(".note").bounding_box()
+        assert box is not None
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= 360
+    finally:
+        await phone.close()
