@@ -91,15 +91,15 @@ class _Sentinel:
             return None
         try:
             async with asyncio.timeout(_ANSWER):
-                asked = (
-                    self.link.send("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service),
-                    self.link.send("SENTINEL", "MASTER", service),
-                )
-                place, facts = [await answer for answer in asked]
-            return int(facts[b"config-epoch"]), (place[0].decode(), int(place[1]))
-        except (RedisError, LinkBroken, TimeoutError, TypeError) as error:
-            # TypeError: a null in place of an address, from a sentinel that has no such service.
-            self.reason = f"does not know {service!r}" if isinstance(error, TypeError) else reason_of(error)
+                asked = self.link.send("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
+                details = self.link.send("SENTINEL", "MASTER", service)
+                place = await asked
+                if place is None:
+                    self.reason = f"does not know {service!r}"
+                    return None
+                return int((await details)[b"config-epoch"]), (place[0].decode(), int(place[1]))
+        except (RedisError, LinkBroken, TimeoutError) as error:
+            self.reason = reason_of(error)
             return None
 
 
@@ -113,6 +113,7 @@ class SentinelTopology(OnePrimary):
         self._heard = asyncio.Event()
         self._place: Place | None = None
         self._places: WeakKeyDictionary[Link, Place] = WeakKeyDictionary()
+        self._dialing: dict[asyncio.Timeout, Place] = {}
         super().__init__(Primary(self._dial, lambda: self._name))
 
     @property
@@ -145,13 +146,20 @@ class SentinelTopology(OnePrimary):
     async def _dial(self, on_push: OnPush | None) -> Link:
         error = LinkBroken("no sentinel was asked", sent=False)
         for place in await self._locate():
+            dialing = asyncio.timeout(None)  # runs out when the sentinels name another one meanwhile
+            self._dialing[dialing] = place
             try:
-                link = await self._address.at(*place).dial(on_push)
+                async with dialing:
+                    link = await self._address.at(*place).dial(on_push)
             except LinkBroken as broken:
                 error = broken
-                continue
-            self._place = self._places[link] = place
-            return link
+            except TimeoutError:
+                return await self._dial(on_push)
+            else:
+                self._place = self._places[link] = place
+                return link
+            finally:
+                del self._dialing[dialing]
         raise error
 
     async def _locate(self) -> list[Place]:
@@ -186,4 +194,8 @@ class SentinelTopology(OnePrimary):
             logger.warning("the primary of %s is now %s:%d", service, *place)
         for link in old:
             link.abort("the primary has changed")
+        for dialing, at in self._dialing.items():
+            if at != place:
+                self._dialing[dialing] = place  # once: the other sentinels will say the same
+                dialing.reschedule(asyncio.get_running_loop().time())
         self.hurry(self.primary)

@@ -365,6 +365,8 @@ class Subscriber:
         self._acked.discard(name)
         self._listener.gap(self, "a channel has moved", frozenset((name,)))
         self._listener.moved(self)
+        # It may have come back here, too, or never have left: a MOVED in answer tells.
+        self._flush_soon()
 
     def __repr__(self) -> str:
         state = "connected" if self.connected else "down"
