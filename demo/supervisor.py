@@ -47,7 +47,8 @@ def check_ports(host: str, port: int, nodes: int) -> None:
             except OSError as error:
                 raise StartFailed(
                     f"Port {wanted} on {host} cannot be used: {error.strerror}. The demo "
-                    f"takes {nodes + 1} ports in a row, from {port} to {port + nodes}; choose others with --port."
+                    f"takes {nodes + 1} ports in a row, from {port} to {port + nodes}; choose others with "
+                    "--port."
                 ) from error
 
 

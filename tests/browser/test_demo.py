@@ -146,6 +146,25 @@ async def test_signing_out_locks_the_other_windows(context: BrowserContext, demo
     await expect(three).to_have_title("Grace · The Board")
 
 
+async def test_change_that_a_visitor_made_up_is_ignored(context: BrowserContext, demo: Demo) -> None:
+    """People may publish in the room, and only the server's word changes the board."""
+    one, two = await two_windows(context, demo)
+    await put_up(one, "real")
+    await expect(two.locator(".note .text")).to_have_text("real")
+    await one.evaluate("""async () => {
+      const { connect } = await import("/realtime/client.js");
+      const client = connect();
+      const id = document.querySelector(".note").dataset.noteId;
+      await client.publish("board:lobby", { type: "gone", id, version: 1e6 });
+      const note = { id, text: "fake", x: 0, y: 0, version: 1e6 };
+      await client.publish("board:lobby", { type: "note", note });
+      await client.publish("board:lobby", { type: "heart" });
+      client.disconnect();
+    }""")
+    await expect(two.locator(".heart")).to_have_count(1)  # sent last: what came before has been seen
+    await expect(two.locator(".note .text")).to_have_text("real")
+
+
 async def test_other_people_stay_signed_in(context: BrowserContext, chromium: Browser, demo: Demo) -> None:
     """A sign-out ends that session only; who is here is right before and after."""
     one = await window(context, demo, 1)
