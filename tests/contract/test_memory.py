@@ -195,7 +195,7 @@ async def test_memory_after_thousands_of_visits() -> None:
 
     async def visits(count: int) -> None:
         for n in range(count):
-            clock.now += 10.0
+            clock.now += 30.0
             made = await create(backend.store, f"user-{clock.now}", idle=50)
             await backend.store.lock(made.handle, token="t", hold=20, timeout=TIMEOUT)
             if n % 2:
@@ -213,10 +213,10 @@ async def test_memory_after_thousands_of_visits() -> None:
 
     tracemalloc.start()
     try:
-        await visits(12_000)
+        await visits(4_000)
         gc.collect()
         before, _ = tracemalloc.get_traced_memory()
-        await visits(12_000)
+        await visits(4_000)
         gc.collect()
         after, _ = tracemalloc.get_traced_memory()
     finally:

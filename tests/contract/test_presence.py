@@ -7,6 +7,7 @@ import asyncio
 import pytest
 import redis
 
+from asgi_cluster.backends.redis import presence
 from asgi_cluster.exceptions import NotStarted
 from tests.contract.sites import TIMEOUT, Member, Site
 
@@ -117,6 +118,23 @@ async def test_reaping_a_dead_incarnation(server_site: Site) -> None:
     await enter(dead, "d0", "again")
     assert await a.backend.presence.reap("r", dead.id, "an older one", timeout=TIMEOUT) == {}
     assert set(await members(b)) == {"c1", "d0"}
+
+
+async def test_remains_that_nobody_reaped(server_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A room in which nobody alive was left is cleaned up by who looks at it, when its people have been
+    strangers for long enough; those of the living stay.
+    """
+    a, dead = await server_site.node(), await server_site.node()
+    await enter(a, "c1")
+    await enter(dead, "c2")
+    await dead.leave()
+    with redis.Redis.from_url(server_site.url) as server:
+        key = f"{server_site.prefix}:{{room:r}}:in"
+        assert set(await members(a)) == set(await members(a)) == {"c1"}
+        assert set(server.hkeys(key)) == {b"c1", b"c2"}
+        monkeypatch.setattr(presence, "_STRANGER_FOR", 0.0)
+        assert set(await members(a)) == {"c1"}
+        assert set(server.hkeys(key)) == {b"c1"}
 
 
 async def test_entering_without_a_registration(site: Site) -> None:

@@ -80,18 +80,24 @@ class RedisHistory:
             _ms(ttl + NUMBERING_OUTLIVES),
         ]
         keys = [self._names.room_log(room), self._names.room_meta(room)]
-        top, name, complete, rows = await self._run("room_read", keys, args, timeout)
-        entries = [
-            Entry(int(entry_id.partition(b"-")[0]), int(values[1]), bytes(values[3]))
-            for entry_id, values in rows
-        ]
-        return Page(entries, Position(top, name.decode()), bool(complete))
+        top, name, complete, heads, bodies = await self._run("room_read", keys, args, timeout)
+        return Page(_entries(heads, bodies), Position(top, name.decode()), bool(complete))
 
     async def _run(self, name: str, keys: list[str], args: list[str | bytes | int], timeout: float) -> Any:
         try:
             return await self._topology.run(load(name), keys, args, timeout=timeout)
         except StoreUnavailable as error:
             raise BusUnavailable(error.reason, outcome_unknown=error.outcome_unknown) from error
+
+
+def _entries(heads: bytes, bodies: bytes) -> list[Entry]:
+    entries: list[Entry] = []
+    numbers = iter(map(int, heads.split()))
+    start = 0
+    for offset, previous, length in zip(numbers, numbers, numbers, strict=True):
+        entries.append(Entry(offset, previous, bodies[start : start + length]))
+        start += length
+    return entries
 
 
 def _ms(seconds: float) -> int:

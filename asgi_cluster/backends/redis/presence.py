@@ -23,6 +23,11 @@ left to clean it up: longer than sockets live."""
 _TRUSTED_FOR = 1.0
 """Seconds for which a list of the living nodes is good enough: a dead one counts for four seconds anyhow."""
 
+_STRANGER_FOR = 10.0
+"""Seconds for which a node has to be unknown to the registry before a look at a room removes what it left
+there.
+"""
+
 
 class Registered(Protocol):
     """What presence needs of the registry."""
@@ -40,7 +45,8 @@ class RedisPresence:
     """``realtime.presence.PresenceStore``. An entry is ``<node> <incarnation>`` and, after a newline, the
     client info.
 
-    What a dead node left behind is not shown, and is removed by ``reap``.
+    What a dead node left behind is not shown; it is removed by ``reap``, and where nobody does, by looking at
+    it.
     """
 
     def __init__(self, topology: Topology, names: Names, registry: Registered) -> None:
@@ -49,6 +55,7 @@ class RedisPresence:
         self._registry = registry
         self._living: frozenset[bytes] = frozenset()
         self._asked_at = -_TRUSTED_FOR
+        self._strangers: dict[bytes, float] = {}
 
     async def enter(self, room: str, client: str, info: bytes, *, timeout: float) -> None:
         """See ``PresenceStore.enter``."""
@@ -75,7 +82,20 @@ class RedisPresence:
         # Whoever the last list did not name may have registered since: only then is it asked for out of turn.
         if not owners <= self._living or clock() - self._asked_at >= _TRUSTED_FOR:
             await self._ask(deadline - clock())
+        await self._tidy(room, owners - self._living, deadline - clock())
         return {client: info for client, owner, info in found if owner in self._living}
+
+    async def _tidy(self, room: str, strangers: set[bytes], timeout: float) -> None:
+        # A room in which nobody alive was left when a node died: nobody reaped it, and nobody waits for a
+        # leave. A node that has just started may be a stranger for a moment, so that only who stays one is
+        # taken out.
+        now = asyncio.get_running_loop().time()
+        self._strangers = {
+            owner: since for owner, since in self._strangers.items() if now - since < 10 * _STRANGER_FOR
+        }
+        for owner in strangers:
+            if now - self._strangers.setdefault(owner, now) >= _STRANGER_FOR:
+                await self._run("presence_reap", room, [owner], timeout)
 
     async def _ask(self, timeout: float) -> None:
         asked_at = asyncio.get_running_loop().time()

@@ -261,10 +261,15 @@ def _pairs(fields: Mapping[str, bytes]) -> list[str | bytes]:
     return [item for key, value in fields.items() for item in (f".{key}", value)]
 
 
-def _record(handle: Handle, now: int, ttl: int, items: Sequence[bytes]) -> Record:
+def _record(handle: Handle, now: int, ttl: int, lengths: bytes, items: bytes) -> Record:
     meta: dict[bytes, bytes] = {}
     fields: dict[str, bytes] = {}
-    for key, value in zip(items[::2], items[1::2], strict=True):
+    sizes = iter(map(int, lengths.split()))
+    start = 0
+    for key_size, value_size in zip(sizes, sizes, strict=True):
+        middle = start + key_size
+        end = middle + value_size
+        key, value, start = items[start:middle], items[middle:end], end
         if key[:1] == b".":
             fields[key[1:].decode()] = value
         else:
