@@ -3,8 +3,8 @@
 The supervisor never writes to it. When it ends, by whatever signal, the system closes its end, and the
 child sees the end of the file. That works for ``kill -9`` too, on Linux and macOS alike.
 
-``python -m demo.lifeline COMMAND…`` runs a command that knows nothing of this, and ends it when the pipe
-ends.
+``python -m demo.lifeline COMMAND…`` runs a command that knows nothing of this, in an empty directory that
+goes with it, and ends it when the pipe ends.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from types import FrameType
@@ -34,15 +35,16 @@ def watch(ended: Callable[[], None]) -> None:
 
 def main(command: list[str]) -> int:
     """Run ``command`` until it ends, the pipe ends, or SIGTERM comes; returns its exit status."""
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    with tempfile.TemporaryDirectory(prefix="asgi-cluster-demo-", ignore_cleanup_errors=True) as directory:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, cwd=directory)
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        child.terminate()
+        def stop(number: int, frame: FrameType | None) -> None:
+            child.terminate()
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    watch(child.terminate)
-    return child.wait()
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
+        watch(child.terminate)
+        return child.wait()
 
 
 if __name__ == "__main__":

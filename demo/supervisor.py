@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -98,30 +97,25 @@ class Supervisor:
         if self._redis is not None:
             yield self._redis
             return
-        directory = tempfile.mkdtemp(prefix="asgi-cluster-demo-")
+        port = _free_port()
+        options = {
+            "bind": "127.0.0.1",
+            "port": str(port),
+            "save": "",
+            "appendonly": "no",
+            "daemonize": "no",
+            "loglevel": "warning",
+        }
+        command = [sys.executable, "-m", "demo.lifeline", _valkey_binary()]
+        for name, value in options.items():
+            command += [f"--{name}", value]
+        process = await _spawn(command, quiet=True)
         try:
-            port = _free_port()
-            options = {
-                "bind": "127.0.0.1",
-                "port": str(port),
-                "dir": directory,
-                "save": "",
-                "appendonly": "no",
-                "daemonize": "no",
-                "loglevel": "warning",
-            }
-            command = [sys.executable, "-m", "demo.lifeline", _valkey_binary()]
-            for name, value in options.items():
-                command += [f"--{name}", value]
-            process = await _spawn(command, quiet=True)
-            try:
-                url = f"redis://127.0.0.1:{port}/0"
-                await _until(lambda: _pings(url), process, "The embedded Valkey")
-                yield url
-            finally:
-                await _end(process)
+            url = f"redis://127.0.0.1:{port}/0"
+            await _until(lambda: _pings(url), process, "The embedded Valkey")
+            yield url
         finally:
-            shutil.rmtree(directory, ignore_errors=True)
+            await _end(process)
 
     async def _answers(self, url: str) -> None:
         if self._redis is not None and not await _pings(url):

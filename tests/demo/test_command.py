@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 import pytest
@@ -108,11 +109,13 @@ async def test_signal_leaves_nothing_running(number: signal.Signals) -> None:
 
 
 async def test_killed_supervisor_leaves_nothing_running() -> None:
-    """kill -9 of the supervisor: nodes and Valkey see the end of their pipe."""
+    """kill -9 of the supervisor: nodes and Valkey see the end of their pipe, and no directory stays."""
     with start_demo(nodes=1) as demo:
         family = demo.family()
+        (directory,) = [Path(each.cwd()) for each in family if "valkey" in each.name()]
         demo.process.kill()
         await eventually(lambda: stopped(family), timeout=10)
+        assert not directory.exists()
 
 
 async def test_killed_node_is_started_again() -> None:
