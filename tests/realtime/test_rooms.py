@@ -1,0 +1,253 @@
+"""Rules, names, memberships, and what the server does to them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from asgi_cluster import Cluster, RealtimeConfig, RoomRule
+from asgi_cluster.exceptions import BusUnavailable
+from asgi_cluster.realtime.hub import Hub
+from asgi_cluster.realtime.rooms import Connected
+from tests.realtime.conftest import sign_in
+from tests.realtime.site import Site
+from tests.support.waiting import eventually
+
+OPEN = RoomRule("open:{name}", subscribe=True, publish=True)
+KEPT = RoomRule("kept:{name}", subscribe=True, publish=True, history=5, presence=True)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "room", "params"),
+    [
+        ("news", "news", {}),
+        ("news", "News", None),
+        ("news", "news2", None),
+        ("board:{id}", "board:7", {"id": "7"}),
+        ("board:{id}", "board:", None),
+        ("board:{id}", "board:7:x", None),
+        ("{a}:{b}", "x:y", {"a": "x", "b": "y"}),
+        ("a.c:{id}", "abc:1", None),
+        ("board:{id}", "board:ä\u00a0b", {"id": "ä\u00a0b"}),
+    ],
+)
+def test_rule_matches(pattern: str, room: str, params: dict[str, str] | None) -> None:
+    """A name in braces is one or more characters except a colon; all else stands for itself, case
+    included.
+    """
+    assert RoomRule(pattern).match(room) == params
+
+
+@pytest.mark.parametrize(
+    ("pattern", "options"),
+    [
+        ("", {}),
+        ("a{", {}),
+        ("{a}}", {}),
+        ("{a}:{a}", {}),
+        ("{1}", {}),
+        ("a", {"subscribe": False}),
+        ("a", {"publish": "yes"}),
+        ("a", {"history": -1}),
+        ("a", {"history": 1.5}),
+        ("a", {"history_ttl": 0}),
+        ("a", {"slow": "maybe"}),
+        ("a", {"slow": "drop", "history": 1}),
+        ("a", {"slow": "latest", "history": 1}),
+    ],
+)
+def test_rule_refused(pattern: str, options: dict[str, Any]) -> None:
+    """A rule that makes no sense is refused where it is written, with its pattern in the message."""
+    with pytest.raises(ValueError, match="room rule"):
+        RoomRule(pattern, **options)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "covered"),
+    [
+        ("board:{id}", "board:lobby", True),
+        ("board:lobby", "board:{id}", False),
+        ("{a}:{b}", "board:{id}", True),
+        ("board:{id}", "board:{other}", True),
+        ("{all}", "board:{id}", False),
+        ("x{a}", "xy{b}", True),
+        ("xy{b}", "x{a}", False),
+    ],
+)
+def test_unreachable_rule_refused(first: str, second: str, covered: bool) -> None:
+    """A rule that an earlier one hides is refused at construction."""
+    rules = [RoomRule(first), RoomRule(second)]
+    if covered:
+        with pytest.raises(ValueError, match="never match"):
+            RealtimeConfig(rules=rules)
+    else:
+        RealtimeConfig(rules=rules)
+
+
+@pytest.mark.parametrize("name", ["", "a" * 256, "a\nb", "a\x00", "\x7f", "\ud800", "a\u2028b"])
+def test_room_name_refused(name: str) -> None:
+    """Empty, too long, or with control characters: a clear error."""
+    with pytest.raises(ValueError, match="room name"):
+        Cluster("memory://").room(name)
+
+
+async def test_broadcast_refused(lone_site: Site) -> None:
+    """Too large, not encodable, or a key where nothing remembers it: an error at the caller, and nothing is
+    sent.
+    """
+    node = await lone_site.node(rules=[OPEN], max_broadcast_bytes=100)
+    room = node.cluster.room("open:a")
+    with pytest.raises(ValueError, match="max_broadcast_bytes"):
+        await room.broadcast("x" * 101)
+    with pytest.raises(TypeError):
+        await room.broadcast(object())
+    with pytest.raises(ValueError, match="idempotency_key"):
+        await room.broadcast(1, idempotency_key="a")
+    with pytest.raises(ValueError, match="history"):
+        await room.history()
+    with pytest.raises(ValueError, match="presence"):
+        await room.presence()
+
+
+async def test_server_side_history(site: Site) -> None:
+    """The server reads back what was broadcast; the same idempotency key twice is one message."""
+    node, other = await site.node(rules=[KEPT]), await site.node(rules=[KEPT])
+    room = node.cluster.room("kept:a")
+    async with other.client() as client:
+        await client.call("subscribe", {"channel": "kept:a"})
+        first = await room.broadcast("text", idempotency_key="k")
+        again = await other.cluster.room("kept:a").broadcast("text", idempotency_key="k")
+        assert first == again
+        await room.broadcast(b"\x00")
+        last = await room.broadcast({"n": 1})
+        assert [await client.pub() for _ in range(3)] == ["text", "AA==", {"n": 1}]
+    history = await other.cluster.room("kept:a").history()
+    assert [found.data for found in history.publications] == ["text", b"\x00", {"n": 1}]
+    assert last is not None
+    assert (history.offset, history.epoch) == (last.offset, last.epoch)
+    assert [found.data for found in (await room.history(limit=1, reverse=True)).publications] == [{"n": 1}]
+    assert [found.data for found in (await room.history(since=first, limit=1)).publications] == [b"\x00"]
+
+
+async def test_disconnect_from_room(site: Site) -> None:
+    """``room.disconnect(user=…)`` ends that user's subscriptions on every node; the connections stay."""
+    node, other = await site.node(rules=[OPEN]), await site.node(rules=[OPEN])
+    ada, bob = await sign_in(node, "ada"), await sign_in(node, "bob")
+    async with other.client(ada) as first, node.client(bob) as second:
+        for client in (first, second):
+            await client.call("subscribe", {"channel": "open:a"})
+        await node.cluster.room("open:a").disconnect(user="ada")
+        push = await first.push()
+        assert push == {"channel": "open:a", "unsubscribe": {"code": 2000, "reason": "server unsubscribe"}}
+        await node.cluster.room("open:a").broadcast(1)
+        assert await second.pub() == 1
+        assert "subscribe" in await first.call("subscribe", {"channel": "open:a"})
+
+
+async def test_connection_limits(site: Site) -> None:
+    """One connection too many of a user, or of a session, anywhere in the cluster, is closed with 3504."""
+    options: dict[str, Any] = {"max_connections_per_user": 3, "max_connections_per_session": 2}
+    node, other = await site.node(**options), await site.node(**options)
+    first, second = await sign_in(node, "ada"), await sign_in(node, "ada")
+    async with node.client(first), other.client(first):
+        async with node.raw(first) as third:
+            await third.send({"id": 1, "connect": {}})
+            assert await third.closed() == (3504, "connection limit")
+        async with other.client(second), node.raw(second) as fourth:
+            await fourth.send({"id": 1, "connect": {}})
+            assert await fourth.closed() == (3504, "connection limit")
+    await eventually(lambda: not other.cluster.stats().realtime.connections)
+    async with node.client(first), node.client(first), node.client(second):
+        pass
+
+
+async def test_hooks(lone_site: Site) -> None:
+    """Connect and disconnect are told, with code and reason; a message without reply reaches its hook."""
+    seen: list[Any] = []
+    node = await lone_site.node(
+        connect=lambda request: Connected(user_id=request.token, data={"got": request.data}),
+        on_connect=lambda connection: seen.append(("connect", connection.user_id)),
+        on_message=lambda connection, data: seen.append(("message", data)),
+        on_disconnect=lambda connection, code, reason: seen.append(("gone", code, reason)),
+    )
+    async with node.raw() as client:
+        reply = await client.call("connect", {"token": "ada", "data": [1]})
+        assert reply["connect"]["data"] == {"got": [1]}
+        await client.send({"send": {"data": {"n": 1}}})
+        await eventually(lambda: len(seen) == 2)
+        await client.ws.close(4000, "bye")
+    await eventually(lambda: len(seen) == 3)
+    assert seen == [("connect", "ada"), ("message", {"n": 1}), ("gone", 4000, "bye")]
+
+
+async def test_connect_refused(lone_site: Site) -> None:
+    """A connect hook that refuses: error 103 with its reason, and the connection is good for nothing more."""
+    from asgi_cluster import NotPermitted
+
+    def connect(request: Any) -> str:
+        raise NotPermitted("bad token")
+
+    node = await lone_site.node(connect=connect)
+    async with node.raw() as client:
+        assert (await client.call("connect", {}))["error"] == {"code": 103, "message": "bad token"}
+        await client.send({"id": 2, "connect": {}})
+        assert await client.closed() == (3501, "bad request")
+
+
+class Subscriptions:
+    """A bus that acknowledges when the test says so."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.subscribed: set[str] = set()
+        self.log: list[str] = []
+        self.refuses = False
+
+    async def subscribe(self, room: str) -> None:
+        self.log.append(f"+{room}")
+        await self.gate.wait()
+        if self.refuses:
+            raise BusUnavailable("NOPERM")
+        self.subscribed.add(room)
+
+    def unsubscribe(self, room: str) -> None:
+        self.log.append(f"-{room}")
+        self.subscribed.discard(room)
+
+
+async def test_first_members_together(lone_site: Site) -> None:
+    """Several first members wait for the acknowledgement; one who is cancelled takes nobody along."""
+    bus = Subscriptions()
+    hub = Hub(subscriptions=bus, config=RealtimeConfig())
+    async with asyncio.TaskGroup() as tasks:
+        holders = [tasks.create_task(hub.hold("room")) for _ in range(3)]
+        await asyncio.sleep(0)
+        holders[0].cancel()
+        await asyncio.sleep(0)
+        assert not any(holder.done() for holder in holders[1:])
+        bus.gate.set()
+    assert bus.subscribed == {"room"}
+    audience = holders[1].result()
+    hub.release(audience)
+    assert bus.subscribed == {"room"}
+    hub.release(audience)
+    assert bus.subscribed == set()
+    assert hub.load() == (0, 0)
+
+
+async def test_join_after_the_last_left() -> None:
+    """A join while nobody is left subscribes anew, in that order; a refused channel leaves nothing behind."""
+    bus = Subscriptions()
+    bus.gate.set()
+    hub = Hub(subscriptions=bus, config=RealtimeConfig())
+    hub.release(await hub.hold("room"))
+    audience = await hub.hold("room")
+    assert bus.log == ["+room", "-room", "+room"]
+    hub.release(audience)
+    bus.refuses = True
+    with pytest.raises(BusUnavailable):
+        await hub.hold("room")
+    assert hub.load() == (0, 0)
+    assert bus.log[-1] == "-room"
