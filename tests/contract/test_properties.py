@@ -18,8 +18,8 @@ from tests.contract.drafts import end, end_all, write
 from tests.contract.sites import TIMEOUT, Member, Site
 
 USERS = [None, "ann", "bob"]
-FIELDS = ["a", "b", ".", "@secret", ""]
-SLOTS = range(5)
+FIELDS = ["a", "@secret", ""]
+SLOTS = range(3)
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 
@@ -201,13 +201,16 @@ async def _sessions(ending: Coroutine[Any, Any, Any]) -> int:
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(steps=st.lists(operations, max_size=25))
+@given(steps=st.lists(operations, min_size=1, max_size=25))
 def test_session_stores_agree(both: tuple[tuple[Member, Member], Run], steps: list[tuple[Any, ...]]) -> None:
     """Whatever is done in whatever order, both stores give the same answers and hold what the model holds."""
     members, run = both
 
     async def example() -> None:
         pair = Pair(members)
+        # Something to work on from the start: short sequences are what is mostly tried.
+        for slot, user in zip(SLOTS, USERS, strict=True):
+            await pair.create(slot, user, dict.fromkeys(FIELDS, b"0"))
         for name, *args in steps:
             await getattr(pair, name)(*args)
             await pair.check()
@@ -224,7 +227,7 @@ publications = st.one_of(
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(steps=st.lists(publications, max_size=30))
+@given(steps=st.lists(publications, min_size=1, max_size=30))
 def test_histories_agree(both: tuple[tuple[Member, Member], Run], steps: list[tuple[Any, ...]]) -> None:
     """Publications and reads of every kind: the same positions, entries and completeness, and what was heard
     is what is read.

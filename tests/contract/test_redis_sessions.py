@@ -134,6 +134,11 @@ async def test_log_out_everywhere_without_the_index(server_site: Site, server: r
     await end_all(store, "ann", keep=mine[0].handle)
     assert [await alive(store, made.handle) for made in mine] == [True, False, False]
     assert [d.handle for d in await store.devices(UserId("ann"), timeout=TIMEOUT)] == [mine[0].handle]
+    server.delete(f"{server_site.prefix}:{{{bucket_of('ann'):02x}}}:i:ann")
+    await end_all(store, "ann")
+    assert not await alive(store, mine[0].handle)
+    await create(store, "ann")
+    assert not await alive(store, mine[0].handle)
 
 
 DAMAGE = {
@@ -278,6 +283,8 @@ async def test_memory_that_is_full(stack: AsyncExitStack) -> None:
     assert await store.touch(made.handle, timeout=TIMEOUT)
     assert (await end_all(store, "ann", keep=kept.handle)).sessions == 1
     assert [await alive(store, each.handle) for each in (made, kept)] == [False, True]
+    assert (await end_all(store, "ann", keep=kept.handle)).sessions == 0
+    assert await alive(store, kept.handle)
     assert (await end(store, kept.handle)).sessions == 1
 
 
