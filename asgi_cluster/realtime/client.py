@@ -6,35 +6,28 @@ import asyncio
 import inspect
 import logging
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 from msgspec import Raw
 
 from asgi_cluster.exceptions import ClusterError, NotPermitted
+from asgi_cluster.realtime.commands import COMMANDS, decoded, subscribe_here
 from asgi_cluster.realtime.connection import Connection
-from asgi_cluster.realtime.history import Position
-from asgi_cluster.realtime.outbox import Packet
-from asgi_cluster.realtime.payload import encode_payload, from_client
+from asgi_cluster.realtime.packet import Packet
+from asgi_cluster.realtime.payload import encode_payload
 from asgi_cluster.realtime.protocol import (
     PING,
     BadFrame,
     Command,
     ConnectCommand,
     DisconnectCode,
-    Empty,
     ErrorCode,
-    HistoryCommand,
-    PublishCommand,
     RefreshCommand,
     ReplyError,
     Result,
-    RoomCommand,
-    RpcCommand,
     SendCommand,
-    SubscribeCommand,
-    SubscribeResult,
     UnsubscribeCode,
     decode_commands,
     encode_error,
@@ -42,15 +35,9 @@ from asgi_cluster.realtime.protocol import (
     encode_reply,
     to_json,
 )
-from asgi_cluster.realtime.publications import pub_of
-from asgi_cluster.realtime.rooms import Entered
 from asgi_cluster.realtime.rules import (
     Connected,
     ConnectRequest,
-    Permission,
-    RoomRequest,
-    RoomRule,
-    check_room,
 )
 from asgi_cluster.realtime.socket import Message, Receive
 
@@ -76,14 +63,14 @@ class Client(Connection):
     __slots__ = (
         "_awaits_pong",
         "_connected",
-        "_entering",
         "_expiry",
         "_handlers",
         "_refused",
-        "_server_side",
         "_spent_at",
         "_timer",
         "_tokens",
+        "entering",
+        "server_side",
     )
 
     def __init__(self, *arguments: Any) -> None:
@@ -93,18 +80,18 @@ class Client(Connection):
         self._awaits_pong = False
         self._timer: asyncio.TimerHandle | None = None
         self._expiry: asyncio.TimerHandle | None = None
-        self._entering: set[str] = set()
-        self._server_side: set[str] = set()
-        self._tokens = self._config.max_commands_per_second * _BURST
+        self.entering: set[str] = set()
+        self.server_side: set[str] = set()
+        self._tokens = self.config.max_commands_per_second * _BURST
         self._spent_at = self.socket.loop.time()
 
     @property
-    def _config(self) -> RealtimeConfig:
+    def config(self) -> RealtimeConfig:
         return self.cluster.realtime
 
     async def run(self, receive: Receive) -> None:
         """Serve the client until it is gone."""
-        self._timer = self.socket.loop.call_later(self._config.connect_timeout, self._stale)
+        self._timer = self.socket.loop.call_later(self.config.connect_timeout, self._stale)
         code, reason = 1006, ""
         try:
             while True:
@@ -125,7 +112,7 @@ class Client(Connection):
         await self.cluster.rooms.leave_all(self)
         if self._connected:
             await self.cluster.endpoint.limits.leave(self)
-            await self._call_hook(self._config.on_disconnect, self, code, reason)
+            await self._call_hook(self.config.on_disconnect, self, code, reason)
 
     def _end(self, code: DisconnectCode) -> None:
         self.socket.close(code, code.text)
@@ -137,7 +124,7 @@ class Client(Connection):
             return
         text = message.get("text")
         frame = message["bytes"] if text is None else text.encode(errors="surrogatepass")
-        if len(frame) > self._config.max_message_bytes:
+        if len(frame) > self.config.max_message_bytes:
             self._end(DisconnectCode.TOO_BIG)
             return
         try:
@@ -165,7 +152,7 @@ class Client(Connection):
                         group.create_task(self._command(command))
 
     def _afford(self, count: int) -> bool:
-        rate = self._config.max_commands_per_second
+        rate = self.config.max_commands_per_second
         now = self.socket.loop.time()
         self._tokens = min(rate * _BURST, self._tokens + (now - self._spent_at) * rate) - count
         self._spent_at = now
@@ -186,11 +173,21 @@ class Client(Connection):
         if command.id < 0:
             self._end(DisconnectCode.BAD_REQUEST)
             return
-        name = next((known for known in _HANDLERS if getattr(command, known) is not None), None)
+        name = next((known for known in _FIELDS if getattr(command, known) is not None), None)
         try:
             if name is None:
                 raise ReplyError(ErrorCode.METHOD_NOT_FOUND)
-            await _HANDLERS[name](self, command.id, getattr(command, name))
+            request = getattr(command, name)
+            if name in COMMANDS:
+                result = await COMMANDS[name](self, request)
+                # In the same step in which a subscription begins: its first push comes after the reply.
+                self._reply(command.id, name, result)
+            elif name == "connect":
+                await self._on_connect(command.id, request)
+            elif name == "refresh":
+                self._reply(command.id, name, await self._refreshed(request))
+            else:
+                await self._on_send(request)
             return
         except ReplyError as error:
             code, text = error.code, error.message
@@ -229,9 +226,9 @@ class Client(Connection):
             result["data"] = Raw(msgspec.json.encode(answer.data))
         if answer.rooms:
             result["subs"] = {
-                room: await self._subscribe_here(room, request.subs.get(room)) for room in answer.rooms
+                room: await subscribe_here(self, room, request.subs.get(room)) for room in answer.rooms
             }
-        interval = self._config.ping_interval
+        interval = self.config.ping_interval
         result |= {"ping": max(1, round(interval)), "pong": True, "node": self.cluster.node or ""}
         if self._timer is not None:
             self._timer.cancel()
@@ -239,16 +236,16 @@ class Client(Connection):
         self._timer = self.socket.loop.call_later(interval * random.uniform(0.5, 1.0), self._ping)
         self._expires(answer)
         self._reply(command_id, "connect", result)
-        if not await self._call_hook(self._config.on_connect, self):
+        if not await self._call_hook(self.config.on_connect, self):
             self._end(DisconnectCode.SERVER_ERROR)
 
     async def _ask_connect(self, token: str, data: Raw, headers: dict[str, str]) -> Connected:
-        hook = self._config.connect
+        hook = self.config.connect
         if hook is None:
             return Connected()
         request = ConnectRequest(
             token=token,
-            data=_decoded(data),
+            data=decoded(data),
             headers=headers,
             session=self.session,
             user_id=self.user_id,
@@ -265,14 +262,14 @@ class Client(Connection):
             )
         return answer
 
-    async def _on_refresh(self, command_id: int, request: RefreshCommand) -> None:
-        if self._config.connect is None or self._expiry is None:
+    async def _refreshed(self, request: RefreshCommand) -> Result:
+        if self.config.connect is None or self._expiry is None:
             raise ReplyError(ErrorCode.NOT_AVAILABLE)
         answer = await self._ask_connect(request.token, Raw(), {})
         if answer.user_id is not None and answer.user_id != self.user_id:
             raise ReplyError(ErrorCode.PERMISSION_DENIED, "the token is another user's")
         self._expires(answer)
-        self._reply(command_id, "refresh", {"client": self.id, "version": "asgi-cluster", **_expiry(answer)})
+        return {"client": self.id, "version": "asgi-cluster", **_expiry(answer)}
 
     def _expires(self, answer: Connected) -> None:
         if self._expiry is not None:
@@ -288,8 +285,8 @@ class Client(Connection):
     def _ping(self) -> None:
         self._awaits_pong = True
         self.outbox.push(_PING)
-        wait = min(self._config.pong_timeout, self._config.ping_interval)
-        self._timer = self.socket.loop.call_later(wait, self._check_pong, self._config.ping_interval - wait)
+        wait = min(self.config.pong_timeout, self.config.ping_interval)
+        self._timer = self.socket.loop.call_later(wait, self._check_pong, self.config.ping_interval - wait)
 
     def _check_pong(self, rest: float) -> None:
         if self._awaits_pong:
@@ -297,55 +294,7 @@ class Client(Connection):
         else:
             self._timer = self.socket.loop.call_later(rest, self._ping)
 
-    # Rooms
-
-    def _rule(self, channel: str) -> tuple[RoomRule, dict[str, str]]:
-        try:
-            check_room(channel)
-        except ValueError:
-            raise ReplyError(ErrorCode.BAD_REQUEST) from None
-        found = self.cluster.rooms.rule(channel)
-        if found is None:
-            raise ReplyError(ErrorCode.UNKNOWN_CHANNEL)
-        return found
-
-    async def _permit(self, permission: Permission, channel: str, params: dict[str, str], data: Raw) -> None:
-        allowed: bool | Awaitable[bool] = permission is True
-        if permission is not None and permission is not True:
-            allowed = permission(
-                RoomRequest(connection=self, room=channel, params=params, data=_decoded(data))
-            )
-            if inspect.isawaitable(allowed):
-                allowed = await allowed
-        if not allowed:
-            raise ReplyError(ErrorCode.PERMISSION_DENIED)
-
-    async def _on_subscribe(self, command_id: int, request: SubscribeCommand) -> None:
-        channel = request.channel
-        rule, params = self._rule(channel)
-        if channel in self.rooms or channel in self._entering:
-            raise ReplyError(ErrorCode.ALREADY_SUBSCRIBED)
-        if len(self.rooms) + len(self._entering) >= self._config.max_rooms:
-            raise ReplyError(ErrorCode.LIMIT_EXCEEDED)
-        self._entering.add(channel)
-        try:
-            await self._permit(rule.subscribe, channel, params, request.data)
-            since = Position(request.offset, request.epoch) if request.recover and rule.history else None
-            entered = await self.cluster.rooms.enter(self, channel, since=since)
-        finally:
-            self._entering.discard(channel)
-        result = _subscribed(entered, request)
-        if request.rejects_unrecovered and result.was_recovering and not result.recovered:
-            await self.cluster.rooms.leave(self, channel)
-            raise ReplyError(ErrorCode.UNRECOVERABLE_POSITION)
-        self._reply(command_id, "subscribe", result)
-
-    async def _subscribe_here(self, room: str, request: SubscribeCommand | None) -> SubscribeResult:
-        recovers = request is not None and request.recover
-        since = Position(request.offset, request.epoch) if request is not None and recovers else None
-        entered = await self.cluster.rooms.enter(self, check_room(room), since=since)
-        self._server_side.add(room)
-        return _subscribed(entered, request or SubscribeCommand())
+    # What the app and the hub do to it
 
     async def join(self, room: str) -> None:
         """Subscribe the client to ``room`` without its asking (a server-side subscription). As
@@ -353,7 +302,7 @@ class Client(Connection):
         """
         if room in self.rooms:
             return
-        result = await self._subscribe_here(room, None)
+        result = await subscribe_here(self, room, None)
         subscribe: dict[str, Any] = {"recoverable": result.recoverable, "positioned": result.positioned}
         if result.positioned:
             subscribe |= {"epoch": result.epoch, "offset": result.offset}
@@ -361,7 +310,7 @@ class Client(Connection):
 
     async def leave(self, room: str) -> None:
         """End a subscription and tell the client."""
-        self._server_side.discard(room)
+        self.server_side.discard(room)
         if await self.cluster.rooms.leave(self, room):
             self._tell_unsubscribed(room, UnsubscribeCode.SERVER, "server unsubscribe")
 
@@ -371,7 +320,7 @@ class Client(Connection):
 
     def lost(self, room: str) -> None:
         """Publications are lost: the client subscribes again and learns what it can have."""
-        if room in self._server_side:
+        if room in self.server_side:
             self._end(DisconnectCode.INSUFFICIENT_STATE)
         elif self.cluster.hub.leave(self, room):
             self._tell_unsubscribed(room, UnsubscribeCode.INSUFFICIENT_STATE, "insufficient state")
@@ -380,82 +329,12 @@ class Client(Connection):
         """Somebody took the client out of ``room``."""
         self._leave_later(room)
 
-    async def _on_unsubscribe(self, command_id: int, request: RoomCommand) -> None:
-        self._server_side.discard(request.channel)
-        await self.cluster.rooms.leave(self, request.channel)
-        self._reply(command_id, "unsubscribe", _EMPTY)
-
-    async def _on_publish(self, command_id: int, request: PublishCommand) -> None:
-        rule, params = self._rule(request.channel)
-        if not bytes(request.data):
-            raise ReplyError(ErrorCode.BAD_REQUEST)
-        await self._permit(rule.publish, request.channel, params, request.data)
-        kind, data = from_client(request.data)
-        rooms = self.cluster.rooms
-        await rooms.publish(request.channel, kind, data, client=self.id, info=rooms.client_info(self))
-        self._reply(command_id, "publish", _EMPTY)
-
-    def _in_room(self, channel: str, feature: str) -> None:
-        rule, _ = self._rule(channel)
-        if channel not in self.rooms:
-            raise ReplyError(ErrorCode.PERMISSION_DENIED)
-        if not getattr(rule, feature):
-            raise ReplyError(ErrorCode.NOT_AVAILABLE)
-
-    async def _on_presence(self, command_id: int, request: RoomCommand) -> None:
-        self._in_room(request.channel, "presence")
-        members = await self.cluster.rooms.present(request.channel)
-        self._reply(
-            command_id, "presence", {"presence": {client: Raw(info) for client, info in members.items()}}
-        )
-
-    async def _on_presence_stats(self, command_id: int, request: RoomCommand) -> None:
-        self._in_room(request.channel, "presence")
-        clients, users = await self.cluster.rooms.presence_stats(request.channel)
-        self._reply(command_id, "presence_stats", {"num_clients": clients, "num_users": users})
-
-    async def _on_history(self, command_id: int, request: HistoryCommand) -> None:
-        self._in_room(request.channel, "history")
-        since = None if request.since is None else Position(request.since.offset, request.since.epoch)
-        page = await self.cluster.rooms.read(
-            request.channel,
-            limit=None if request.limit < 0 else request.limit,
-            since=since,
-            reverse=request.reverse,
-        )
-        if since is not None and not request.reverse and not page.complete:
-            raise ReplyError(ErrorCode.UNRECOVERABLE_POSITION)
-        publications = [pub for entry in page.entries if (pub := pub_of(entry)) is not None]
-        result = {"publications": publications, "epoch": page.top.epoch, "offset": page.top.offset}
-        self._reply(command_id, "history", result)
-
-    # The rest
-
-    async def _on_rpc(self, command_id: int, request: RpcCommand) -> None:
-        method = self._config.rpc.get(request.method)
-        if method is None:
-            raise ReplyError(ErrorCode.METHOD_NOT_FOUND)
-        answer = method(self, _decoded(request.data))
-        if inspect.isawaitable(answer):
-            answer = await answer
-        result: Result = _EMPTY if answer is None else {"data": Raw(msgspec.json.encode(answer))}
-        self._reply(command_id, "rpc", result)
-
-    async def _on_ping(self, command_id: int, request: Empty) -> None:
-        self._reply(command_id, "ping", _EMPTY)
-
-    async def _on_sub_refresh(self, command_id: int, request: RoomCommand) -> NoReturn:
-        raise ReplyError(ErrorCode.NOT_AVAILABLE)
-
-    async def _on_send_with_id(self, command_id: int, request: SendCommand) -> None:
-        await self._on_send(request)
-
     async def _on_send(self, request: SendCommand) -> None:
-        if self._config.on_message is None:
+        if self.config.on_message is None:
             # There is no reply in which to say it.
             self._end(DisconnectCode.NOT_AVAILABLE)
             return
-        await self._call_hook(self._config.on_message, self, _decoded(request.data))
+        await self._call_hook(self.config.on_message, self, decoded(request.data))
 
     async def send(self, data: Any) -> None:
         """Push a message to this client, JSON as ``Room.broadcast`` does. Raises as ``Connection.send``."""
@@ -482,47 +361,10 @@ class Client(Connection):
 
 
 _PONG = Command()
-_EMPTY = Empty()
-_HANDLERS: dict[str, Callable[[Client, int, Any], Awaitable[None]]] = {
-    "connect": Client._on_connect,
-    "subscribe": Client._on_subscribe,
-    "unsubscribe": Client._on_unsubscribe,
-    "publish": Client._on_publish,
-    "presence": Client._on_presence,
-    "presence_stats": Client._on_presence_stats,
-    "history": Client._on_history,
-    "ping": Client._on_ping,
-    "send": Client._on_send_with_id,
-    "rpc": Client._on_rpc,
-    "refresh": Client._on_refresh,
-    "sub_refresh": Client._on_sub_refresh,
-}
+_FIELDS = ("connect", *COMMANDS, "refresh", "send")
 
 
 def _expiry(answer: Connected) -> dict[str, Any]:
     if answer.expires_in is None:
         return {}
     return {"expires": True, "ttl": max(1, round(answer.expires_in))}
-
-
-def _decoded(raw: Raw) -> Any:
-    data = bytes(raw)
-    return msgspec.json.decode(data) if data else None
-
-
-def _subscribed(entered: Entered, request: SubscribeCommand) -> SubscribeResult:
-    position = entered.position
-    if position is None:
-        return SubscribeResult()
-    publications: Sequence[Any] = ()
-    if entered.missed is not None:
-        publications = [pub for entry in entered.missed if (pub := pub_of(entry)) is not None]
-    return SubscribeResult(
-        recoverable=True,
-        positioned=True,
-        epoch=position.epoch,
-        offset=position.offset,
-        was_recovering=request.recover,
-        recovered=request.recover and entered.missed is not None,
-        publications=publications,
-    )

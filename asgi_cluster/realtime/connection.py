@@ -11,7 +11,8 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 from asgi_cluster.ids import ConnectionId
-from asgi_cluster.realtime.outbox import Outbox, Packet
+from asgi_cluster.realtime.outbox import Outbox
+from asgi_cluster.realtime.packet import Packet
 from asgi_cluster.realtime.payload import encode_payload
 from asgi_cluster.realtime.protocol import DisconnectCode
 from asgi_cluster.realtime.rules import check_room
@@ -21,7 +22,7 @@ from asgi_cluster.tasks import spawn
 
 if TYPE_CHECKING:
     from asgi_cluster.cluster import Cluster
-    from asgi_cluster.realtime.hub import Audience
+    from asgi_cluster.realtime.audience import Audience
     from asgi_cluster.sessions.session import Session
 
 __all__ = ["Connection", "accept"]
@@ -52,6 +53,7 @@ class Connection:
         "_reading",
         "_receive",
         "_waiter",
+        "announced",
         "cluster",
         "info",
         "outbox",
@@ -68,6 +70,7 @@ class Connection:
         self.outbox = outbox
         self.rooms: dict[str, Audience] = {}
         self.present: set[str] = set()
+        self.announced: set[str] = set()
         self.info: Any = None
         self._receive: Receive | None = None
         self._queue: deque[str | bytes] | None = None

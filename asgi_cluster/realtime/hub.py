@@ -10,22 +10,23 @@ import asyncio
 import logging
 import threading
 import weakref
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from asgi_cluster.bus.messages import PersonalMessage
 from asgi_cluster.config import RealtimeConfig
-from asgi_cluster.realtime.outbox import Counters, Flusher, Outbox, Packet
+from asgi_cluster.realtime.audience import Audience
+from asgi_cluster.realtime.flusher import Flusher
+from asgi_cluster.realtime.outbox import Counters, Outbox
+from asgi_cluster.realtime.packet import Packet
 from asgi_cluster.realtime.protocol import DisconnectCode, encode_push, to_json
-from asgi_cluster.realtime.rules import SlowPolicy
 from asgi_cluster.realtime.socket import Socket
 
 if TYPE_CHECKING:
     from asgi_cluster.realtime.connection import Connection
-    from asgi_cluster.realtime.sequence import Sequence
 
-__all__ = ["Audience", "Hub", "HubStats", "Subscriptions"]
+__all__ = ["Hub", "HubStats", "Subscriptions"]
 
 logger = logging.getLogger("asgi_cluster.realtime")
 
@@ -60,79 +61,6 @@ class Subscriptions(Protocol):
     def unsubscribe(self, room: str) -> None:
         """No more of them."""
         ...
-
-
-class Audience:
-    """The members of one room on this node.
-
-    ``holds`` counts members and those who are about to become one; at zero the room is unsubscribed. Attached
-    members get what arrives. Two maps, because they get different bytes.
-    """
-
-    __slots__ = ("bare", "crosses", "holds", "name", "pushed", "sequence", "slow", "subscribed")
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.holds = 0
-        self.subscribed = False
-        self.crosses = False
-        self.slow: SlowPolicy = "disconnect"
-        self.bare: dict[str, Outbox] = {}
-        self.pushed: dict[str, Outbox] = {}
-        self.sequence: Sequence | None = None
-
-    def attach(self, connection: Connection) -> None:
-        """From now on ``connection`` gets what arrives."""
-        if connection.outbox.closed:
-            return
-        (self.pushed if connection.speaks_protocol else self.bare)[connection.id] = connection.outbox
-        self.crosses = self.crosses or connection.socket.crosses_loops
-
-    def detach(self, connection: Connection) -> bool:
-        """It gets nothing any more; False when it did not before."""
-        members = self.pushed if connection.speaks_protocol else self.bare
-        return members.pop(connection.id, None) is not None
-
-    def deliver(
-        self, bare: Packet | None, push: Packet | None, *, key: Hashable = None, exclude: str | None = None
-    ) -> None:
-        """Hand a message to every member here but ``exclude``: ``bare`` to the app's sockets, ``push`` to
-        clients.
-        """
-        if self.slow == "latest":
-            key = (self.name, key)
-        if self.crosses:
-            self._deliver_across(bare, push, key, exclude)
-            return
-        slow = self.slow
-        if exclude is None:
-            if push is not None:
-                for outbox in self.pushed.values():
-                    outbox.push(push, slow, key)
-            if bare is not None:
-                for outbox in self.bare.values():
-                    outbox.push(bare, slow, key)
-            return
-        if push is not None:
-            for member, outbox in self.pushed.items():
-                if member != exclude:
-                    outbox.push(push, slow, key)
-        if bare is not None:
-            for member, outbox in self.bare.items():
-                if member != exclude:
-                    outbox.push(bare, slow, key)
-
-    def _deliver_across(
-        self, bare: Packet | None, push: Packet | None, key: Hashable, exclude: str | None
-    ) -> None:
-        # memory:// calls on the publisher's thread. Even on the right one it takes the queue, or one could
-        # overtake another.
-        for members, packet in ((self.pushed, push), (self.bare, bare)):
-            if packet is None:
-                continue
-            for member, outbox in tuple(members.items()):
-                if member != exclude:
-                    outbox.push_threadsafe(packet, self.slow, key)
 
 
 class Hub:

@@ -12,57 +12,23 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Hashable
-from time import perf_counter
 from typing import Any
 
-from websockets.frames import Frame, Opcode
 from websockets.protocol import State
 
+from asgi_cluster.realtime.flusher import Flusher
+from asgi_cluster.realtime.packet import Packet
 from asgi_cluster.realtime.protocol import DisconnectCode
 from asgi_cluster.realtime.rules import SlowPolicy
-from asgi_cluster.realtime.socket import Socket, discard, drive
+from asgi_cluster.realtime.server import discard, drive
+from asgi_cluster.realtime.socket import Socket
 from asgi_cluster.tasks import spawn
 
-__all__ = ["Counters", "Flusher", "Outbox", "Packet"]
+__all__ = ["Counters", "Outbox"]
 
 logger = logging.getLogger("asgi_cluster.realtime")
 
 _BATCH_BYTES = 1 << 16
-_SLICE = 0.01  # seconds the flusher may hold the loop: a large room must not make everything else wait
-
-
-class Packet:
-    """One message in one wire form, encoded and framed once, whoever gets it."""
-
-    __slots__ = ("_event", "_frame", "binary", "data", "size")
-
-    def __init__(self, data: bytes, *, binary: bool = False) -> None:
-        self.data = data
-        self.binary = binary
-        self.size = len(data)
-        self._frame: bytes | None = None
-        self._event: dict[str, Any] | None = None
-
-    @property
-    def frame(self) -> bytes:
-        """An unmasked, uncompressed WebSocket frame. Valid where permessage-deflate was negotiated, too (RFC
-        7692 section 6).
-        """
-        if self._frame is None:
-            opcode = Opcode.BINARY if self.binary else Opcode.TEXT
-            self._frame = Frame(opcode, self.data).serialize(mask=False)
-        return self._frame
-
-    @property
-    def event(self) -> dict[str, Any]:
-        """The ASGI message."""
-        if self._event is None:
-            self._event = (
-                {"type": "websocket.send", "bytes": self.data}
-                if self.binary
-                else {"type": "websocket.send", "text": self.data.decode()}
-            )
-        return self._event
 
 
 class Counters:
@@ -74,41 +40,6 @@ class Counters:
         self.sent = 0
         self.dropped = 0
         self.slow = 0
-
-
-class Flusher:
-    """Writes, at the end of a loop tick, what the outboxes of this loop got during it."""
-
-    __slots__ = ("__weakref__", "_dirty", "_loop", "_scheduled")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._dirty: list[Outbox] = []
-        self._scheduled = False
-
-    def add(self, outbox: Outbox) -> None:
-        """``outbox`` has something to write."""
-        self._dirty.append(outbox)
-        if not self._scheduled:
-            self._scheduled = True
-            self._loop.call_soon(self._flush)
-
-    def _flush(self) -> None:
-        dirty, self._dirty = self._dirty, []
-        until = perf_counter() + _SLICE
-        for index, outbox in enumerate(dirty):
-            try:
-                outbox.flush()
-            except Exception:
-                logger.exception("writing to a socket failed")
-                outbox.close()
-            if index & 31 == 31 and perf_counter() > until:
-                self._dirty = dirty[index + 1 :] + self._dirty
-                break
-        if self._dirty:
-            self._loop.call_soon(self._flush)
-        else:
-            self._scheduled = False
 
 
 class Outbox:

@@ -27,10 +27,11 @@ from asgi_cluster.config import RealtimeConfig
 from asgi_cluster.exceptions import BusUnavailable, ClusterError
 from asgi_cluster.ids import NodeId, new_token
 from asgi_cluster.realtime.attendance import Attendance
+from asgi_cluster.realtime.audience import Audience
 from asgi_cluster.realtime.connection import Connection
 from asgi_cluster.realtime.history import Entry, HistoryStore, Page, Position, open_envelope, seal_envelope
-from asgi_cluster.realtime.hub import Audience, Hub
-from asgi_cluster.realtime.outbox import Packet
+from asgi_cluster.realtime.hub import Hub
+from asgi_cluster.realtime.packet import Packet
 from asgi_cluster.realtime.payload import encode_payload
 from asgi_cluster.realtime.presence import PresenceStore
 from asgi_cluster.realtime.protocol import ClientInfo, UnsubscribeCode, encode_push
@@ -267,6 +268,7 @@ class Rooms:
             connection.rooms[room] = audience
             audience.attach(connection)
             if rule is not None and rule.join_leave:
+                connection.announced.add(room)
                 self._tell(connection, room, Joined(connection.id, self.client_info(connection)))
         return Entered(position, missed)
 
@@ -278,19 +280,21 @@ class Rooms:
 
     async def leave_all(self, connection: Connection) -> None:
         """The connection is over."""
-        for room in list(connection.rooms):
+        for room in {*connection.rooms, *connection.announced}:
             self._drop(connection, room)
         await self._attendance.vanish_everywhere(connection, tuple(connection.present))
 
     def _drop(self, connection: Connection, room: str) -> bool:
+        if room in connection.announced:
+            # Also when the hub has taken the connection out already: who was told of a join is told of the
+            # leave.
+            connection.announced.discard(room)
+            self._tell(connection, room, Left(connection.id, self.client_info(connection)))
         audience = connection.rooms.pop(room, None)
         if audience is None:
             return False
         audience.detach(connection)
         self._release(audience)
-        found = self.rule(room)
-        if found is not None and found[0].join_leave:
-            self._tell(connection, room, Left(connection.id, self.client_info(connection)))
         return True
 
     def _release(self, audience: Audience) -> None:

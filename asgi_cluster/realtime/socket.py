@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
-import types
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from asgi_cluster.ids import ConnectionId, new_token
+from asgi_cluster.realtime.server import discard, drive, known_server
 from asgi_cluster.tasks import spawn
 
 if TYPE_CHECKING:
     from asgi_cluster.realtime.connection import Connection
     from asgi_cluster.realtime.outbox import Outbox
 
-__all__ = ["Socket", "discard", "drive"]
+__all__ = ["Socket"]
 
 logger = logging.getLogger("asgi_cluster.realtime")
 
@@ -25,8 +24,6 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 _LONGEST_REASON = 123  # bytes: RFC 6455 section 5.5 allows 125 in a control frame, two of them are the code
-_UVICORN_SOCKETS = "uvicorn.protocols.websockets."
-_TESTED_UVICORN = ("0.54.",)
 
 
 class Socket:
@@ -84,7 +81,7 @@ class Socket:
         self.timer: asyncio.TimerHandle | None = None
         self.connection: Connection | None = None
         self.outbox: Outbox | None = None
-        self.server, self.why_not_direct = _known_server(send)
+        self.server, self.why_not_direct = known_server(send)
         self._closing: asyncio.Future[None] | None = None
         self._receiving: asyncio.Future[Message] | None = None
 
@@ -261,60 +258,6 @@ class Socket:
 
     def __repr__(self) -> str:
         return f"<Socket {self.id} {self.state}>"
-
-
-def drive(awaitable: Awaitable[None]) -> Awaitable[None] | None:
-    """Run a coroutine without a task as far as it goes; what is left of it when it had to wait, ``None`` when
-    it is done.
-
-    Raises: what the coroutine raises.
-    """
-    if not isinstance(awaitable, Coroutine):
-        return awaitable
-    try:
-        waits_for = awaitable.send(None)
-    except StopIteration:
-        return None
-    return _resume(awaitable, waits_for)
-
-
-def discard(awaitable: Awaitable[None] | None) -> None:
-    """Close a coroutine that nobody will await."""
-    if isinstance(awaitable, Coroutine):
-        awaitable.close()
-
-
-@types.coroutine
-def _resume(coroutine: Coroutine[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
-    # A task that awaits this sees the future that the coroutine already yielded, as if it had started it
-    # itself.
-    while True:
-        sent: Any = None
-        raised: BaseException | None = None
-        try:
-            sent = yield waits_for
-        except BaseException as error:
-            raised = error
-        try:
-            waits_for = coroutine.send(sent) if raised is None else coroutine.throw(raised)
-        except StopIteration:
-            return
-
-
-def _known_server(send: Send) -> tuple[Any, str]:
-    """uvicorn's protocol object behind ``send`` (``None`` for anything else), and why it cannot be written to
-    directly.
-    """
-    owner = getattr(send, "__self__", None)
-    module = type(owner).__module__
-    if not module.startswith(_UVICORN_SOCKETS):
-        return None, "server not known, or send wrapped"
-    version = str(getattr(sys.modules.get("uvicorn"), "__version__", "?"))
-    if not version.startswith(_TESTED_UVICORN):
-        return owner, f"uvicorn {version} not tested"
-    if type(owner).__name__ != "WebSocketsSansIOProtocol":
-        return owner, f"uvicorn's {type(owner).__name__}"
-    return owner, ""
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

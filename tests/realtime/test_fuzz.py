@@ -29,7 +29,8 @@ commands = st.dictionaries(names, json_values | st.dictionaries(st.text(max_size
 
 
 @given(
-    st.binary(max_size=200) | st.lists(commands.map(json.dumps), max_size=3).map(lambda lines: "\n".join(lines).encode())
+    st.binary(max_size=200)
+    | st.lists(commands.map(json.dumps), max_size=3).map(lambda lines: "\n".join(lines).encode())
 )
 @settings(max_examples=100, deadline=None)
 def test_decoder(frame: bytes) -> None:

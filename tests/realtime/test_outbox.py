@@ -13,7 +13,8 @@ from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket
 
 from asgi_cluster import Connection, RoomRule
-from asgi_cluster.realtime.outbox import Flusher, Packet
+from asgi_cluster.realtime.flusher import Flusher
+from asgi_cluster.realtime.packet import Packet
 from asgi_cluster.scope import ScopeState
 from tests.realtime.site import Node, Site
 from tests.support.waiting import eventually

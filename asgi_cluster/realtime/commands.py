@@ -1,0 +1,206 @@
+"""What a connected client may ask for: each command of the protocol is a function here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import msgspec
+from msgspec import Raw
+
+from asgi_cluster.realtime.history import Position
+from asgi_cluster.realtime.payload import from_client
+from asgi_cluster.realtime.protocol import (
+    Empty,
+    ErrorCode,
+    HistoryCommand,
+    PublishCommand,
+    ReplyError,
+    Result,
+    RoomCommand,
+    RpcCommand,
+    SubscribeCommand,
+    SubscribeResult,
+)
+from asgi_cluster.realtime.publications import pub_of
+from asgi_cluster.realtime.rooms import Entered
+from asgi_cluster.realtime.rules import Permission, RoomRequest, RoomRule, check_room
+
+if TYPE_CHECKING:
+    from asgi_cluster.realtime.client import Client
+
+__all__ = ["COMMANDS", "decoded", "subscribe_here"]
+
+_EMPTY = Empty()
+
+
+def _rule(client: Client, channel: str) -> tuple[RoomRule, dict[str, str]]:
+    try:
+        check_room(channel)
+    except ValueError:
+        raise ReplyError(ErrorCode.BAD_REQUEST) from None
+    found = client.cluster.rooms.rule(channel)
+    if found is None:
+        raise ReplyError(ErrorCode.UNKNOWN_CHANNEL)
+    return found
+
+
+async def _permit(
+    client: Client, permission: Permission, channel: str, params: dict[str, str], data: Raw
+) -> None:
+    allowed: bool | Awaitable[bool] = permission is True
+    if permission is not None and permission is not True:
+        allowed = permission(RoomRequest(connection=client, room=channel, params=params, data=decoded(data)))
+        if inspect.isawaitable(allowed):
+            allowed = await allowed
+    if not allowed:
+        raise ReplyError(ErrorCode.PERMISSION_DENIED)
+
+
+async def subscribe(client: Client, request: SubscribeCommand) -> Result:
+    """Nothing is pushed from the room before the reply, and nothing is missed after it."""
+    channel = request.channel
+    rule, params = _rule(client, channel)
+    if channel in client.rooms or channel in client.entering:
+        raise ReplyError(ErrorCode.ALREADY_SUBSCRIBED)
+    if len(client.rooms) + len(client.entering) >= client.config.max_rooms:
+        raise ReplyError(ErrorCode.LIMIT_EXCEEDED)
+    client.entering.add(channel)
+    try:
+        await _permit(client, rule.subscribe, channel, params, request.data)
+        since = Position(request.offset, request.epoch) if request.recover and rule.history else None
+        entered = await client.cluster.rooms.enter(client, channel, since=since)
+    finally:
+        client.entering.discard(channel)
+    result = _subscribed(entered, request)
+    if request.rejects_unrecovered and result.was_recovering and not result.recovered:
+        await client.cluster.rooms.leave(client, channel)
+        raise ReplyError(ErrorCode.UNRECOVERABLE_POSITION)
+    return result
+
+
+async def subscribe_here(client: Client, room: str, request: SubscribeCommand | None) -> SubscribeResult:
+    """A server-side subscription; ``request`` is what the client said of it when it connected."""
+    since = None if request is None or not request.recover else Position(request.offset, request.epoch)
+    entered = await client.cluster.rooms.enter(client, check_room(room), since=since)
+    client.server_side.add(room)
+    return _subscribed(entered, request or SubscribeCommand())
+
+
+def _subscribed(entered: Entered, request: SubscribeCommand) -> SubscribeResult:
+    position = entered.position
+    if position is None:
+        return SubscribeResult()
+    publications: Sequence[Any] = ()
+    if entered.missed is not None:
+        publications = [pub for entry in entered.missed if (pub := pub_of(entry)) is not None]
+    return SubscribeResult(
+        recoverable=True,
+        positioned=True,
+        epoch=position.epoch,
+        offset=position.offset,
+        was_recovering=request.recover,
+        recovered=request.recover and entered.missed is not None,
+        publications=publications,
+    )
+
+
+async def unsubscribe(client: Client, request: RoomCommand) -> Result:
+    """Harmless when there is no such subscription."""
+    client.server_side.discard(request.channel)
+    await client.cluster.rooms.leave(client, request.channel)
+    return _EMPTY
+
+
+async def publish(client: Client, request: PublishCommand) -> Result:
+    """To a room whose rule lets this client publish; it need not be subscribed."""
+    rule, params = _rule(client, request.channel)
+    if not bytes(request.data):
+        raise ReplyError(ErrorCode.BAD_REQUEST)
+    await _permit(client, rule.publish, request.channel, params, request.data)
+    kind, data = from_client(request.data)
+    rooms = client.cluster.rooms
+    await rooms.publish(request.channel, kind, data, client=client.id, info=rooms.client_info(client))
+    return _EMPTY
+
+
+def _check_feature(client: Client, channel: str, feature: str) -> None:
+    rule, _ = _rule(client, channel)
+    if channel not in client.rooms:
+        raise ReplyError(ErrorCode.PERMISSION_DENIED)
+    if not getattr(rule, feature):
+        raise ReplyError(ErrorCode.NOT_AVAILABLE)
+
+
+async def presence(client: Client, request: RoomCommand) -> Result:
+    """For subscribers of a room with presence."""
+    _check_feature(client, request.channel, "presence")
+    members = await client.cluster.rooms.present(request.channel)
+    return {"presence": {member: Raw(info) for member, info in members.items()}}
+
+
+async def presence_stats(client: Client, request: RoomCommand) -> Result:
+    """As ``presence``: how many connections and users."""
+    _check_feature(client, request.channel, "presence")
+    clients, users = await client.cluster.rooms.presence_stats(request.channel)
+    return {"num_clients": clients, "num_users": users}
+
+
+async def history(client: Client, request: HistoryCommand) -> Result:
+    """For subscribers of a room with history; error 112 when something after ``since`` is not there any
+    more.
+    """
+    _check_feature(client, request.channel, "history")
+    since = None if request.since is None else Position(request.since.offset, request.since.epoch)
+    page = await client.cluster.rooms.read(
+        request.channel,
+        limit=None if request.limit < 0 else request.limit,
+        since=since,
+        reverse=request.reverse,
+    )
+    if since is not None and not request.reverse and not page.complete:
+        raise ReplyError(ErrorCode.UNRECOVERABLE_POSITION)
+    publications = [pub for entry in page.entries if (pub := pub_of(entry)) is not None]
+    return {"publications": publications, "epoch": page.top.epoch, "offset": page.top.offset}
+
+
+async def rpc(client: Client, request: RpcCommand) -> Result:
+    """Call the app's function of that name."""
+    method = client.config.rpc.get(request.method)
+    if method is None:
+        raise ReplyError(ErrorCode.METHOD_NOT_FOUND)
+    answer = method(client, decoded(request.data))
+    if inspect.isawaitable(answer):
+        answer = await answer
+    return _EMPTY if answer is None else {"data": Raw(msgspec.json.encode(answer))}
+
+
+async def ping(client: Client, request: Empty) -> Result:
+    """The client's own ping (not the pong to ours)."""
+    return _EMPTY
+
+
+async def sub_refresh(client: Client, request: RoomCommand) -> NoReturn:
+    """Subscriptions have no tokens here."""
+    raise ReplyError(ErrorCode.NOT_AVAILABLE)
+
+
+COMMANDS: dict[str, Callable[[Client, Any], Awaitable[Result]]] = {
+    "subscribe": subscribe,
+    "unsubscribe": unsubscribe,
+    "publish": publish,
+    "presence": presence,
+    "presence_stats": presence_stats,
+    "history": history,
+    "ping": ping,
+    "rpc": rpc,
+    "sub_refresh": sub_refresh,
+}
+"""By the name of the field; ``connect``, ``refresh`` and ``send`` are the client's own."""
+
+
+def decoded(raw: Raw) -> Any:
+    """A payload for the app; ``None`` when there is none."""
+    data = bytes(raw)
+    return msgspec.json.decode(data) if data else None
