@@ -10,7 +10,8 @@ import re
 import secrets
 import socket as sockets
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, ExitStack
+from functools import partial
 from ssl import SSLContext
 from typing import Any, Self
 
@@ -21,6 +22,7 @@ from asgi_cluster.bus.bus import NodeInfo
 from asgi_cluster.bus.lease import boot_clock
 from asgi_cluster.config import RealtimeConfig, SessionConfig
 from asgi_cluster.dispatch import Dispatch
+from asgi_cluster.draining import draining_on_sigterm
 from asgi_cluster.exceptions import NotStarted
 from asgi_cluster.ids import NodeId, UserId
 from asgi_cluster.realtime.connection import Connection, accept
@@ -153,6 +155,8 @@ class Cluster:
         self.endpoint = Endpoint(self)
         self.tasks: asyncio.TaskGroup | None = None
         """Owned by the supervisor while the cluster is started; ``None`` otherwise."""
+        self.draining = False
+        """Whether ``drain`` was called: new sockets are closed at once, and ``ready`` is false."""
         self.warned_insecure = False
         self._supervisor: asyncio.Task[None] | None = None
         self._stop: asyncio.Event | None = None
@@ -215,6 +219,7 @@ class Cluster:
         if self._supervisor is not None:
             raise RuntimeError("this cluster is already started")
         self._new_node()
+        self.draining = False
         started: asyncio.Future[None] = loop.create_future()
         # The one task that no group owns: it owns the group, so that start and stop may come from different tasks.
         self._supervisor = loop.create_task(self._supervise(started), name="asgi-cluster supervisor")
@@ -238,6 +243,18 @@ class Cluster:
         if not supervisor.cancelled() and (error := supervisor.exception()) is not None:
             raise error
 
+    async def drain(self, seconds: float) -> None:
+        """Close this node's sockets with 3001, spread over ``seconds``, so that their clients do not come back all at once.
+
+        From now on ``ready`` is false, and new sockets are closed right after their handshake: clients of the official SDKs and
+        of ``client.js`` try again with backoff, and find another node. Requests go on being answered.
+        """
+        if seconds < 0:
+            raise ValueError(f"seconds must be at least 0, not {seconds!r}")
+        self.draining = True
+        logger.info("draining over %g s", seconds)
+        await self.hub.drain(seconds)
+
     async def _supervise(self, started: asyncio.Future[None]) -> None:
         self._stop = asyncio.Event()
         node = self._current_node()
@@ -247,15 +264,18 @@ class Cluster:
                 asyncio.TaskGroup() as tasks,
             ):
                 self.tasks = tasks
-                verification = tasks.create_task(self.verifier.run(), name="asgi-cluster verification")
-                logger.info("node %s started", node)
-                started.set_result(None)
-                try:
-                    await self._stop.wait()
-                finally:
-                    verification.cancel()
-                    self.tasks = None
-                    await self.hub.shutdown(timeout=self.realtime.close_timeout)
+                with ExitStack() as stack:
+                    if self.realtime.drain is not None:
+                        stack.enter_context(draining_on_sigterm(partial(self.drain, self.realtime.drain), tasks))
+                    verification = tasks.create_task(self.verifier.run(), name="asgi-cluster verification")
+                    logger.info("node %s started", node)
+                    started.set_result(None)
+                    try:
+                        await self._stop.wait()
+                    finally:
+                        verification.cancel()
+                        self.tasks = None
+                        await self.hub.shutdown(timeout=self.realtime.close_timeout)
                 logger.info("node %s stopped", node)
         except BaseException as error:
             if started.done():
@@ -308,10 +328,11 @@ class Cluster:
     def ready(self) -> bool:
         """Whether this node should get traffic.
 
-        False before start, and for a deaf node: the store answers and the bus's echo does not. True, though degraded, when Redis
+        False before start, while draining, and for a deaf node: the store answers and the bus's echo does not. True, though degraded, when Redis
         does not answer at all: taking every node out for that would take anonymous traffic down too.
         """
-        return (self.started or not self._backend.needs_start) and self._backend.ready
+        startable = self.started or not self._backend.needs_start
+        return startable and not self.draining and self._backend.ready
 
     def stats(self) -> ClusterStats:
         """A snapshot of this node; does no I/O."""

@@ -14,6 +14,8 @@ __all__ = ["CloseCode"]
 class CloseCode(IntEnum):
     """Why we close a socket."""
 
+    SHUTDOWN = 3001
+    """This node is going away: come back, to another one."""
     FORCE_RECONNECT = 3011
     """The session has a new identity (login): come back with the new cookie."""
     STORE_UNAVAILABLE = 4100

@@ -33,6 +33,12 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 logger = logging.getLogger("asgi_cluster.middleware")
 
+_REASONS = {
+    CloseCode.SHUTDOWN: "shutdown",
+    CloseCode.SESSION_ENDED: "session ended",
+    CloseCode.STORE_UNAVAILABLE: "session store unavailable",
+}
+
 
 class ClusterMiddleware:
     """Makes ``app``, any ASGI application, a member of ``cluster``.
@@ -255,7 +261,7 @@ class _Handshake:
     async def _accept(self, message: Message) -> None:
         cluster, session, socket = self._middleware.cluster, self._state.session, self.socket
         self._middleware.adopt(self._scope, session)
-        code: CloseCode | None = None
+        code = CloseCode.SHUTDOWN if cluster.draining else None
         try:
             await session.commit()
             record = session.stored
@@ -282,8 +288,7 @@ class _Handshake:
         # A close that came during the handshake goes out now: browsers see no code on a refused handshake.
         socket.opened()
         if code is not None:
-            reason = "session ended" if code is CloseCode.SESSION_ENDED else "session store unavailable"
-            socket.close(code, reason)
+            socket.close(code, _REASONS[code])
 
     async def accept_and_close(self, code: CloseCode, reason: str) -> None:
         """Answer a handshake that the app could not answer, so that the browser sees a code."""
