@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from asgi_cluster.backends.redis.names import Names
+from asgi_cluster.backends.redis.records import decode_record, field_pairs, milliseconds
 from asgi_cluster.backends.redis.scripts import load
 from asgi_cluster.backends.redis.topology import Topology
 from asgi_cluster.exceptions import StoreUnavailable
@@ -21,9 +22,6 @@ logger = logging.getLogger("asgi_cluster.redis")
 _CORRUPT = -2
 _UNSURE = -3
 _OUTCOMES: Mapping[int, WriteOutcome] = {1: "written", 0: "gone", -1: "conflict"}
-
-_LONGEST = 100 * 365 * 24 * 3600
-"""Seconds. Redis refuses expiry times that overflow; nobody can tell a hundred years from more."""
 
 _WAIT_FOR = 20
 """Milliseconds. ``WAIT`` holds up everything behind it on its connection, and an idle server looks at its
@@ -57,7 +55,7 @@ class RedisSessionStore:
             self._corrupted(handle)
             return None
         try:
-            return _record(handle, *reply)
+            return decode_record(handle, *reply)
         except (KeyError, ValueError):  # of the decoder: a field is missing, no number, or no UTF-8
             self._corrupted(handle)
             return None
@@ -72,14 +70,14 @@ class RedisSessionStore:
             draft.handle[3:],
             draft.user or "",
             draft.epoch,
-            _ms(draft.idle),
-            _ms(draft.absolute),
+            milliseconds(draft.idle),
+            milliseconds(draft.absolute),
             draft.secret,
             draft.write_id,
             int(draft.persistent),
             draft.agent,
             draft.address,
-            *_pairs(draft.fields),
+            *field_pairs(draft.fields),
         ]
         keys = [self._names.session(draft.handle)]
         if draft.user is not None:
@@ -108,7 +106,7 @@ class RedisSessionStore:
             expected or "",
             len(removed),
             *[f".{key}" for key in removed],
-            *_pairs(changed),
+            *field_pairs(changed),
         ]
         return await self._change("session_write", handle, args, timeout=timeout)
 
@@ -129,7 +127,7 @@ class RedisSessionStore:
     ) -> WriteOutcome:
         """See ``SessionStore.rotate``."""
         channel = self._names.sessions_channel(handle[:2])
-        args = [self._publish, channel, message, write_id, secret, current, _ms(grace)]
+        args = [self._publish, channel, message, write_id, secret, current, milliseconds(grace)]
         return await self._change("session_rotate", handle, args, timeout=timeout)
 
     async def end(self, handle: Handle, *, message: bytes, timeout: float) -> Ending:
@@ -186,7 +184,9 @@ class RedisSessionStore:
         manual).
         """
         key = self._names.lock(handle)
-        reply = await self._topology.call(key, "SET", key, token, "NX", "PX", _ms(hold), timeout=timeout)
+        reply = await self._topology.call(
+            key, "SET", key, token, "NX", "PX", milliseconds(hold), timeout=timeout
+        )
         return reply is not None
 
     async def unlock(self, handle: Handle, *, token: str, timeout: float) -> bool:
@@ -251,43 +251,3 @@ class RedisSessionStore:
         except StoreUnavailable as error:
             logger.debug("replicas could not be asked: %s", error)
             return 0
-
-
-def _ms(seconds: float) -> int:
-    return max(1, round(min(seconds, _LONGEST) * 1000))
-
-
-def _pairs(fields: Mapping[str, bytes]) -> list[str | bytes]:
-    return [item for key, value in fields.items() for item in (f".{key}", value)]
-
-
-def _record(handle: Handle, now: int, ttl: int, lengths: bytes, items: bytes) -> Record:
-    meta: dict[bytes, bytes] = {}
-    fields: dict[str, bytes] = {}
-    sizes = iter(map(int, lengths.split()))
-    start = 0
-    for key_size, value_size in zip(sizes, sizes, strict=True):
-        middle = start + key_size
-        end = middle + value_size
-        key, value, start = items[start:middle], items[middle:end], end
-        if key[:1] == b".":
-            fields[key[1:].decode()] = value
-        else:
-            meta[key] = value
-    previous_for = (int(meta[b"@prev_until"]) - now) / 1000 if b"@prev_until" in meta else 0.0
-    user = meta.get(b"@user")
-    return Record(
-        handle=handle,
-        secret=meta[b"@secret"],
-        previous=meta[b"@prev"] if previous_for > 0 else None,
-        previous_for=max(0.0, previous_for),
-        user=None if user is None else UserId(user.decode()),
-        version=int(meta[b"@ver"]),
-        write_id=meta[b"@write"].decode(),
-        created_at=int(meta[b"@created"]) / 1000,
-        expires_in=ttl / 1000,
-        absolute_in=(int(meta[b"@abs"]) - now) / 1000,
-        idle=int(meta[b"@idle"]) / 1000,
-        persistent=meta.get(b"@persistent") == b"1",
-        fields=fields,
-    )
