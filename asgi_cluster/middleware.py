@@ -248,6 +248,8 @@ class _Handshake:
         if self.socket.close_code is not None:
             if kind == "websocket.close":
                 return
+            # An app that returns before the close went out makes some servers send a code of their own.
+            await self.socket.finished()
             raise SocketClosed(self.socket.close_code)
         if kind == "websocket.close":
             self.answered = True

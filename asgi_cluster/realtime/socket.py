@@ -123,8 +123,6 @@ class Socket:
             outbox.flush()
             outbox.close()
         self.state = "closed"
-        if self._closing is not None and not self._closing.done():
-            self._closing.set_result(None)
         rest: Awaitable[None] | None
         if self.server is None or (outbox is not None and outbox.blocked):
             # An unknown server may expect a task around its send, and websockets' legacy protocol fails when
@@ -145,11 +143,19 @@ class Socket:
         if rest is None:
             self._cut_later()
             return
+        if self._closing is None:
+            self._closing = self.loop.create_future()
         try:
             spawn(self.tasks, self._finish_close(rest), name="asgi-cluster close")
         except RuntimeError:
             discard(rest)
+            self._closing.set_result(None)
             self.abort()  # the node is stopping and takes no more work
+
+    async def finished(self) -> None:
+        """Return when a close that we began has gone out, or was given up after ``close_timeout`` seconds."""
+        if self.close_code is not None and self._closing is not None and not self._closing.done():
+            await asyncio.wait((self._closing,))
 
     async def _send_close(self, outbox: Outbox | None) -> None:
         if outbox is not None:
@@ -166,6 +172,10 @@ class Socket:
             return
         else:
             self._cut_later()
+        finally:
+            # Only now: an app that returns before the close went out makes some servers send another code.
+            if self._closing is not None and not self._closing.done():
+                self._closing.set_result(None)
 
     def _cut_later(self) -> None:
         # A peer that stopped reading never empties the buffer, and a transport that is closing waits for that

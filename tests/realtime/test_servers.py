@@ -1,0 +1,101 @@
+"""Other ASGI servers: no direct writes, and a forced close all the same."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+import pytest
+from starlette.applications import Starlette
+from starlette.routing import WebSocketRoute
+
+from asgi_cluster import Cluster, ClusterMiddleware, RealtimeConfig, RoomRule
+from tests.realtime.site import Node
+from tests.realtime.test_connection import handler
+from tests.support.machine import LOCAL, free_port
+from tests.support.nodes import Node as Served
+from tests.support.waiting import eventually
+
+
+@asynccontextmanager
+async def hypercorn(app: Any) -> AsyncIterator[Served]:
+    from hypercorn.asyncio import serve
+    from hypercorn.config import Config
+
+    config = Config()
+    port = free_port()
+    config.bind = [f"{LOCAL}:{port}"]
+    config.graceful_timeout = 1
+    stop = asyncio.Event()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(serve(app, config, shutdown_trigger=stop.wait))
+        await eventually(lambda: listens(port), timeout=10)
+        try:
+            yield Served(port)
+        finally:
+            stop.set()
+
+
+@asynccontextmanager
+async def granian(app: Any) -> AsyncIterator[Served]:
+    from granian.constants import Interfaces
+    from granian.server.embed import Server
+
+    port = free_port()
+    server = Server(app, address=LOCAL, port=port, interface=Interfaces.ASGI)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(server.serve())
+        await eventually(lambda: listens(port), timeout=10)
+        try:
+            yield Served(port)
+        finally:
+            server.stop()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(0.2)
+        return probe.connect_ex((LOCAL, port)) == 0
+
+
+Serve = Callable[[Any], AbstractAsyncContextManager[Served]]
+
+
+@pytest.mark.parametrize("serve", [hypercorn, granian], ids=["hypercorn", "granian"])
+@pytest.mark.parametrize("kind", ["echo", "catch", "pour"])
+async def test_user_disconnect_closes_socket(
+    serve: Serve, kind: str, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A socket of an app that knows nothing of us is closed with the code; its pending receive wakes."""
+    cluster = Cluster(f"memory://{prefix}", identify=lambda scope: "ada")
+    app = ClusterMiddleware(Starlette(routes=[WebSocketRoute("/ws", handler(kind))]), cluster)
+    async with serve(app) as served:
+        node = Node(cluster, served)
+        async with node.raw(path="/ws") as client:
+            await eventually(lambda: cluster.stats().realtime.connections == 1)
+            assert cluster.stats().realtime.direct == 0
+            await cluster.user("ada").disconnect(4501, "bye")
+            assert await client.drained() == (4501, "bye")
+            # By itself: the client has not gone yet.
+            await eventually(lambda: cluster.stats().realtime.connections == 0)
+    assert not [record for record in caplog.records if record.name.startswith("asgi_cluster")]
+
+
+@pytest.mark.parametrize("serve", [hypercorn, granian], ids=["hypercorn", "granian"])
+async def test_endpoint(serve: Serve, prefix: str) -> None:
+    """Rooms work there as well, in order, whatever their size."""
+    rule = RoomRule("open", subscribe=True, publish=True)
+    cluster = Cluster(f"memory://{prefix}", realtime=RealtimeConfig(rules=[rule]))
+    async with serve(ClusterMiddleware(Starlette(), cluster)) as served:
+        node = Node(cluster, served)
+        async with node.client(max_size=None) as client:
+            await client.call("subscribe", {"channel": "open"})
+            sent = [str(number) + "x" * (50_000 if number % 9 == 8 else 5) for number in range(40)]
+            for data in sent:
+                await cluster.room("open").broadcast(data)
+            assert [await client.pub() for _ in sent] == sent
+            await client.ws.send("nonsense")
+            assert await client.closed() == (3501, "bad request")
