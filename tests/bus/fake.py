@@ -24,7 +24,9 @@ def push(*parts: bytes | int) -> bytes:
 
 
 class FakeServer:
-    """``answers`` maps a command's first word to bytes, or to a function of the command; the rest answers as a server would."""
+    """``answers`` maps a command's first word to bytes, or to a function of the command; the rest answers as
+    a server would.
+    """
 
     def __init__(self, answers: dict[bytes, bytes | Answer] | None = None, *, version: str = "7.4.0") -> None:
         self.answers = answers or {}

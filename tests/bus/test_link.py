@@ -70,7 +70,7 @@ async def test_a_broken_link_fails_what_waits_as_unknown(valkey: Server) -> None
 
 
 async def test_pushes_come_before_the_reply_that_follows_them(valkey: Server, prefix: str) -> None:
-    """What was published before a command ran has been handed over when its reply is: the echo rests on that."""
+    """What was published before a command ran has been handed over when its reply is: the echo's ground."""
     seen: list[bytes] = []
     async with (
         linked(valkey.url, lambda kind, channel, payload: seen.append(payload)) as link,
@@ -93,13 +93,13 @@ async def test_error_replies_belong_to_their_command(valkey: Server, prefix: str
         with pytest.raises(ResponseError):
             await wrong
         assert await right == b"right"
-    async with FakeServer({b"GET": b"-LOADING Redis is loading the dataset in memory\r\n"}) as server:
-        async with linked(server.url) as link:
-            loading, right = link.send("GET", "x"), link.send("PING", "right")
-            with pytest.raises(Exception, match="loading") as error:
-                await loading
-            assert first_word(error.value) == "LOADING"
-            assert await right == b"right"
+    loading_reply = b"-LOADING Redis is loading the dataset in memory\r\n"
+    async with FakeServer({b"GET": loading_reply}) as server, linked(server.url) as link:
+        loading, right = link.send("GET", "x"), link.send("PING", "right")
+        with pytest.raises(Exception, match="loading") as error:
+            await loading
+        assert first_word(error.value) == "LOADING"
+        assert await right == b"right"
 
 
 async def test_a_refused_subscription_names_its_channels() -> None:
@@ -150,7 +150,9 @@ async def test_a_reply_that_nobody_asked_for_breaks_the_link() -> None:
 
 
 async def test_the_number_of_waiting_commands_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that does not answer gets no more than so many, and the next caller is told that nothing was sent."""
+    """A server that does not answer gets no more than so many, and the next caller is told that nothing was
+    sent.
+    """
     monkeypatch.setattr("asgi_cluster.backends.redis.link._MAX_PENDING", 10)
     async with FakeServer({b"GET": b""}) as server, linked(server.url) as link:
         for _ in range(10):

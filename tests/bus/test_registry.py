@@ -49,9 +49,15 @@ async def test_a_registration_that_vanishes_comes_back_as_another_incarnation(pr
 
 @pytest.mark.faults
 async def test_a_dead_node_is_removed_within_six_seconds(valkey: Server, prefix: str) -> None:
-    """Cut off for good, without signing off: gone from the list, and the remover is told whose presence to remove."""
+    """Cut off for good, without signing off: gone from the list, and the remover is told whose presence to
+    remove.
+    """
     dead: list[tuple[str, str]] = []
-    async with opened(valkey.url, prefix) as observer, Proxy(valkey.url) as proxy, opened(proxy.url, prefix) as node:
+    async with (
+        opened(valkey.url, prefix) as observer,
+        Proxy(valkey.url) as proxy,
+        opened(proxy.url, prefix) as node,
+    ):
         observer.bus.on_dead = lambda *gone: dead.append(gone)
         identity = node.bus.identity()
         proxy.cut()

@@ -38,8 +38,12 @@ async def test_joins_of_one_tick_are_one_command(valkey: Server, prefix: str) ->
 
 
 @pytest.mark.parametrize("steps", ["sus", "su", "sususus", "s.us", "s.u.s", "su.s", "sus.u", "s.usu"])
-async def test_join_and_leave_races_end_as_the_last_step_says(valkey: Server, prefix: str, steps: str) -> None:
-    """However joins (s), leaves (u) and loop ticks (.) interleave, the last one counts; nobody waits for ever."""
+async def test_join_and_leave_races_end_as_the_last_step_says(
+    valkey: Server, prefix: str, steps: str
+) -> None:
+    """However joins (s), leaves (u) and loop ticks (.) interleave, the last one counts; nobody waits for
+    ever.
+    """
     async with opened(valkey.url, prefix) as node, opened(valkey.url, prefix) as other, asyncio.timeout(5):
         joins = []
         for step in steps:

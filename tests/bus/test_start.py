@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import ssl
 
 import pytest
 
@@ -54,7 +55,9 @@ async def test_a_server_that_is_too_old(prefix: str) -> None:
     """Both one that knows HELLO and one that does not."""
     async with FakeServer(version="6.0.16") as server:
         assert "too old: Redis 6.2" in await refusal(server.url, prefix)
-    async with FakeServer({b"HELLO": b"-ERR unknown command `HELLO`, with args beginning with: `3`\r\n"}) as server:
+    async with FakeServer(
+        {b"HELLO": b"-ERR unknown command `HELLO`, with args beginning with: `3`\r\n"}
+    ) as server:
         assert "too old: Redis 6.2" in await refusal(server.url, prefix)
 
 
@@ -141,7 +144,6 @@ def test_credentials_twice() -> None:
     """A provider beside a password is refused, as is an ssl_context without TLS."""
     with pytest.raises(ValueError, match="not both"):
         RedisBackend("redis://:pw@h", prefix="p", lease_duration=2, credential_provider=object())
+    context = ssl.create_default_context()
     with pytest.raises(ValueError, match="rediss"):
-        import ssl
-
-        RedisBackend("redis://h", prefix="p", lease_duration=2, ssl_context=ssl.create_default_context())
+        RedisBackend("redis://h", prefix="p", lease_duration=2, ssl_context=context)

@@ -34,7 +34,8 @@ def make_topology(target: Target) -> Topology:
 
 
 class RedisBackend:
-    """Sessions, bus, history and presence on one Redis or Valkey; rooms on another one if ``rooms_url`` is given.
+    """Sessions, bus, history and presence on one Redis or Valkey; rooms on another one if ``rooms_url`` is
+    given.
 
     Raises:
         ValueError: a URL cannot work.

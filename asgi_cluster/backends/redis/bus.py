@@ -1,4 +1,6 @@
-"""The bus on Redis Pub/Sub: what is received goes to the receiver, what is published goes over the command links."""
+"""The bus on Redis Pub/Sub: what is received goes to the receiver, what is published goes over the command
+links.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ __all__ = ["RedisBus"]
 class RedisBus:
     """One feed for sessions and rooms; rooms get a feed of their own when they live on servers of their own.
 
-    Two feeds mean two sets of connections, echoes and leases: a broadcast spike that costs the rooms their connection does not
-    cost anybody a session.
+    Two feeds mean two sets of connections, echoes and leases: a broadcast spike that costs the rooms their
+    connection does not cost anybody a session.
     """
 
     def __init__(
@@ -43,11 +45,16 @@ class RedisBus:
         self._node: NodeId | None = None
         self._listening = False
         self.on_dead: Callable[[str, str], None] | None = None
-        """Called with id and incarnation of a dead node that this one has removed: its presence is to be removed too."""
+        """Called with id and incarnation of a dead node that this one has removed: its presence is to be
+        removed too.
+        """
 
     @asynccontextmanager
     async def opened(self, node: NodeId, receiver: Receiver) -> AsyncIterator[None]:
-        """Registered and receiving while entered. Raises ``StoreUnavailable`` when a channel or a key is refused."""
+        """Registered and receiving while entered.
+
+        Raises ``StoreUnavailable`` when a channel or a key is refused.
+        """
         self._node = node
         await self._probe_rights(node)
         async with AsyncExitStack() as stack:
@@ -69,8 +76,8 @@ class RedisBus:
             self.on_dead(node, incarnation)
 
     async def _probe_rights(self, node: NodeId) -> None:
-        # A right that is missing should stop the start, and not the first logout. An Ack that nobody waits for is harmless, and
-        # no room has an empty name.
+        # A right that is missing should stop the start, and not the first logout. An Ack that nobody waits
+        # for is harmless, and no room has an empty name.
         harmless = encode(Ack("", node, 0))
         sessions, rooms = self._sessions, self._rooms
         for feed, channel, what in (

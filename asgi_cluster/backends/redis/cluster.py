@@ -11,10 +11,10 @@ from typing import Any
 
 from redis.exceptions import AskError, MovedError, NoScriptError, RedisError, ResponseError
 
-from asgi_cluster.backends.redis.commands import CommandLink
 from asgi_cluster.backends.redis.errors import LinkBroken, reason_of, unavailable
 from asgi_cluster.backends.redis.lifetime import Background, background
 from asgi_cluster.backends.redis.link import Link
+from asgi_cluster.backends.redis.member import Member
 from asgi_cluster.backends.redis.primary import Primary
 from asgi_cluster.backends.redis.slots import (
     SLOTS,
@@ -27,7 +27,7 @@ from asgi_cluster.backends.redis.slots import (
     tags,
 )
 from asgi_cluster.backends.redis.topology import Routed
-from asgi_cluster.backends.redis.urls import Address, Target
+from asgi_cluster.backends.redis.urls import Target
 from asgi_cluster.exceptions import StoreUnavailable
 
 __all__ = ["ClusterTopology"]
@@ -41,27 +41,17 @@ _ANSWER = 0.5
 _RETRY_PAUSE = 0.02
 
 
-class _Member:
-    """A primary, its command link, and the task that keeps it."""
-
-    def __init__(self, place: Place, address: Address, tasks: Background) -> None:
-        self.place = place
-        self.primary = Primary(address.dial, lambda: address.name, mode="cluster", minimum=(7, 0))
-        self.commands = CommandLink(self.primary)
-        self.started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.started.add_done_callback(lambda done: done.cancelled() or done.exception())
-        self.task = tasks.start(self.commands.run(self.started), name="asgi-cluster commands")
-        self.tag: str | None = None
-
-
 class ClusterTopology(Routed):
-    """Redis Cluster ≥ 7.0. The table of slots is corrected by every redirect, and looked up again while there is trouble."""
+    """Redis Cluster ≥ 7.0.
+
+    The table of slots is corrected by every redirect, and looked up again while there is trouble.
+    """
 
     sharded = True
 
     def __init__(self, target: Target) -> None:
         self._seeds = target.addresses
-        self._members: dict[Place, _Member] = {}
+        self._members: dict[Place, Member] = {}
         self._slots: View = [None] * SLOTS
         self._tasks: Background | None = None
         self._doubted = asyncio.Event()
@@ -114,7 +104,7 @@ class ClusterTopology(Routed):
         known = [view for view in views if view is not None]
         return max(known, key=lambda seen: seen[0])[1] if known else None
 
-    async def _ask(self, member: _Member) -> tuple[tuple[bool, int], View] | None:
+    async def _ask(self, member: Member) -> tuple[tuple[bool, int], View] | None:
         try:
             info, slots = await asyncio.gather(
                 member.commands.call("CLUSTER", "INFO", timeout=_ANSWER),
@@ -142,21 +132,21 @@ class ClusterTopology(Routed):
             await asyncio.sleep(_RETRY_PAUSE)  # however many doubts there are
 
     def _adopt(self, view: View) -> None:
-        if view == self._slots:
-            return
-        self._slots = view
+        assert self._tasks is not None
+        changed, self._slots = view != self._slots, view
         places = set(filter(None, view))
         for place in places:
             self._member(place)
         for place in self._members.keys() - places:
-            self._members.pop(place).task.cancel()
-        self._tell()
+            self._tasks.start(self._members.pop(place).retire(), name="asgi-cluster retirement")
+        if changed:
+            self._tell()
 
-    def _member(self, place: Place) -> _Member:
+    def _member(self, place: Place) -> Member:
         member = self._members.get(place)
         if member is None:
             assert self._tasks is not None
-            member = self._members[place] = _Member(place, self._seeds[0].at(*place), self._tasks)
+            member = self._members[place] = Member(place, self._seeds[0].at(*place), self._tasks)
         return member
 
     def _tell(self) -> None:
@@ -214,7 +204,7 @@ class ClusterTopology(Routed):
         member = self._home(key)
         return member is not None and member.commands.post(*args)
 
-    def _home(self, key: str) -> _Member | None:
+    def _home(self, key: str) -> Member | None:
         place = self._slots[slot_of(key)]
         return None if place is None else self._members.get(place)
 

@@ -1,4 +1,4 @@
-"""The command link of one primary: kept up in the background, waited for only as long as a caller may wait."""
+"""The command link of one primary: kept up in the background, waited for as long as a caller may wait."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from redis.exceptions import RedisError
 
 from asgi_cluster.backends.redis.errors import (
     NOT_EXECUTED,
+    PATIENCE_AT_START,
     LinkBroken,
     first_of,
     first_word,
+    is_timeout,
     reason_of,
     unavailable,
 )
@@ -36,8 +38,8 @@ _LONGEST_PAUSE = 0.5
 class CommandLink:
     """Commands to one primary.
 
-    A breaker spares callers the wait: when the server has not answered for a second, or cannot be reached for as long, calls
-    fail at once until a probe of ours is answered.
+    A breaker spares callers the wait: when the server has not answered for a second, or cannot be reached for
+    as long, calls fail at once until a probe of ours is answered.
     """
 
     def __init__(self, primary: Primary) -> None:
@@ -50,8 +52,12 @@ class CommandLink:
         self.run_id = ""
 
     async def run(self, started: asyncio.Future[None] | None = None) -> None:
-        """Keep the link up until cancelled; full-jitter backoff between tries. ``started`` gets the outcome of the first."""
+        """Keep the link up until cancelled; full-jitter backoff between tries.
+
+        ``started`` gets the outcome of the first.
+        """
         pause = _FIRST_PAUSE
+        began = asyncio.get_running_loop().time()
         while True:
             try:
                 await self._one_connection(started)
@@ -63,7 +69,10 @@ class CommandLink:
                     pause = _FIRST_PAUSE
                     logger.warning("lost the connection to %s: %s", self._primary.name, reason_of(error))
                 self._went_down(reason_of(error))
-                if started is not None and not started.done():
+                # A server that does not answer in time may only be busy, and at the start there is time; a
+                # refusal is final.
+                late = asyncio.get_running_loop().time() - began > PATIENCE_AT_START
+                if started is not None and not started.done() and (late or not is_timeout(error)):
                     started.set_exception(StoreUnavailable(f"{self._primary.name}: {reason_of(error)}"))
             finally:
                 self._link = None
@@ -90,7 +99,8 @@ class CommandLink:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(link.run(), name="asgi-cluster command link")
                 async with asyncio.timeout(_INTRODUCTION):
-                    # Another run id means another history of writes: whoever hands out numbers knows it before the first command.
+                    # Another run id means another history of writes: whoever hands out numbers knows it
+                    # before the first command.
                     self.run_id = await self._primary.introduce(link)
                 self._link = link
                 self._failing_since = None
@@ -108,7 +118,8 @@ class CommandLink:
             self._failing_since = asyncio.get_running_loop().time()
 
     async def _probe(self, link: Link) -> None:
-        # One PING at a time tells a stopped server from an idle one, so that requests need not find out by waiting.
+        # One PING at a time tells a stopped server from an idle one, so that requests need not find out by
+        # waiting.
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(_PROBE_EVERY)
@@ -127,6 +138,16 @@ class CommandLink:
     def answering(self) -> bool:
         """Whether the server is connected and has answered lately."""
         return self._link is not None and self._failing_since is None
+
+    async def drained(self, timeout: float) -> None:
+        """Returns when everything that was sent is answered.
+
+        Raises ``TimeoutError``, ``LinkBroken``, ``RedisError``.
+        """
+        if self._link is not None:
+            async with asyncio.timeout(timeout):
+                # Replies come in order: what was sent before this is answered before it.
+                await self._link.send("PING")
 
     def drop(self, reason: str) -> None:
         """Connect anew: the primary is another one now."""

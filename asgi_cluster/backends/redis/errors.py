@@ -1,4 +1,7 @@
-"""Redis errors in our words. Only this package sees redis-py's; nothing here repeats a password, a key or a payload."""
+"""Redis errors in our words.
+
+Only this package sees redis-py's; nothing here repeats a password, a key or a payload.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,23 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from asgi_cluster.exceptions import StoreUnavailable
 
-__all__ = ["NOT_EXECUTED", "LinkBroken", "first_of", "first_word", "reason_of", "unavailable"]
+__all__ = [
+    "NOT_EXECUTED",
+    "PATIENCE_AT_START",
+    "LinkBroken",
+    "first_of",
+    "first_word",
+    "is_timeout",
+    "reason_of",
+    "unavailable",
+]
 
 NOT_EXECUTED = ("MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN", "NOSCRIPT", "LOADING", "READONLY", "MASTERDOWN")
 """First words of error replies which prove that the command did nothing."""
 
+
+PATIENCE_AT_START = 3.0
+"""Seconds for which a server that is late may be merely busy, at the start. A refusal is final."""
 
 _IN_SCRIPT = re.compile(r"@user_script: ?\d+: -?([A-Z]{3,}) ")
 
@@ -57,7 +72,8 @@ def first_word(error: BaseException) -> str:
     text = str(error)
     if "ACL failure in script" in text:
         return "NOPERM"
-    # Redis 6.2 wraps what a script's command answered: "ERR Error running script (…): @user_script:3: -OOM command not…"
+    # Redis 6.2 wraps what a script's command answered: "ERR Error running script (…): @user_script:3: -OOM
+    # command not…"
     inner = _IN_SCRIPT.search(text)
     word = inner[1] if inner else text.split(" ", 1)[0]
     return word if word.isupper() and word.isalpha() else "ERR"
@@ -93,6 +109,12 @@ def reason_of(error: BaseException) -> str:
         # redis-py has no more structure than this; it names host and port, never credentials.
         return str(error) or "the connection failed"
     return type(error).__name__
+
+
+def is_timeout(error: BaseException) -> bool:
+    """Whether it was time that ran out: the server may only be busy."""
+    cause = error.__cause__ if isinstance(error, LinkBroken) and error.__cause__ is not None else error
+    return isinstance(cause, TimeoutError | RedisTimeoutError)
 
 
 def unavailable(error: BaseException, *, sent: bool) -> StoreUnavailable:

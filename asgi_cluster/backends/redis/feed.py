@@ -1,4 +1,4 @@
-"""What the primaries of one topology push to this node: which channel is heard where, and under whose lease."""
+"""What the primaries of one topology push to this node: which channel is heard where, under whose lease."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from contextlib import asynccontextmanager
 
 from asgi_cluster.backends.redis.errors import LinkBroken
 from asgi_cluster.backends.redis.lifetime import Background, background
+from asgi_cluster.backends.redis.listener import Heartbeat
 from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.primary import Primary
 from asgi_cluster.backends.redis.registry import Registry, SideBeat
-from asgi_cluster.backends.redis.subscriber import Heartbeat, Subscriber
+from asgi_cluster.backends.redis.subscriber import Subscriber
 from asgi_cluster.backends.redis.topology import Topology
 from asgi_cluster.bus.bus import Receiver
 from asgi_cluster.bus.lease import Lease
@@ -224,7 +225,7 @@ class Feed:
             return
         buckets, rooms = self._split(back)
         if buckets is None or buckets:
-            # What was read between the gap and this moment may have changed unheard: it must not be kept now.
+            # What was read between the gap and now may have changed unheard: it must not be kept.
             self._receiver.gap("subscribed again", buckets)
         if rooms is None or rooms:
             self._receiver.rooms_restored(rooms)
@@ -234,7 +235,7 @@ class Feed:
         self.topology.doubt()
 
     def _split(self, channels: frozenset[str]) -> tuple[frozenset[int] | None, frozenset[str] | None]:
-        """The buckets and the rooms; ``None`` for all of them, which is what it always is with one primary."""
+        """The buckets and the rooms; ``None`` for all of them, as it always is with one primary."""
         rooms = frozenset(filter(None, map(self.names.room_of_channel, channels)))
         if self.names.sharded:
             return frozenset(

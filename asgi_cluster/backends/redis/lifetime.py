@@ -32,7 +32,10 @@ class Background:
 
 @asynccontextmanager
 async def background() -> AsyncIterator[Background]:
-    """Cancels what was started in it on leaving. An exception of the block leaves it as it is, not wrapped in a group."""
+    """Cancels what was started in it on leaving.
+
+    An exception of the block leaves it as it is, not wrapped in a group.
+    """
     failure: BaseException | None = None
     async with asyncio.TaskGroup() as group:
         tasks = Background(group)

@@ -1,12 +1,14 @@
 """One connection to one Redis, multiplexed.
 
-One reader takes replies and pushes in the order in which the server wrote them and matches replies to commands first in,
-first out. Commands of one loop tick go out in one write. A caller that stops waiting leaves the connection as it is: its
-reply is dropped when it comes. When the connection breaks, everybody who waits is told that the outcome is unknown.
+One reader takes replies and pushes in the order in which the server wrote them and matches replies to
+commands first in, first out. Commands of one loop tick go out in one write. A caller that stops waiting
+leaves the connection as it is: its reply is dropped when it comes. When the connection breaks, everybody who
+waits is told that the outcome is unknown.
 
-(Un)subscribe commands have no reply of their own, only pushes, and on a Cluster a slot that moves away brings the same push
-unasked. Counting them could put every later reply in the wrong place by one, and a heartbeat would take an older one's echo
-for its own. So each batch is closed by a ``PING`` with a nonce: whatever came before it belongs to the batch.
+(Un)subscribe commands have no reply of their own, only pushes, and on a Cluster a slot that moves away brings
+the same push unasked. Counting them could put every later reply in the wrong place by one, and a heartbeat
+would take an older one's echo for its own. So each batch is closed by a ``PING`` with a nonce: whatever came
+before it belongs to the batch.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ from asgi_cluster.backends.redis.errors import LinkBroken, reason_of
 __all__ = ["Link", "OnPush", "Refusals"]
 
 OnPush = Callable[[bytes, bytes, Any], None]
-"""Kind (``message``, ``smessage``, or an unsolicited ``unsubscribe``/``sunsubscribe``), channel, payload. Must not block."""
+"""Kind (``message``, ``smessage``, or an unsolicited ``unsubscribe``/``sunsubscribe``), channel, payload.
+
+Must not block.
+"""
 
 Refusals = dict[str, ResponseError]
 """The channels that were not subscribed, each with the server's reason."""
@@ -63,7 +68,10 @@ class _Batch:
             self.refused.update(dict.fromkeys(self.commands.popleft(), error))
 
     def closed(self, reply: Any) -> None:
-        """The reply to the PING. Raises ``LinkBroken`` when it is none, or acks are missing: then nothing can be trusted."""
+        """The reply to the PING.
+
+        Raises ``LinkBroken`` when it is none, or acks are missing: then nothing can be trusted.
+        """
         subscribing = self.verb in (b"subscribe", b"ssubscribe")
         if reply != self.nonce or (subscribing and self.commands):
             raise LinkBroken("replies are out of step")
@@ -72,7 +80,9 @@ class _Batch:
 
 
 class Link:
-    """A connection while it lasts: ``await open()``, then ``run()`` in a task until it breaks; it is not opened again."""
+    """A connection while it lasts: ``await open()``, then ``run()`` in a task until it breaks; it is not
+    opened again.
+    """
 
     def __init__(self, connection: AbstractConnection, on_push: OnPush | None = None) -> None:
         self._connection = connection
@@ -109,7 +119,8 @@ class Link:
         return self._broken is None
 
     def send(self, *args: str | bytes | int) -> asyncio.Future[Any]:
-        """Send a command with the others of this loop tick; the future gets the reply, or an error reply as ``RedisError``.
+        """Send a command with the others of this loop tick; the future gets the reply, or an error reply as
+        ``RedisError``.
 
         Raises:
             LinkBroken: not sent.
@@ -125,7 +136,8 @@ class Link:
         self._write(args, None)
 
     def subscribe(self, verb: str, commands: Sequence[Sequence[str]]) -> asyncio.Future[Refusals]:
-        """``SUBSCRIBE``, ``UNSUBSCRIBE`` or a sharded form, one command per list of channels: done when all are answered.
+        """``SUBSCRIBE``, ``UNSUBSCRIBE`` or a sharded form, one command per list of channels: done when all
+        are answered.
 
         An error reply refuses all channels of its command. Raises as ``send``.
         """
@@ -202,7 +214,8 @@ class Link:
             except (ResponseError, BusyLoadingError) as error:
                 self._failed(error)
             except ConnectionError as error:
-                # An error reply of the server ("NOAUTH", "LOADING") has its first word as status; a broken socket has none.
+                # An error reply of the server ("NOAUTH", "LOADING") has its first word as status; a broken
+                # socket has none.
                 if error.status_code is None:
                     raise
                 self._failed(error)
@@ -219,7 +232,8 @@ class Link:
 
     def _failed(self, error: RedisError) -> None:
         if self._pending and isinstance(self._pending[0], _Batch):
-            # Of one of its commands. An error for the PING itself leaves the batch open, and the next reply out of step.
+            # Of one of its commands. An error for the PING itself leaves the batch open, and the next reply
+            # out of step.
             self._pending[0].failed(error if isinstance(error, ResponseError) else ResponseError(str(error)))
             return
         waiter = self._next()
@@ -233,7 +247,8 @@ class Link:
         return self._pending.popleft()
 
     async def _pushed(self, push: Sequence[Any]) -> Any:
-        # Runs inside the read: what a push brings is dealt with before the next reply is so much as looked at.
+        # Runs inside the read: what a push brings is dealt with before the next reply is so much as looked
+        # at.
         kind, channel = push[0], push[1]
         if kind in (b"message", b"smessage"):
             if self._on_push is not None:

@@ -1,7 +1,8 @@
 """Every key and channel name, in one place.
 
-The hash tag ``{…}`` puts what belongs together into one Redis Cluster slot: everything of a user, everything of a room.
-Pub/Sub ignores the database, so channel names carry its number. On a Cluster channels are sharded and live in a slot.
+The hash tag ``{…}`` puts what belongs together into one Redis Cluster slot: everything of a user, everything
+of a room. Pub/Sub ignores the database, so channel names carry its number. On a Cluster channels are sharded
+and live in a slot.
 """
 
 from __future__ import annotations

@@ -68,7 +68,8 @@ class Primary:
             )
         role = answer[b"role"].decode()
         if role != "master":
-            # Behind a name that moves with the primary this passes; until then nothing written here would last.
+            # Behind a name that moves with the primary this passes; until then nothing written here would
+            # last.
             raise LinkBroken(f"this server is a {role}, not a primary", sent=False)
         return facts.get("run_id", "")
 

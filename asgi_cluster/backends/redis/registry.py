@@ -1,8 +1,9 @@
 """Which nodes there are, and which have died.
 
-A node's beat key carries no value: its *expiry time* is the beat. Every heartbeat pushes it into the future, so an observer
-that sees it stand still for four seconds, while its own lease was live without a break, has seen four seconds in which the
-server answered and that node did not write. Judging by the key's expiry itself would reap the living after a stall.
+A node's beat key carries no value: its *expiry time* is the beat. Every heartbeat pushes it into the future,
+so an observer that sees it stand still for four seconds, while its own lease was live without a break, has
+seen four seconds in which the server answered and that node did not write. Judging by the key's expiry itself
+would reap the living after a stall.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from collections.abc import Callable
 
 import msgspec
 
+from asgi_cluster.backends.redis.listener import Command
 from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.scripts import load
-from asgi_cluster.backends.redis.subscriber import Command
 from asgi_cluster.backends.redis.topology import Topology
 from asgi_cluster.bus.bus import NodeInfo
 from asgi_cluster.bus.lease import Lease
@@ -28,7 +29,9 @@ __all__ = ["BEAT_TTL", "Registry", "SideBeat"]
 logger = logging.getLogger("asgi_cluster.registry")
 
 BEAT_TTL = 300_000
-"""Milliseconds a registration outlives its last beat: long, so that a stopped server does not expire the living."""
+"""Milliseconds a registration outlives its last beat: long, so that a stopped server does not expire the
+living.
+"""
 
 _OBSERVE_EVERY = 1.0
 _REFRESH_EVERY = 5.0
@@ -49,7 +52,10 @@ class _Info(msgspec.Struct, array_like=True):
 
 
 class Registry:
-    """This node's entry, and its view of the others. The heartbeat of the subscriber at the primary that has the registry."""
+    """This node's entry, and its view of the others.
+
+    The heartbeat of the subscriber at the primary that has the registry.
+    """
 
     def __init__(
         self, topology: Topology, names: Names, node: NodeId, load_of: Callable[[], tuple[int, int]]
@@ -75,8 +81,9 @@ class Registry:
         return ("EVAL", script.source, 2, *keys, self.node, self._info(), BEAT_TTL)
 
     def beat(self) -> Command:
-        """A write, because a read or a PUBLISH still succeeds on an isolated or read-only server, and a PEXPIRE, because it
-        passes when memory is full. Answers 0 when the registration is gone."""
+        """A write, because a read or a PUBLISH still succeeds on an isolated or read-only server, and a
+        PEXPIRE, because it passes when memory is full. Answers 0 when the registration is gone.
+        """
         return ("PEXPIRE", self._names.beat(self.node), BEAT_TTL)
 
     def interrupted(self) -> None:
@@ -98,7 +105,10 @@ class Registry:
     # The others
 
     async def run(self, lease: Callable[[], Lease]) -> None:
-        """Observe, and refresh this node's own entry, until cancelled. ``lease()`` is the lease of our own heartbeat."""
+        """Observe, and refresh this node's own entry, until cancelled.
+
+        ``lease()`` is the lease of our own heartbeat.
+        """
         loop = asyncio.get_running_loop()
         refreshed_at = loop.time()
         while True:
@@ -119,7 +129,10 @@ class Registry:
                 self.interrupted()
 
     async def observe(self, lease: Lease | None, *, timeout: float = 1.0) -> dict[NodeId, NodeInfo]:
-        """All registered nodes; with a live ``lease``, those that have died are removed first. Raises ``StoreUnavailable``."""
+        """All registered nodes; with a live ``lease``, those that have died are removed first.
+
+        Raises ``StoreUnavailable``.
+        """
         prefix = self._names.beat("")
         now_ms, rows = await self._topology.run(
             load("nodes_observe"), [self._names.nodes()], [prefix], timeout=timeout
@@ -164,7 +177,9 @@ class Registry:
 
 
 class SideBeat:
-    """The heartbeat at a primary of a Cluster that does not have the registry: a key of its own in a slot of that primary."""
+    """The heartbeat at a primary of a Cluster that does not have the registry: a key of its own in a slot of
+    that primary.
+    """
 
     def __init__(self, names: Names, node: NodeId, tag: str) -> None:
         self._key = names.beat(node, tag)

@@ -1,6 +1,7 @@
 """A primary that the sentinels name: asked before every connection, and heard when it changes.
 
-Every sentinel is listened to for ``+switch-master``; a retry that is pinned to the old address would find out late.
+Every sentinel is listened to for ``+switch-master``; a retry that is pinned to the old address would find out
+late.
 """
 
 from __future__ import annotations
@@ -86,7 +87,9 @@ class _Sentinel:
             self._topology.switched(service, (host, int(port)))
 
     async def ask(self, service: str) -> tuple[int, Place] | None:
-        """The epoch of its knowledge, and where the primary is; ``None`` when it does not know or does not answer."""
+        """The epoch of its knowledge, and where the primary is; ``None`` when it does not know or does not
+        answer.
+        """
         if self.link is None:
             return None
         try:

@@ -24,7 +24,10 @@ def slot_of(key: str) -> int:
 
 
 def parse_slots(reply: Sequence[Any], asked: Place) -> View:
-    """The reply to ``CLUSTER SLOTS``. A node that does not know its own address means the one it was ``asked`` at."""
+    """The reply to ``CLUSTER SLOTS``.
+
+    A node that does not know its own address means the one it was ``asked`` at.
+    """
     view: View = [None] * SLOTS
     for first, last, primary, *_ in reply:
         host = (primary[0] or b"").decode()
@@ -34,7 +37,10 @@ def parse_slots(reply: Sequence[Any], asked: Place) -> View:
 
 
 def epoch_of(info: bytes) -> tuple[bool, int]:
-    """From ``CLUSTER INFO``: whether the node thinks all is well, and how fresh its knowledge is. The greatest is right."""
+    """From ``CLUSTER INFO``: whether the node thinks all is well, and how fresh its knowledge is.
+
+    The greatest is right.
+    """
     facts = dict(line.split(":", 1) for line in info.decode().splitlines() if ":" in line)
     return facts.get("cluster_state") == "ok", int(facts.get("cluster_current_epoch", "0"))
 

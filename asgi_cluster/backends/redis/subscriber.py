@@ -1,7 +1,9 @@
-"""The subscriber: one connection that hears everything, and proves with every heartbeat that it has missed nothing.
+"""The subscriber: one connection that hears everything, and proves with every heartbeat that it has missed
+nothing.
 
-Order is all. Subscriptions first; a beat that was sent before the last of them was acknowledged proves nothing. Pushes are
-handed on as they are read, before any later reply is looked at. On a gap the lease goes first, then everybody is told.
+Order is all. Subscriptions first; a beat that was sent before the last of them was acknowledged proves
+nothing. Pushes are handed on as they are read, before any later reply is looked at. On a gap the lease goes
+first, then everybody is told.
 """
 
 from __future__ import annotations
@@ -11,21 +13,27 @@ import logging
 import random
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from redis.exceptions import RedisError
 
-from asgi_cluster.backends.redis.errors import LinkBroken, first_of, first_word, reason_of
+from asgi_cluster.backends.redis.errors import (
+    PATIENCE_AT_START,
+    LinkBroken,
+    first_of,
+    first_word,
+    is_timeout,
+    reason_of,
+)
 from asgi_cluster.backends.redis.link import Link, Refusals
+from asgi_cluster.backends.redis.listener import Heartbeat, Listener
 from asgi_cluster.backends.redis.primary import Primary
 from asgi_cluster.bus.lease import Echo, Lease
 from asgi_cluster.exceptions import BusUnavailable
 
-__all__ = ["Command", "Heartbeat", "Listener", "Subscriber"]
+__all__ = ["Subscriber"]
 
 logger = logging.getLogger("asgi_cluster.bus")
-
-Command = tuple[str | bytes | int, ...]
 
 _BEAT_EVERY = 0.5
 _DEAD_AFTER = 1.0
@@ -39,48 +47,11 @@ _MOVED = frozenset(("MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN"))
 _DEMOTED = frozenset(("READONLY", "MASTERDOWN"))
 
 
-class Heartbeat(Protocol):
-    """What is written on the subscriber's connection, over and over."""
-
-    def registration(self) -> Command:
-        """Makes the node known; answers anything but an error."""
-        ...
-
-    def beat(self) -> Command:
-        """Answers 1, or 0 when the node is not known (any more)."""
-        ...
-
-    def interrupted(self) -> None:
-        """The lease was not live without a break."""
-        ...
-
-
-class Listener(Protocol):
-    """Who is told. Called on the event loop; must not block."""
-
-    def heartbeat(self, subscriber: Subscriber) -> Heartbeat:
-        """What to beat with, at this moment."""
-        ...
-
-    def message(self, channel: str, payload: bytes) -> None:
-        """It came on one of our channels."""
-        ...
-
-    def gap(self, subscriber: Subscriber, reason: str, channels: frozenset[str]) -> None:
-        """Messages may have been lost on these channels. Their lease is 0 already, or they have none any more."""
-        ...
-
-    def acknowledged(self, subscriber: Subscriber, channels: frozenset[str]) -> None:
-        """From now on messages on these channels arrive."""
-        ...
-
-    def moved(self, subscriber: Subscriber) -> None:
-        """The server says that something lives elsewhere."""
-        ...
-
-
 class Subscriber:
-    """One connection to one primary, and what it is subscribed to. ``vital``: channels without which it is no use."""
+    """One connection to one primary, and what it is subscribed to.
+
+    ``vital``: channels without which it is no use.
+    """
 
     def __init__(
         self,
@@ -105,6 +76,7 @@ class Subscriber:
         self._batches = 0
         self._link: Link | None = None
         self._flushing = False
+        self._changed: set[str] = set()
         self._registered = False
         self.received = 0
         self.connections = 0
@@ -123,11 +95,11 @@ class Subscriber:
     def want(self, channel: str) -> None:
         """Subscribe, without waiting."""
         self._wanted.add(channel)
-        if self._link is not None:
-            self._flush_soon()
+        self._flush_soon(channel)
 
     async def subscribe(self, channel: str) -> None:
-        """Returns when the server has acknowledged; at once while the connection is down: then it is among the first to be sent.
+        """Returns when the server has acknowledged; at once while the connection is down: then it is among
+        the first to be sent.
 
         Raises:
             BusUnavailable: the server refused.
@@ -143,23 +115,27 @@ class Subscriber:
     def unsubscribe(self, channel: str) -> None:
         """No more of it."""
         self._wanted.discard(channel)
-        if self._link is not None:
-            self._flush_soon()
+        self._flush_soon(channel)
 
-    def _flush_soon(self) -> None:
-        # One command for all the joins and leaves of a loop tick; who joins and leaves in one tick costs nothing.
+    def _flush_soon(self, *channels: str) -> None:
+        # One command for all the joins and leaves of a loop tick; who joins and leaves in one tick costs
+        # nothing.
+        if self._link is None:
+            return  # whatever is wanted is subscribed when there is one
+        self._changed.update(channels)
         if not self._flushing:
             self._flushing = True
             asyncio.get_running_loop().call_soon(self._flush)
 
     def _flush(self) -> None:
         self._flushing = False
+        changed, self._changed = self._changed, set()
         link = self._link
         if link is None or not link.up:
             return  # the gap is on its way, and then everything is subscribed anew
-        self._answer([channel for channel in self._waiting if channel not in self._wanted], None)
-        leaving = sorted(self._sent.keys() - self._wanted)
-        joining = sorted(self._wanted - self._sent.keys())
+        self._answer(changed - self._wanted, None)
+        leaving = sorted(channel for channel in changed - self._wanted if channel in self._sent)
+        joining = sorted(channel for channel in changed & self._wanted if channel not in self._sent)
         if leaving:
             for channel in leaving:
                 del self._sent[channel]
@@ -169,7 +145,8 @@ class Subscriber:
             self._send(link, joining)
 
     def _commands(self, channels: Sequence[str], *, apart: bool = False) -> list[Sequence[str]]:
-        # Channels of one sharded command must share a slot; a refusal by an access list refuses all of its command.
+        # Channels of one sharded command must share a slot; a refusal by an access list refuses all of its
+        # command.
         size = 1 if self._sharded or apart else _BATCH
         return [channels[start : start + size] for start in range(0, len(channels), size)]
 
@@ -203,11 +180,12 @@ class Subscriber:
             del self._sent[channel]
         moved = frozenset(channel for channel, error in refused.items() if first_word(error) in _MOVED)
         if moved:
-            # They are heard when whoever has them now has acknowledged; until then this is a gap, and nobody need wait.
+            # They are heard when whoever has them now has acknowledged; until then this is a gap, and nobody
+            # need wait.
             self._listener.gap(self, "channels are being moved", moved)
             self._answer(moved, None)
             self._listener.moved(self)
-            asyncio.get_running_loop().call_later(_RETRY_MOVED, self._flush_soon)
+            asyncio.get_running_loop().call_later(_RETRY_MOVED, self._flush_soon, *moved)
         others = [channel for channel in refused if channel not in moved]
         if len(others) > 1 and not self._sharded and len(set(map(id, refused.values()))) < len(others):
             self._send(link, others, apart=True)
@@ -230,8 +208,12 @@ class Subscriber:
     # The connection
 
     async def run(self, started: asyncio.Future[None]) -> None:
-        """Stay connected until cancelled. ``started`` gets the first echo, or why the first attempt failed."""
+        """Stay connected until cancelled.
+
+        ``started`` gets the first echo, or why the first attempt failed.
+        """
         pause = _FIRST_PAUSE
+        began = asyncio.get_running_loop().time()
         while True:
             reason: str | None = None
             try:
@@ -241,7 +223,8 @@ class Subscriber:
                 if not isinstance(error, LinkBroken | RedisError | OSError):
                     logger.error("the subscriber of %s failed", self.primary.name, exc_info=error)
                 reason = reason_of(error)
-                if not started.done():
+                late = asyncio.get_running_loop().time() - began > PATIENCE_AT_START
+                if not started.done() and (late or not is_timeout(error)):
                     started.set_exception(BusUnavailable(f"{self.primary.name}: cannot subscribe: {reason}"))
             finally:
                 pause = _FIRST_PAUSE if self.connected else min(pause * 2, _LONGEST_PAUSE)
@@ -253,6 +236,7 @@ class Subscriber:
         self._echo.gap()
         self._sent.clear()
         self._acked.clear()
+        self._changed.clear()
         if (
             was_connected and reason is not None
         ):  # without one it is being stopped, and nobody is left to be told
@@ -274,14 +258,14 @@ class Subscriber:
                 self._link = link
                 self._echo.subscribed()
                 self._listener.acknowledged(self, frozenset(self._acked))
-                self._flush_soon()
+                self._flush_soon(*self._wanted.symmetric_difference(self._sent))
                 await self._beat_forever(link, started)
         finally:
             await link.close()
 
     async def _register(self, link: Link) -> None:
-        # Before the first lease: whoever serves from a cache is known to those who log out. Known already after a mere
-        # reconnect: then the incarnation, and with it everybody's presence, stays.
+        # Before the first lease: whoever serves from a cache is known to those who log out. Known already
+        # after a mere reconnect: then the incarnation, and with it everybody's presence, stays.
         heartbeat = self._listener.heartbeat(self)
         if not self._registered or await link.send(*heartbeat.beat()) != 1:
             await link.send(*heartbeat.registration())
@@ -340,7 +324,8 @@ class Subscriber:
             if not started.done():
                 started.set_result(None)
         else:
-            # Gone with a FLUSHALL or because we were silent for long: until it is back, a logout does not count on this node.
+            # Gone with a FLUSHALL or because we were silent for long: until it is back, a logout does not
+            # count on this node.
             logger.warning("this node's registration was gone: registering again")
             link.abort("the registration was gone")
             self._registered = False
@@ -366,7 +351,7 @@ class Subscriber:
         self._listener.gap(self, "a channel has moved", frozenset((name,)))
         self._listener.moved(self)
         # It may have come back here, too, or never have left: a MOVED in answer tells.
-        self._flush_soon()
+        self._flush_soon(name)
 
     def __repr__(self) -> str:
         state = "connected" if self.connected else "down"

@@ -32,7 +32,10 @@ class Topology(Protocol):
     """Redis Cluster: channels live in slots, publish with SPUBLISH."""
 
     def opened(self) -> AbstractAsyncContextManager[None]:
-        """Connected while entered. Raises ``StoreUnavailable`` on entering: cannot be reached, refuses us, is too old."""
+        """Connected while entered.
+
+        Raises ``StoreUnavailable`` on entering: cannot be reached, refuses us, is too old.
+        """
         ...
 
     async def call(self, key: str, *args: str | bytes | int, timeout: float) -> Any:
@@ -52,7 +55,9 @@ class Topology(Protocol):
         ...
 
     def post(self, key: str, *args: str | bytes | int) -> bool:
-        """One command whose reply nobody wants, to the primary that has ``key``; False when it could not be sent."""
+        """One command whose reply nobody wants, to the primary that has ``key``; False when it could not be
+        sent.
+        """
         ...
 
     def run_id(self, key: str) -> str:
@@ -162,7 +167,8 @@ class OnePrimary(Routed):
 
     def _refused(self, word: str) -> None:
         if word == "READONLY":
-            # Demoted under our feet. Whoever is the primary now, it is not at the other end of this connection.
+            # Demoted under our feet. Whoever is the primary now, it is not at the other end of this
+            # connection.
             self.drop("the server is a replica now")
 
     def drop(self, reason: str) -> None:

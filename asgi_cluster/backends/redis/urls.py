@@ -1,11 +1,13 @@
-"""From a URL to servers, refused at construction when it cannot work, and never with a password in the message.
+"""From a URL to servers, refused at construction when it cannot work, and never with a password in the
+message.
 
     redis://[user:password@]host[:6379][/db]            rediss:// the same with TLS
     unix://[user:password@]/path/to/socket[?db=0]
     redis+sentinel://[user:password@]host[:26379][,host…]/service[/db][?sentinel_username=…&sentinel_password=…]
     redis+cluster://[user:password@]host[:6379][,host…]
 
-with ``rediss+…`` for TLS, and the options ``socket_connect_timeout`` (seconds), ``client_name`` and redis-py's ``ssl_…``.
+with ``rediss+…`` for TLS, and the options ``socket_connect_timeout`` (seconds), ``client_name`` and
+redis-py's ``ssl_…``.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ class Address:
             parts = urlsplit(url)
             host, _ = parts.hostname, parts.port
         except ValueError:
-            # Not with urllib's words: they quote what stands where the port should be, and that may be half a password.
+            # Not with urllib's words: they quote what stands where the port should be, and that may be half a
+            # password.
             raise ValueError(f"the host or port of a Redis URL makes no sense{_ENCODE}") from None
         path = parts.path.strip("/")
         if unix and not path:
@@ -192,7 +195,9 @@ def parse_target(
     for name in names:
         # An address without a port is on the sentinels' default port; IPv6 is in brackets, as in any URL.
         sentinel = one(name if name.rpartition("]")[2].count(":") else f"{name}:26379", "")
-        sentinel._options |= {"db": 0} | {key.removeprefix("sentinel_"): value for key, value in of_sentinels.items()}
+        sentinel._options |= {"db": 0} | {
+            key.removeprefix("sentinel_"): value for key, value in of_sentinels.items()
+        }
         sentinels.append(sentinel)
     primary = one(
         names[0],

@@ -1,0 +1,56 @@
+"""What a subscriber needs of others: something to beat with, and somebody to tell."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from asgi_cluster.backends.redis.subscriber import Subscriber
+
+__all__ = ["Command", "Heartbeat", "Listener"]
+
+Command = tuple[str | bytes | int, ...]
+"""A command and its arguments."""
+
+
+class Heartbeat(Protocol):
+    """What is written on the subscriber's connection, over and over."""
+
+    def registration(self) -> Command:
+        """Makes the node known; answers anything but an error."""
+        ...
+
+    def beat(self) -> Command:
+        """Answers 1, or 0 when the node is not known (any more)."""
+        ...
+
+    def interrupted(self) -> None:
+        """The lease was not live without a break."""
+        ...
+
+
+class Listener(Protocol):
+    """Who is told. Called on the event loop; must not block."""
+
+    def heartbeat(self, subscriber: Subscriber) -> Heartbeat:
+        """What to beat with, at this moment."""
+        ...
+
+    def message(self, channel: str, payload: bytes) -> None:
+        """It came on one of our channels."""
+        ...
+
+    def gap(self, subscriber: Subscriber, reason: str, channels: frozenset[str]) -> None:
+        """Messages may have been lost on these channels.
+
+        Their lease is 0 already, or they have none any more.
+        """
+        ...
+
+    def acknowledged(self, subscriber: Subscriber, channels: frozenset[str]) -> None:
+        """From now on messages on these channels arrive."""
+        ...
+
+    def moved(self, subscriber: Subscriber) -> None:
+        """The server says that something lives elsewhere."""
+        ...
