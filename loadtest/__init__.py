@@ -1,0 +1,1 @@
+"""Measures asgi-cluster, and beside it what else there is: ``python -m loadtest --help``."""

@@ -1,0 +1,52 @@
+"""What an idle socket holds."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from loadtest.drive import Say
+from loadtest.generator import APP, ENDPOINT, Plan, Wire, crowd
+from loadtest.processes import Target, redis_server, targets
+from loadtest.results import Result
+
+ABOUT = "resident memory of idle sockets"
+
+
+def run(options: argparse.Namespace, say: Say) -> Result:
+    result = Result("memory", ABOUT, ["way", "sockets", "KB/socket", "after they left, MB", "before, MB"])
+    sockets = max(options.sockets)
+    kinds: list[tuple[str, str, Wire, float | None]] = [
+        ("bare uvicorn and Starlette", "plain-socket", APP, None),
+        ("built-in endpoint", "endpoint", ENDPOINT, 20.0),
+        ("app's own, cluster.accept", "app", APP, 24.0),
+    ]
+    with redis_server(options.redis) as url:
+        for name, kind, wire, budget in kinds:
+            say(f"{name}: {sockets} sockets")
+            with targets(kind, url, prefix="memory") as (target,):
+                per_socket, before, after = _hold(target, wire, sockets)
+            result.row(name, sockets, per_socket, after / 1e6, before / 1e6)
+            if budget is not None:
+                result.budget(f"{name}: {per_socket:.1f} KB, budget {budget:g}", per_socket <= budget)
+    result.notes.append("without permessage-deflate: the clients do not ask for it")
+    return result
+
+
+def _hold(target: Target, wire: Wire, sockets: int) -> tuple[float, int, int]:
+    # The first hundred pay for what is loaded and allocated once.
+    with crowd(Plan(wire, [target.port], 100)) as first:
+        first.wait_ready()
+        target.ask("/collect")
+        before = target.resident()
+        with crowd(Plan(wire, [target.port], sockets)) as clients:
+            clients.wait_ready(240)
+            target.ask("/collect")
+            time.sleep(1)  # what runs once after a handshake has run
+            held = target.resident()
+            report = clients.stop()
+        if report.closes:
+            raise RuntimeError(f"{len(report.closes)} idle sockets were closed: {report.closes[:3]}")
+        time.sleep(1)
+        target.ask("/collect")
+        return (held - before) / sockets / 1024, before, target.resident()
