@@ -134,6 +134,8 @@ class Cluster:
             node=self._current_node,
             deadline=deadline,
             ensure_started=self.ensure_started,
+            # On memory:// its work belongs to other loops, too, and goes with a socket there.
+            tasks=lambda: None if self.crosses_loops else self.tasks,
         )
         self.verifier = Verifier(
             self.service.store,

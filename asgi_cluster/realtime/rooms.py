@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +15,10 @@ from asgi_cluster.bus.messages import (
     Disconnect,
     Joined,
     Left,
-    MalformedMessage,
     Message,
     NodeDied,
     PayloadKind,
     Published,
-    decode,
     encode,
 )
 from asgi_cluster.config import RealtimeConfig
@@ -29,13 +27,12 @@ from asgi_cluster.ids import NodeId, new_token
 from asgi_cluster.realtime.attendance import Attendance
 from asgi_cluster.realtime.audience import Audience
 from asgi_cluster.realtime.connection import Connection
-from asgi_cluster.realtime.history import Entry, HistoryStore, Page, Position, open_envelope, seal_envelope
+from asgi_cluster.realtime.history import Entry, HistoryStore, Page, Position, seal_envelope
 from asgi_cluster.realtime.hub import Hub
-from asgi_cluster.realtime.packet import Packet
 from asgi_cluster.realtime.payload import encode_payload
 from asgi_cluster.realtime.presence import PresenceStore
-from asgi_cluster.realtime.protocol import ClientInfo, UnsubscribeCode, encode_push
-from asgi_cluster.realtime.publications import encode_publication
+from asgi_cluster.realtime.protocol import ClientInfo, UnsubscribeCode
+from asgi_cluster.realtime.reception import Reception
 from asgi_cluster.realtime.room import Publication, Room, RoomHistory, RoomMember
 from asgi_cluster.realtime.rules import (
     Connected,
@@ -46,7 +43,6 @@ from asgi_cluster.realtime.rules import (
     find_rule,
 )
 from asgi_cluster.realtime.sequence import Sequence as RoomSequence
-from asgi_cluster.realtime.socket import Socket
 from asgi_cluster.tasks import spawn
 
 __all__ = [
@@ -64,8 +60,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger("asgi_cluster.realtime")
-
-_IDS_KEPT = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +86,7 @@ class Rooms:
         node: Callable[[], NodeId],
         deadline: float,
         ensure_started: Callable[[str], None],
+        tasks: Callable[[], asyncio.TaskGroup | None],
     ) -> None:
         self._bus = bus
         self._history = history
@@ -101,9 +96,9 @@ class Rooms:
         self._node = node
         self._deadline = deadline
         self._ensure_started = ensure_started
+        self._tasks = tasks
+        self._reception = Reception(hub)
         bus.on_dead = self.report_dead
-        self._local_ids: OrderedDict[str, None] = OrderedDict()
-        self._complained: set[str] = set()
 
     def room(self, name: str) -> Room:
         """See ``Cluster.room``."""
@@ -164,17 +159,8 @@ class Rooms:
         except BusUnavailable:
             if self._config.on_bus_error != "local":
                 raise
-            self._publish_here(room, message)
+            self._reception.deliver_here(room, message)
             return None
-
-    def _publish_here(self, room: str, message: Published) -> None:
-        # It may have reached the bus after all, and must not be delivered twice.
-        self._local_ids[message.id] = None
-        if len(self._local_ids) > _IDS_KEPT:
-            self._local_ids.popitem(last=False)
-        audience = self._hub.audience(room)
-        if audience is not None:
-            self._deliver_published(audience, message, None, local=True)
 
     async def read(
         self, room: str, *, limit: int | None, since: Position | None, reverse: bool = False
@@ -326,8 +312,7 @@ class Rooms:
             room = audience.name
 
             def start(work: Coroutine[Any, Any, None]) -> None:
-                if not self._start(audience, work):
-                    work.close()
+                self._start(audience, work)
 
             audience.sequence = RoomSequence(
                 room,
@@ -336,92 +321,29 @@ class Rooms:
                 ttl=rule.history_ttl,
                 timeout=self._deadline,
                 lease=lambda: self._bus.room_lease(room),
-                deliver=lambda entry: self._deliver_entry(audience, entry),
-                lost=lambda: self._lost(audience),
+                deliver=lambda entry: self._reception.deliver(audience, entry.payload, entry.offset),
+                lost=lambda: self._reception.lost(audience),
                 spawn=start,
             )
         return audience.sequence
 
-    def _start(self, audience: Audience, work: Coroutine[Any, Any, None]) -> bool:
-        for member in self._hub.members(audience):
-            member.socket.call(_spawn, member.socket, work)
-            return True
-        return False
-
-    def _lost(self, audience: Audience) -> None:
-        """Publications are lost for the members here: they are told, and come back for what there is."""
-        members = self._hub.members(audience)
-        logger.warning(
-            "publications of a room were lost for its %d members here: they are told", len(members)
-        )
-        for member in members:
-            member.socket.call(member.lost, audience.name)
+    def _start(self, audience: Audience | None, work: Coroutine[Any, Any, None]) -> None:
+        """Run ``work`` in the cluster's task group; where there is none, in that of a member's socket."""
+        tasks = self._tasks()
+        if tasks is not None:
+            _spawn(tasks, work)
+            return
+        for found in self._hub.audiences() if audience is None else (audience,):
+            for member in self._hub.members(found):
+                member.socket.call(_spawn, member.socket.tasks, work)
+                return
+        work.close()  # nobody is here whom it could concern
 
     # In
 
     def receive(self, room: str, payload: bytes) -> None:
         """What the bus brought for a room. Raises nothing: the bus's reader has others to serve."""
-        audience = self._hub.audience(room)
-        if audience is not None:
-            try:
-                self._receive(audience, payload)
-            except Exception:
-                logger.exception("a room message could not be delivered")
-
-    def _receive(self, audience: Audience, payload: bytes) -> None:
-        try:
-            position, previous, body = open_envelope(payload)
-        except ValueError:
-            self._complain("a room message without envelope arrived (another version?)")
-            return
-        if position is None:
-            self._deliver(audience, body)
-        elif audience.sequence is None:
-            if not any(True for _ in self._hub.members(audience)):
-                return  # somebody is about to enter, and reads history after this
-            self._complain("a room has history on another node and none here: the nodes' rules differ")
-            self._deliver(audience, body)
-        else:
-            audience.sequence.receive(position, previous, body)
-
-    def _complain(self, what: str) -> None:
-        if what not in self._complained:
-            self._complained.add(what)
-            logger.warning("%s", what)
-
-    def _deliver_entry(self, audience: Audience, entry: Entry) -> None:
-        self._deliver(audience, entry.payload, entry.offset)
-
-    def _deliver(self, audience: Audience, body: bytes, offset: int | None = None) -> None:
-        try:
-            message = decode(body)
-        except MalformedMessage:
-            self._complain("a room message could not be decoded (another version?)")
-            return
-        match message:
-            case Published():
-                if message.id in self._local_ids:
-                    del self._local_ids[message.id]
-                    return
-                self._deliver_published(audience, message, offset)
-            case Joined() | Left():
-                name = "join" if isinstance(message, Joined) else "leave"
-                push = Packet(encode_push(name, {"info": msgspec.Raw(message.info)}, channel=audience.name))
-                audience.deliver(None, push)
-            case Disconnect():
-                for member in self._hub.members(audience):
-                    if message.user is None or member.user_id == message.user:
-                        member.socket.call(member.expelled, audience.name, message.code, message.reason)
-            case _:
-                self._complain("a message arrived in a room that does not belong in one")
-
-    def _deliver_published(
-        self, audience: Audience, message: Published, offset: int | None, *, local: bool = False
-    ) -> None:
-        bare = Packet(message.data, binary=message.kind == "b") if audience.bare else None
-        encoded = encode_publication(audience.name, message, offset, local=local) if audience.pushed else None
-        push = None if encoded is None else Packet(encoded)
-        audience.deliver(bare, push, key=message.key, exclude=message.exclude)
+        self._reception.receive(room, payload)
 
     def gap(self, rooms: frozenset[str] | None) -> None:
         """Publications may have been missed."""
@@ -434,7 +356,7 @@ class Rooms:
         for audience in self._hub.audiences():
             if audience.sequence is not None and (rooms is None or audience.name in rooms):
                 audience.sequence.restored()
-        self._somewhere(self._attendance.restore(self._hub.connections))
+        self._start(None, self._attendance.restore(self._hub.connections))
 
     def node_died(self, node: str, incarnation: str) -> None:
         """A node is dead, as the registry found: take its people out of the rooms that have members here."""
@@ -442,8 +364,7 @@ class Rooms:
             found = self.rule(audience.name)
             if found is not None and found[0].presence:
                 work = self._reap(audience.name, node, incarnation, found[0].join_leave)
-                if not self._start(audience, work):
-                    work.close()
+                self._start(audience, work)
 
     async def _reap(self, room: str, node: str, incarnation: str, tell: bool) -> None:
         try:
@@ -457,21 +378,14 @@ class Rooms:
     def report_dead(self, node: str, incarnation: str) -> None:
         """This node's registry removed a dead node: every node is told, because each knows its own rooms."""
         payload = encode(NodeDied(node, incarnation, self._node()))
-        self._somewhere(self._bus.publish_bucket(0, payload, timeout=self._deadline))
-
-    def _somewhere(self, work: Coroutine[Any, Any, None]) -> None:
-        for audience in self._hub.audiences():
-            if self._start(audience, work):
-                return
-        # Without a room with members here there is nobody whose presence could be at stake.
-        work.close()
+        self._start(None, self._bus.publish_bucket(0, payload, timeout=self._deadline))
 
     def __repr__(self) -> str:
         return f"<Rooms, {len(self._hub.audiences())} with members here>"
 
 
-def _spawn(socket: Socket, work: Coroutine[Any, Any, None]) -> None:
+def _spawn(tasks: asyncio.TaskGroup, work: Coroutine[Any, Any, None]) -> None:
     try:
-        spawn(socket.tasks, work, name="asgi-cluster rooms")
+        spawn(tasks, work, name="asgi-cluster rooms")
     except RuntimeError:
         return  # the node is stopping

@@ -1,0 +1,112 @@
+"""What the bus brings for rooms, handed to their members here."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+
+import msgspec
+
+from asgi_cluster.bus.messages import Disconnect, Joined, Left, MalformedMessage, Published, decode
+from asgi_cluster.realtime.audience import Audience
+from asgi_cluster.realtime.history import open_envelope
+from asgi_cluster.realtime.hub import Hub
+from asgi_cluster.realtime.packet import Packet
+from asgi_cluster.realtime.protocol import encode_push
+from asgi_cluster.realtime.publications import encode_publication
+
+__all__ = ["Reception"]
+
+logger = logging.getLogger("asgi_cluster.realtime")
+
+_IDS_KEPT = 1024
+
+
+class Reception:
+    """From bytes to deliveries. Synchronous."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._local_ids: OrderedDict[str, None] = OrderedDict()
+        self._complained: set[str] = set()
+
+    def receive(self, room: str, payload: bytes) -> None:
+        """What the bus brought for a room. Raises nothing: the bus's reader has others to serve."""
+        audience = self._hub.audience(room)
+        if audience is not None:
+            try:
+                self._receive(audience, payload)
+            except Exception:
+                logger.exception("a room message could not be delivered")
+
+    def _receive(self, audience: Audience, payload: bytes) -> None:
+        try:
+            position, previous, body = open_envelope(payload)
+        except ValueError:
+            self._complain("a room message without envelope arrived (another version?)")
+            return
+        if position is None:
+            self.deliver(audience, body)
+        elif audience.sequence is None:
+            if not any(True for _ in self._hub.members(audience)):
+                return  # somebody is about to enter, and reads history after this
+            self._complain("a room has history on another node and none here: the nodes' rules differ")
+            self.deliver(audience, body)
+        else:
+            audience.sequence.receive(position, previous, body)
+
+    def _complain(self, what: str) -> None:
+        if what not in self._complained:
+            self._complained.add(what)
+            logger.warning("%s", what)
+
+    def deliver(self, audience: Audience, body: bytes, offset: int | None = None) -> None:
+        """Hand one encoded message, of whatever kind, to the members here."""
+        try:
+            message = decode(body)
+        except MalformedMessage:
+            self._complain("a room message could not be decoded (another version?)")
+            return
+        match message:
+            case Published():
+                if message.id in self._local_ids:
+                    del self._local_ids[message.id]
+                    return
+                self._deliver_published(audience, message, offset)
+            case Joined() | Left():
+                name = "join" if isinstance(message, Joined) else "leave"
+                push = Packet(encode_push(name, {"info": msgspec.Raw(message.info)}, channel=audience.name))
+                audience.deliver(None, push)
+            case Disconnect():
+                for member in self._hub.members(audience):
+                    if message.user is None or member.user_id == message.user:
+                        member.socket.call(member.expelled, audience.name, message.code, message.reason)
+            case _:
+                self._complain("a message arrived in a room that does not belong in one")
+
+    def _deliver_published(
+        self, audience: Audience, message: Published, offset: int | None, *, local: bool = False
+    ) -> None:
+        bare = Packet(message.data, binary=message.kind == "b") if audience.bare else None
+        encoded = encode_publication(audience.name, message, offset, local=local) if audience.pushed else None
+        push = None if encoded is None else Packet(encoded)
+        audience.deliver(bare, push, key=message.key, exclude=message.exclude)
+
+    def deliver_here(self, room: str, message: Published) -> None:
+        """What could not be handed to the bus, for the members here (``on_bus_error="local"``)."""
+        # It may have reached the bus after all, and must not be delivered twice.
+        self._local_ids[message.id] = None
+        if len(self._local_ids) > _IDS_KEPT:
+            self._local_ids.popitem(last=False)
+        audience = self._hub.audience(room)
+        if audience is not None:
+            self._deliver_published(audience, message, None, local=True)
+
+    def lost(self, audience: Audience) -> None:
+        """Publications are lost for the members here: they are told, and come back for what there is."""
+        members = self._hub.members(audience)
+        logger.warning(
+            "publications of a room were lost for its %d members here: they are told", len(members)
+        )
+        for member in members:
+            member.socket.call(member.lost, audience.name)
