@@ -23,7 +23,7 @@ from loadtest.processes import HOST
 from loadtest.target import MARK
 
 _MARK = MARK.encode()
-_TIME = re.compile(rb'\\?"t\\?":(\d+)')
+_TIME = re.compile(rb'\\?"t\\?": ?(\d+)')
 _READY, _RECEIVED, _CLOSED, _FAILED = range(4)
 _AT_ONCE = 100  # handshakes under way
 
