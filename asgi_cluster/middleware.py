@@ -64,6 +64,9 @@ class ClusterMiddleware:
         if kind not in ("http", "websocket") or SCOPE_KEY in scope:
             await self.app(scope, receive, send)
             return
+        if self._scope_key is not None and self._scope_key in scope:
+            # Another session middleware is around us: it must not find our session in its scope, and sign it into its cookie.
+            scope = {**scope}
         session = Session(self.cluster.service, scope)
         credentials = self._cookie.read(scope["headers"])
         if credentials is not None:
