@@ -160,6 +160,10 @@ class Socket:
     async def _send_close(self, outbox: Outbox | None) -> None:
         if outbox is not None:
             await outbox.idle()
+        if self._receiving is not None and not self._receiving.done():
+            # granian sends nothing while a receive is pending. What the client says now is not read any more.
+            self._receiving.cancel()
+            await asyncio.sleep(0)
         await self.send({"type": "websocket.close", "code": self.close_code, "reason": self.close_reason})
 
     async def _finish_close(self, rest: Awaitable[None]) -> None:
@@ -248,9 +252,13 @@ class Socket:
                 self._receiving = self.loop.create_future()
                 spawn(self.tasks, self._receive_into(self._receiving, receive), name="asgi-cluster receive")
             await asyncio.wait((closing, self._receiving), return_when=asyncio.FIRST_COMPLETED)
-        if self._receiving is not None and self._receiving.done():
             received, self._receiving = self._receiving, None
-            return received.result()
+            if received.done() and not received.cancelled():
+                return received.result()
+            if not received.done():
+                self._receiving = received
+            elif not closing.done():
+                await asyncio.wait((closing,))
         return {"type": "websocket.disconnect", "code": self.close_code or 1006, "reason": self.close_reason}
 
     async def _receive_into(self, target: asyncio.Future[Message], receive: Receive) -> None:

@@ -77,6 +77,11 @@ async def test_user_disconnect_closes_socket(
         async with node.raw(path="/ws") as client:
             await eventually(lambda: cluster.stats().realtime.connections == 1)
             assert cluster.stats().realtime.direct == 0
+            await client.ws.send("hallo")
+            if kind != "catch":
+                await client.ws.recv()
+            for _ in range(20):
+                await asyncio.sleep(0)  # now the app waits for the next message
             await cluster.user("ada").disconnect(4501, "bye")
             assert await client.drained() == (4501, "bye")
             # By itself: the client has not gone yet.
