@@ -47,20 +47,20 @@ logger = logging.getLogger("asgi_cluster")
 class Cluster:
     """This process's membership in a cluster of nodes that share sessions and rooms.
 
-    Pass it to ``ClusterMiddleware``, which starts and stops it in ASGI lifespan, or enter it with ``async with cluster:``.
-    It can be started again after it was stopped, on another event loop too. ``memory://`` needs no start.
+    Pass it to ``ClusterMiddleware``, which starts and stops it in ASGI lifespan, or enter it with ``async
+    with cluster:``. It can be started again after it was stopped, on another event loop too. ``memory://``
+    needs no start.
 
     Args:
-        url: ``memory://``, ``redis://``, ``rediss://``, ``unix://``, ``redis+sentinel://`` or ``redis+cluster://``. ``None``: the
+        url: ``memory://``, ``redis://``, ``rediss://``, ``unix://``, ``redis+sentinel://`` or
+        ``redis+cluster://``. ``None``: the
             environment variable ``ASGI_CLUSTER_URL``, else ``memory://``.
         prefix: starts every key and channel name; clusters with different prefixes do not see each other.
-        node_label: readable part of the node id (``label-pid-random``); ``None``: the host name.
-        listen: False for a publisher outside the web: no subscriber, no registration, no sockets.
-        deadline: seconds of Redis work per request, in all; at most ``sessions.cache.lease``.
-        rooms_url: a Redis of its own for rooms; ``None``: the same one.
-        identify: ``(scope) -> str | None``, sync or async: names the user of a socket when the session does not.
-        sessions: see ``SessionConfig``.
-        realtime: see ``RealtimeConfig``.
+        node_label: readable part of the node id (``label-pid-random``); ``None``: the host name. listen:
+        False for a publisher outside the web: no subscriber, no registration, no sockets. deadline: seconds
+        of Redis work per request, in all; at most ``sessions.cache.lease``. rooms_url: a Redis of its own for
+        rooms; ``None``: the same one. identify: ``(scope) -> str | None``, sync or async: names the user of a
+        socket when the session does not. sessions: see ``SessionConfig``. realtime: see ``RealtimeConfig``.
         ssl_context: for ``rediss://`` and its relatives; ``None``: the system's defaults.
         credential_provider: a redis-py ``CredentialProvider``, in place of user and password in the URL.
 
@@ -87,7 +87,7 @@ class Cluster:
         self.realtime = realtime or RealtimeConfig()
         if not 0 < deadline <= sessions.cache.lease:
             raise ValueError(
-                f"deadline must be above 0 and at most the lease ({sessions.cache.lease:g} s), not {deadline!r}: "
+                f"deadline must be above 0 and at most the lease ({sessions.cache.lease:g}), not {deadline!r}: "
                 "a write whose outcome is unknown has to be settled before a cached read may be trusted again"
             )
         if not re.fullmatch(r"[A-Za-z0-9_.:-]{1,64}", prefix):
@@ -108,7 +108,9 @@ class Cluster:
             credential_provider=credential_provider,
         )
         if not url and not os.environ.get("ASGI_CLUSTER_URL") and _has_siblings():
-            logger.warning("several workers, and no URL for their cluster: memory:// does not leave this process")
+            logger.warning(
+                "several workers, and no URL for their cluster: memory:// does not leave this process"
+            )
         bus = self._backend.bus
         cache = SessionCache(
             bus.lease,
@@ -153,7 +155,9 @@ class Cluster:
             node=self._current_node,
             verify=self.verifier.wake,
         )
-        self._reach = Reach(service=self.service, bus=bus, node=self._current_node, encode_payload=encode_payload)
+        self._reach = Reach(
+            service=self.service, bus=bus, node=self._current_node, encode_payload=encode_payload
+        )
         self.endpoint = Endpoint(self)
         self.tasks: asyncio.TaskGroup | None = None
         """Owned by the supervisor while the cluster is started; ``None`` otherwise."""
@@ -193,17 +197,17 @@ class Cluster:
         headers: Iterable[tuple[bytes, bytes]] = (),
         user_id: str | None = None,
     ) -> AbstractAsyncContextManager[Connection]:
-        """Accept a WebSocket of the app's own and make it a member of the cluster: ``async with cluster.accept(ws) as connection``.
+        """Accept a WebSocket of the app's own and make it a member of the cluster: ``async with
+        cluster.accept(ws) as connection``.
 
-        ``websocket`` has ``scope``, ``receive`` and ``send`` (Starlette, FastAPI, Litestar), or is a tuple of the three. It may be
-        accepted already. ``user_id`` names the user when the session does not. The connection is closed with 1000 on leaving.
+        ``websocket`` has ``scope``, ``receive`` and ``send`` (Starlette, FastAPI, Litestar), or is a tuple of
+        the three. It may be accepted already. ``user_id`` names the user when the session does not. The
+        connection is closed with 1000 on leaving.
 
         Raises:
             RuntimeError: no ``ClusterMiddleware`` with this cluster is around the app.
         """
-        return accept(
-            websocket, self, subprotocol=subprotocol, headers=tuple(headers), user_id=user_id
-        )
+        return accept(websocket, self, subprotocol=subprotocol, headers=tuple(headers), user_id=user_id)
 
     # Lifetime
 
@@ -211,8 +215,8 @@ class Cluster:
         """Start: returns when sessions can be read and messages arrive.
 
         Raises:
-            StoreUnavailable, BusUnavailable: Redis cannot be reached, refuses us or is too old; says what and where.
-            RuntimeError: already started, or not on asyncio.
+            StoreUnavailable, BusUnavailable: Redis cannot be reached, refuses us or is too old; says what and
+            where. RuntimeError: already started, or not on asyncio.
         """
         try:
             loop = asyncio.get_running_loop()
@@ -223,7 +227,8 @@ class Cluster:
         self._new_node()
         self.draining = False
         started: asyncio.Future[None] = loop.create_future()
-        # The one task that no group owns: it owns the group, so that start and stop may come from different tasks.
+        # The one task that no group owns: it owns the group, so that start and stop may come from different
+        # tasks.
         self._supervisor = loop.create_task(self._supervise(started), name="asgi-cluster supervisor")
         try:
             await asyncio.shield(started)
@@ -246,10 +251,12 @@ class Cluster:
             raise error
 
     async def drain(self, seconds: float) -> None:
-        """Close this node's sockets with 3001, spread over ``seconds``, so that their clients do not come back all at once.
+        """Close this node's sockets with 3001, spread over ``seconds``, so that their clients do not come
+        back all at once.
 
-        From now on ``ready`` is false, and new sockets are closed right after their handshake: clients of the official SDKs and
-        of ``client.js`` try again with backoff, and find another node. Requests go on being answered.
+        From now on ``ready`` is false, and new sockets are closed right after their handshake: clients of the
+        official SDKs and of ``client.js`` try again with backoff, and find another node. Requests go on being
+        answered.
         """
         if seconds < 0:
             raise ValueError(f"seconds must be at least 0, not {seconds!r}")
@@ -268,7 +275,9 @@ class Cluster:
                 self.tasks = tasks
                 with ExitStack() as stack:
                     if self.realtime.drain is not None:
-                        stack.enter_context(draining_on_sigterm(partial(self.drain, self.realtime.drain), tasks))
+                        stack.enter_context(
+                            draining_on_sigterm(partial(self.drain, self.realtime.drain), tasks)
+                        )
                     verification = tasks.create_task(self.verifier.run(), name="asgi-cluster verification")
                     logger.info("node %s started", node)
                     started.set_result(None)
@@ -300,7 +309,9 @@ class Cluster:
         return self._backend.crosses_loops
 
     def ensure_started(self, action: str) -> None:
-        """Raises ``NotStarted`` when ``action`` needs a start. Attaches a ``memory://`` node that nobody started."""
+        """Raises ``NotStarted`` when ``action`` needs a start. Attaches a ``memory://`` node that nobody
+        started.
+        """
         if self.tasks is not None:
             return
         if self._backend.needs_start:
@@ -330,8 +341,9 @@ class Cluster:
     def ready(self) -> bool:
         """Whether this node should get traffic.
 
-        False before start, while draining, and for a deaf node: the store answers and the bus's echo does not. True, though degraded, when Redis
-        does not answer at all: taking every node out for that would take anonymous traffic down too.
+        False before start, while draining, and for a deaf node: the store answers and the bus's echo does
+        not. True, though degraded, when Redis does not answer at all: taking every node out for that would
+        take anonymous traffic down too.
         """
         startable = self.started or not self._backend.needs_start
         return startable and not self.draining and self._backend.ready
@@ -358,7 +370,8 @@ class Cluster:
 
 
 def get_session(connection: HTTPConnection) -> Session:
-    """The session of a request or WebSocket: anything with a ``scope``, or the scope itself. Also a FastAPI dependency.
+    """The session of a request or WebSocket: anything with a ``scope``, or the scope itself. Also a FastAPI
+    dependency.
 
     Raises:
         RuntimeError: no ``ClusterMiddleware`` is around this app.

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from asgi_cluster.realtime.rooms import ConnectRequest, RoomRule
     from asgi_cluster.realtime.connection import Connection
+    from asgi_cluster.realtime.rooms import ConnectRequest, RoomRule
 
 __all__ = ["CacheConfig", "CookieConfig", "RealtimeConfig", "SessionConfig"]
 
@@ -32,13 +32,17 @@ class CookieConfig:
     """How the session cookie is written (RFC 6265bis). It is always ``HttpOnly``."""
 
     name: str = "session"
-    """The cookie's name, without prefix. With ``secure``, no ``domain`` and ``path="/"`` it goes out as ``__Host-<name>``."""
+    """The cookie's name, without prefix. With ``secure``, no ``domain`` and ``path="/"`` it goes out as
+    ``__Host-<name>``.
+    """
     secure: bool = True
     """Send over https only. Browsers make an exception for localhost; other clients do not."""
     same_site: Literal["lax", "strict", "none"] = "lax"
     """``none`` needs ``secure``."""
     domain: str | None = None
-    """``None``: this host alone. A domain shares the session with its subdomains and drops the ``__Host-`` prefix."""
+    """``None``: this host alone. A domain shares the session with its subdomains and drops the ``__Host-``
+    prefix.
+    """
     path: str = "/"
     """The cookie's path. Anything but ``/`` drops the ``__Host-`` prefix."""
     partitioned: bool = False
@@ -48,7 +52,9 @@ class CookieConfig:
         if not _COOKIE_NAME.fullmatch(self.name):
             raise ValueError(f"cookie name must be an RFC 6265 token, not {self.name!r}")
         if self.name.startswith(("__Host-", "__Secure-")):
-            raise ValueError("cookie name must not carry a __Host- or __Secure- prefix: it is added when it applies")
+            raise ValueError(
+                "cookie name must not carry a __Host- or __Secure- prefix: it is added when it applies"
+            )
         _one_of("same_site", self.same_site, ("lax", "strict", "none"))
         if not self.path.startswith("/") or any(c in self.path for c in ";\r\n"):
             raise ValueError(f"cookie path must start with '/' and hold no ';', not {self.path!r}")
@@ -89,17 +95,23 @@ class SessionConfig:
     """Server-side sessions."""
 
     scope_key: str | None = "session"
-    """The scope key the app finds its session under. ``None`` leaves that key alone (Django); use ``get_session``."""
+    """The scope key the app finds its session under. ``None`` leaves that key alone (Django); use
+    ``get_session``.
+    """
     idle_timeout: float = 7200.0
     """Seconds without a request after which a session ends."""
     absolute_timeout: float = 43200.0
-    """Seconds after which a session ends however busy it is; ``login(lifetime=…)`` sets both for one session."""
+    """Seconds after which a session ends however busy it is; ``login(lifetime=…)`` sets both for one."""
     rotate_grace: float = 10.0
     """Seconds for which the old secret is still good after ``rotate()``, for requests already under way."""
     conflict: Literal["merge", "error"] = "merge"
-    """Parallel requests: ``merge`` their changes key by key, or ``error``: raise ``SessionConflict`` for the later one."""
+    """Parallel requests: ``merge`` their changes key by key, or ``error``: raise ``SessionConflict`` for the
+    later one.
+    """
     on_store_error: Literal["unavailable", "anonymous", "stale"] = "unavailable"
-    """A session that cannot be read: 503 at first access, an empty session, or the last cached state up to ``stale_for``."""
+    """A session that cannot be read: 503 at first access, an empty session, or the last cached state up to
+    ``stale_for``.
+    """
     stale_for: float = 60.0
     """Seconds after its last confirmed read for which ``on_store_error="stale"`` serves an entry."""
     max_bytes: int = 65_536
@@ -129,11 +141,13 @@ class RealtimeConfig:
     """Rooms, the built-in endpoint and every WebSocket of the wrapped app."""
 
     path: str | None = "/realtime"
-    """Where the built-in endpoint lives (``<path>/websocket``, ``<path>/client.js``). ``None`` turns it off."""
+    """Where the built-in endpoint lives (``<path>/websocket``, ``<path>/client.js``); ``None``: nowhere."""
     rules: Sequence[RoomRule] = ()
     """Which rooms clients may subscribe to and publish in. Without a rule a room is closed to clients."""
     connect: Callable[[ConnectRequest], Any] | None = None
-    """``(ConnectRequest) -> str | None`` or awaitable: may name the user (a token of the app's own), or raise ``NotPermitted``."""
+    """``(ConnectRequest) -> str | None`` or awaitable: may name the user (a token of the app's own), or raise
+    ``NotPermitted``.
+    """
     rpc: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     """``{"method": f}``: ``f(connection, data)`` or awaitable; its result goes back to the client."""
     on_connect: Callable[[Connection], Awaitable[None] | None] | None = None
@@ -141,11 +155,15 @@ class RealtimeConfig:
     on_disconnect: Callable[[Connection, int, str], Awaitable[None] | None] | None = None
     """Called with the close code and reason when a client of the built-in endpoint is gone."""
     on_message: Callable[[Connection, Any], Awaitable[None] | None] | None = None
-    """Called with what a client of the built-in endpoint sends without wanting an answer; ``None`` closes it with 3508."""
+    """Called with what a client of the built-in endpoint sends without wanting an answer; ``None`` closes it
+    with 3508.
+    """
     allowed_origins: Sequence[str] | None = None
-    """``None``: the same host as the request. Else full origins (``https://app.example``); ``*`` allows every one."""
+    """``None``: the same host as the request. Else full origins (``https://app.example``); ``*`` allows every
+    one.
+    """
     on_bus_error: Literal["raise", "local"] = "raise"
-    """A broadcast that cannot reach the bus raises ``BusUnavailable``, or reaches this node's members only."""
+    """A broadcast that cannot reach the bus raises ``BusUnavailable``, or reaches only members here."""
     ping_interval: float = 25.0
     """Seconds between protocol pings to each client of the built-in endpoint."""
     pong_timeout: float = 10.0
@@ -161,7 +179,9 @@ class RealtimeConfig:
     max_rooms: int = 128
     """Rooms one connection may be in; more is error 106."""
     max_commands_per_second: float = 100.0
-    """Commands per second a client may send over time (bursts of ten seconds' worth pass); more closes it with 3013."""
+    """Commands per second a client may send over time (bursts of ten seconds' worth pass); more closes it
+    with 3013.
+    """
     max_connections_per_user: int | None = None
     """Connections one user may have to the built-in endpoint in the whole cluster; ``None``: no limit."""
     max_connections_per_session: int | None = None
@@ -171,7 +191,9 @@ class RealtimeConfig:
     close_timeout: float = 2.0
     """Seconds a forced close may take before the transport is cut."""
     drain: float | None = None
-    """Seconds over which SIGTERM spreads the closing of sockets before the server stops; ``None``: not at all."""
+    """Seconds over which SIGTERM spreads the closing of sockets before the server stops; ``None``: not at
+    all.
+    """
 
     def __post_init__(self) -> None:
         _positive(
@@ -203,4 +225,6 @@ class RealtimeConfig:
         for earlier, rule in enumerate(self.rules):
             for other in self.rules[:earlier]:
                 if other.covers(rule):
-                    raise ValueError(f"room rule {rule.pattern!r} can never match: {other.pattern!r} comes first")
+                    raise ValueError(
+                        f"room rule {rule.pattern!r} can never match: {other.pattern!r} comes first"
+                    )

@@ -1,4 +1,6 @@
-"""What happens when the bus brings something: one straight line from the message to cache, hub and acknowledgement."""
+"""What happens when the bus brings something: one straight line from the message to cache, hub and
+acknowledgement.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ logger = logging.getLogger("asgi_cluster.dispatch")
 
 
 class Dispatch:
-    """The bus's receiver. Synchronous: what it does is done when it returns, so that the echo's reply comes after it."""
+    """The bus's receiver. Synchronous: what it does is done when it returns, so that the echo's reply comes
+    after it.
+    """
 
     def __init__(
         self,
@@ -60,7 +64,9 @@ class Dispatch:
             # It may have been an invalidation: whatever is cached may be stale now.
             self.malformed += 1
             if self.malformed == 1:
-                logger.error("a session message could not be decoded (another version?): dropping the cache each time")
+                logger.error(
+                    "a session message could not be decoded (another version?): dropping the cache each time"
+                )
             self._cache.flush()
             self._verify()
             return

@@ -1,7 +1,8 @@
 """Leaving without a crowd: on SIGTERM the sockets are closed a few at a time, and then the server is told.
 
-uvicorn closes every socket with 1012 in the same moment, before ``lifespan.shutdown`` gives anybody a chance, and all clients come
-back at once. So we take the signal first, drain, and hand it on to the handler that was there.
+uvicorn closes every socket with 1012 in the same moment, before ``lifespan.shutdown`` gives anybody a chance,
+and all clients come back at once. So we take the signal first, drain, and hand it on to the handler that was
+there.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ logger = logging.getLogger("asgi_cluster.draining")
 
 @contextmanager
 def draining_on_sigterm(drain: Callable[[], Awaitable[None]], tasks: asyncio.TaskGroup) -> Iterator[None]:
-    """While entered, the first SIGTERM runs ``drain`` in ``tasks`` and then the previous handler; the second one does so at once.
+    """While entered, the first SIGTERM runs ``drain`` in ``tasks`` and then the previous handler; the second
+    one does so at once.
 
-    Without a handler that can be called (a server that is run from code, or in a thread) nothing is changed: call
-    ``await cluster.drain(seconds)`` there.
+    Without a handler that can be called (a server that is run from code, or in a thread) nothing is changed:
+    call ``await cluster.drain(seconds)`` there.
     """
     previous = signal.getsignal(signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread() or not callable(previous):
-        logger.warning("RealtimeConfig(drain=…) found no SIGTERM handler to chain: call cluster.drain() before stopping")
+        logger.warning(
+            "RealtimeConfig(drain=…) found no SIGTERM handler to chain: call cluster.drain() before stopping"
+        )
         yield
         return
     hand_on: Callable[[int, FrameType | None], object] = previous
@@ -58,7 +62,8 @@ def draining_on_sigterm(drain: Callable[[], Awaitable[None]], tasks: asyncio.Tas
         yield
     finally:
         if draining is not None:
-            draining.cancel()  # told twice, or stopped in another way: whoever stops does not wait for the rest of the drain
+            # Told twice, or stopped in another way: whoever stops does not wait for the rest of the drain.
+            draining.cancel()
         # Somebody may have chained us in turn: then their handler stays.
         if signal.getsignal(signal.SIGTERM) is handler:
             signal.signal(signal.SIGTERM, previous)

@@ -1,8 +1,9 @@
 """The ASGI middleware: a session for every request, every WebSocket registered, and the cluster's lifetime.
 
-HTTP: the session is read before the app is called and saved on ``http.response.start``. WebSocket: the same, and on
-``websocket.accept`` the socket is registered *before* its session is read again, so that a logout either finds the socket or is
-seen by the read. Lifespan: the cluster is ready before the app's own startup and stops after its shutdown.
+HTTP: the session is read before the app is called and saved on ``http.response.start``. WebSocket: the same,
+and on ``websocket.accept`` the socket is registered *before* its session is read again, so that a logout
+either finds the socket or is seen by the read. Lifespan: the cluster is ready before the app's own startup
+and stops after its shutdown.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class ClusterMiddleware:
             await self.app(scope, receive, send)
             return
         if self._scope_key is not None and self._scope_key in scope:
-            # Another session middleware is around us: it must not find our session in its scope, and sign it into its cookie.
+            # Another session middleware is around us: it must not find our session in its scope, and sign it
+            # into its cookie.
             scope = {**scope}
         session = Session(self.cluster.service, scope)
         credentials = self._cookie.read(scope["headers"])
@@ -156,8 +158,9 @@ class ClusterMiddleware:
             session.clear()
         elif current is not None:
             raise TypeError(
-                f"scope[{self._scope_key!r}] was replaced by a {type(current).__module__}.{type(current).__name__}: another "
-                "session middleware is inside ClusterMiddleware. Remove it, or set SessionConfig(scope_key=None) and use get_session()."
+                f"scope[{self._scope_key!r}] was replaced by a {type(current).__module__}."
+                f"{type(current).__name__}: another session middleware is inside ClusterMiddleware. "
+                "Remove it, or set SessionConfig(scope_key=None) and use get_session()."
             )
         scope[self._scope_key] = session
 
@@ -166,8 +169,9 @@ class ClusterMiddleware:
         if self._cookie.secure and scope.get("scheme") in ("http", "ws") and not self.cluster.warned_insecure:
             self.cluster.warned_insecure = True
             logger.warning(
-                "a Secure session cookie was set over plain http: clients other than browsers on localhost will not send it "
-                "back. Behind a TLS proxy let the server trust its X-Forwarded-Proto; for tests use base_url='https://…'."
+                "a Secure session cookie was set over plain http: clients other than browsers on localhost "
+                "will not send it back. Behind a TLS proxy let the server trust its X-Forwarded-Proto; "
+                "for tests use base_url='https://…'."
             )
 
 
@@ -304,7 +308,9 @@ class _Handshake:
 
 
 class SocketClosed(OSError):
-    """``send`` on a WebSocket that the cluster has closed (ASGI: ``send`` raises ``OSError`` after a disconnect)."""
+    """``send`` on a WebSocket that the cluster has closed (ASGI: ``send`` raises ``OSError`` after a
+    disconnect).
+    """
 
     def __init__(self, code: int) -> None:
         self.code = code

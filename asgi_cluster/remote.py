@@ -55,13 +55,16 @@ class RemoteSession:
         self.handle = handle
 
     async def logout(self, reason: str = "logged out", timeout: float = 1.0) -> LogoutReceipt:
-        """End it on every node and close its sockets with 4501. Raises ``StoreUnavailable`` as ``Session.logout``."""
+        """End it on every node and close its sockets with 4501. Raises ``StoreUnavailable`` as
+        ``Session.logout``.
+        """
         return await self._reach.service.end(
             self.handle, code=CloseCode.SESSION_ENDED, reason=reason, timeout=timeout
         )
 
     async def send(self, data: Any) -> None:
-        """Send ``data`` to every socket of this session, at most once each; a socket that is not connected misses it.
+        """Send ``data`` to every socket of this session, at most once each; a socket that is not connected
+        misses it.
 
         Raises:
             BusUnavailable: it could not be handed to the bus.
@@ -113,12 +116,18 @@ class RemoteUser:
         return RemoteSession(self._reach, checked)
 
     async def logout(
-        self, *, exclude: Session | str | None = None, reason: str = "logged out everywhere", timeout: float = 1.0
+        self,
+        *,
+        exclude: Session | str | None = None,
+        reason: str = "logged out everywhere",
+        timeout: float = 1.0,
     ) -> LogoutReceipt:
-        """End every session of this user but ``exclude`` (a session or its handle), and close their sockets with 4501.
+        """End every session of this user but ``exclude`` (a session or its handle), and close their sockets
+        with 4501.
 
-        Sockets of this user without a session of ours (``identify=``) are closed too. One round trip, and then the
-        acknowledgements, at most ``timeout`` seconds. Raises ``StoreUnavailable`` as ``Session.logout``.
+        Sockets of this user without a session of ours (``identify=``) are closed too. One round trip, and
+        then the acknowledgements, at most ``timeout`` seconds. Raises ``StoreUnavailable`` as
+        ``Session.logout``.
         """
         keep = exclude.handle if isinstance(exclude, Session) else exclude
         return await self._reach.service.end_all(
@@ -136,7 +145,9 @@ class RemoteUser:
         await _publish(self._reach, bucket_of(self.id), encode(message))
 
     async def disconnect(self, code: int = 3503, reason: str = "force disconnect") -> None:
-        """Close every socket of this user; the sessions go on. ``code`` as in ``codes.CloseCode``. Raises ``BusUnavailable``."""
+        """Close every socket of this user; the sessions go on. ``code`` as in ``codes.CloseCode``. Raises
+        ``BusUnavailable``.
+        """
         if not 3000 <= code <= 4999:
             raise ValueError(f"a close code is 3000 to 4999, not {code!r}")
         message = Disconnect(self.id, None, None, code, reason, self._reach.node())

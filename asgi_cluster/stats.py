@@ -14,7 +14,9 @@ __all__ = ["ClusterStats"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterStats:
-    """A snapshot of one node, counted since the cluster object was made; cheap enough to take at every scrape."""
+    """A snapshot of one node, counted since the cluster object was made; cheap enough to take at every
+    scrape.
+    """
 
     node: NodeId | None
     """``None`` before the first start."""

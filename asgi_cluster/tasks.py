@@ -16,11 +16,14 @@ async def _guarded(coroutine: Coroutine[Any, Any, object], name: str) -> None:
     try:
         await coroutine
     except Exception:
-        # A TaskGroup cancels everything when one child raises; one socket's bug must not end the node's other work.
+        # A TaskGroup cancels everything when one child raises; one socket's bug must not end the node's other
+        # work.
         logger.exception("%s failed", name)
 
 
-def spawn(group: asyncio.TaskGroup, coroutine: Coroutine[Any, Any, object], *, name: str) -> asyncio.Task[None]:
+def spawn(
+    group: asyncio.TaskGroup, coroutine: Coroutine[Any, Any, object], *, name: str
+) -> asyncio.Task[None]:
     """Run ``coroutine`` as a child of ``group``; an exception is logged and ends only this task.
 
     Raises:

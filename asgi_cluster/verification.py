@@ -1,7 +1,7 @@
 """Whether the sessions of open sockets still live.
 
-A logout closes sockets through the bus. What the bus may have lost is found here: after every gap, once a minute anyhow, and
-when a session's time is up, the store is asked again.
+A logout closes sockets through the bus. What the bus may have lost is found here: after every gap, once a
+minute anyhow, and when a session's time is up, the store is asked again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class SocketsBySession(Protocol):
 
 
 class Verifier:
-    """Closes sockets whose session is over: 4501 ended, 4502 expired, 4101 when nobody could say for too long."""
+    """Closes sockets whose session is over: 4501 ended, 4502 expired, 4101 when nobody could say for too
+    long.
+    """
 
     def __init__(
         self,
@@ -135,6 +137,8 @@ class Verifier:
     def _give_up(self) -> None:
         handles = list(self._sockets.handles())
         if handles:
-            logger.warning("closing the sockets of %d sessions that could not be verified for too long", len(handles))
+            logger.warning(
+                "closing the sockets of %d sessions that could not be verified for too long", len(handles)
+            )
         for handle in handles:
             self._sockets.close_session(handle, CloseCode.UNVERIFIED, "session could not be verified")

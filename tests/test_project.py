@@ -128,9 +128,7 @@ def test_source_keeps_to_the_rules_that_were_paid_for(module: str) -> None:
         if isinstance(node, ast.ExceptHandler):
             caught = "" if node.type is None else ast.unparse(node.type)
             silent = all(isinstance(statement, ast.Pass) for statement in node.body)
-            assert not (silent and caught in ("", "Exception", "BaseException")), (
-                f"{where}: swallows all"
-            )
+            assert not (silent and caught in ("", "Exception", "BaseException")), f"{where}: swallows all"
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("asyncio.Queue", "Queue", "queue.Queue"):
             assert node.args or node.keywords, f"{where}: a queue without a bound"
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("getLogger"):

@@ -15,7 +15,7 @@ __all__ = ["Backend"]
 
 
 class Backend(Protocol):
-    """One cluster's way to the others. ``open`` may be entered again after it was left, on another loop too."""
+    """One cluster's way to the others. ``open`` may be entered again after it was left, on any loop."""
 
     @property
     def store(self) -> SessionStore: ...
@@ -33,14 +33,16 @@ class Backend(Protocol):
 
     @property
     def crosses_loops(self) -> bool:
-        """Whether receivers may be called from another thread than their sockets' loops run in. True for memory."""
+        """Whether receivers may be called from another thread than their sockets' loops run in. True for
+        memory.
+        """
         ...
 
     def open(self, node: NodeId, receiver: Receiver, *, listen: bool) -> AbstractAsyncContextManager[None]:
         """Connect, register the node and receive, until the context is left.
 
-        Entering returns when sessions can be read and messages arrive, or raises ``StoreUnavailable`` with a reason that
-        names the address and what is wrong, never the password. Later outages do not end it.
+        Entering returns when sessions can be read and messages arrive, or raises ``StoreUnavailable`` with a
+        reason that names the address and what is wrong, never the password. Later outages do not end it.
         ``listen=False``: no subscriber, no registration; publishing and stores only.
         """
         ...

@@ -1,9 +1,9 @@
 """The port between the cluster and whatever carries its messages.
 
-Two kinds of audience: a session bucket (everything about a handle or a user) and a room; and one node by its id.
-What arrives is handed over synchronously, in order, on the event loop of the receiver; a receiver must not block.
-Delivery is at most once. What makes that bearable is the lease: it proves when nothing can have been missed, and a
-``gap`` says when something may have been.
+Two kinds of audience: a session bucket (everything about a handle or a user) and a room; and one node by its
+id. What arrives is handed over synchronously, in order, on the event loop of the receiver; a receiver must
+not block. Delivery is at most once. What makes that bearable is the lease: it proves when nothing can have
+been missed, and a ``gap`` says when something may have been.
 """
 
 from __future__ import annotations
@@ -54,18 +54,24 @@ class NodeInfo:
 
 
 class Receiver(Protocol):
-    """Who gets what the bus brings. Called on the event loop, never concurrently; must not block and must not raise."""
+    """Who gets what the bus brings. Called on the event loop, never concurrently; must not block and must not
+    raise.
+    """
 
     def session_message(self, payload: bytes) -> None:
         """A message for a session bucket that this node watches (it watches all), or for this node itself."""
         ...
 
     def room_message(self, room: str, payload: bytes) -> None:
-        """A message for a room that this node has subscribed to: the envelope of ``realtime.history`` and a message."""
+        """A message for a room that this node has subscribed to: the envelope of ``realtime.history`` and a
+        message.
+        """
         ...
 
     def gap(self, reason: str, buckets: frozenset[int] | None) -> None:
-        """Session messages may have been lost, for these buckets, or for all when ``None``. The lease is already 0."""
+        """Session messages may have been lost, for these buckets, or for all when ``None``. The lease is
+        already 0.
+        """
         ...
 
     def rooms_gap(self, reason: str, rooms: frozenset[str] | None) -> None:
@@ -85,7 +91,9 @@ class Bus(Protocol):
     """Carries messages between nodes."""
 
     on_dead: Callable[[str, str], None] | None
-    """Called with id and incarnation of a dead node that this one, and no other, has removed from the registry."""
+    """Called with id and incarnation of a dead node that this one, and no other, has removed from the
+    registry.
+    """
 
     @property
     def incarnation(self) -> str:
@@ -101,9 +109,11 @@ class Bus(Protocol):
         ...
 
     async def subscribe(self, room: str) -> None:
-        """Returns when messages to ``room`` will be received: the server has acknowledged. Idempotent per room.
+        """Returns when messages to ``room`` will be received: the server has acknowledged. Idempotent per
+        room.
 
-        While the bus is down it returns at once: the room is subscribed when it is back, and ``rooms_gap`` was told.
+        While the bus is down it returns at once: the room is subscribed when it is back, and ``rooms_gap``
+        was told.
 
         Raises:
             BusUnavailable: the server refused the channel.

@@ -1,9 +1,9 @@
 """How long a node may trust its cache without hearing from the bus.
 
-The heartbeat is a write on the subscriber's own connection. Redis executes commands one after another, and what it pushed
-to a connection before it executed a command of that connection arrives before the command's reply. So the reply to a
-beat sent at *s* proves: every invalidation committed before *s* has been delivered. Until *s + duration* nothing that
-this node has not heard of can be older than *duration*.
+The heartbeat is a write on the subscriber's own connection. Redis executes commands one after another, and
+what it pushed to a connection before it executed a command of that connection arrives before the command's
+reply. So the reply to a beat sent at *s* proves: every invalidation committed before *s* has been delivered.
+Until *s + duration* nothing that this node has not heard of can be older than *duration*.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ Clock = Callable[[], float]
 
 
 def _boot_clock() -> Clock:
-    # CLOCK_BOOTTIME goes on while the machine sleeps: a laptop or a paused VM must not wake up with a live lease.
+    # CLOCK_BOOTTIME goes on while the machine sleeps: a laptop or a paused VM must not wake up with a live
+    # lease.
     clock_id = getattr(time, "CLOCK_BOOTTIME", None)
     if clock_id is None:
         return time.monotonic
@@ -66,7 +67,8 @@ class Lease:
 
 
 class Echo:
-    """Which replies to heartbeats may renew the lease: those to beats sent after the last subscribe-ack, and no others.
+    """Which replies to heartbeats may renew the lease: those to beats sent after the last subscribe-ack, and
+    no others.
 
     Replies come in the order of the beats, because both travel on one connection.
     """
@@ -79,7 +81,9 @@ class Echo:
         self._subscribed = False
 
     def gap(self) -> None:
-        """The connection is gone, or a subscription is: nothing that was sent before can prove anything any more."""
+        """The connection is gone, or a subscription is: nothing that was sent before can prove anything any
+        more.
+        """
         self.lease.revoke()
         self._subscribed = False
         self._beats.clear()
@@ -93,7 +97,9 @@ class Echo:
         self._beats.append((self.lease.clock(), self._subscribed))
 
     def reply(self, renewed: bool) -> None:
-        """The oldest beat was answered; ``renewed`` if the write was executed, by the server that holds our subscriptions."""
+        """The oldest beat was answered; ``renewed`` if the write was executed, by the server that holds our
+        subscriptions.
+        """
         if self._beats:
             sent_at, counts = self._beats.popleft()
             if counts and renewed:

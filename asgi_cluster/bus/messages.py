@@ -1,11 +1,12 @@
 """What travels between the nodes: small frozen structs in msgpack, tagged, never pickle.
 
-Every message goes to one *audience*: the nodes that watch a session bucket, the members of a room, or one node.
-Session messages are published by the same script that changes the record, before it changes it, so that whoever
-hears nothing has missed nothing. A message that cannot be decoded raises ``MalformedMessage``; on the session channels
-that counts as a gap, because it may have been an invalidation.
+Every message goes to one *audience*: the nodes that watch a session bucket, the members of a room, or one
+node. Session messages are published by the same script that changes the record, before it changes it, so that
+whoever hears nothing has missed nothing. A message that cannot be decoded raises ``MalformedMessage``; on the
+session channels that counts as a gap, because it may have been an invalidation.
 
-Arrays, not maps, on the wire: fields are only ever appended, each with a default, and an unknown tag is malformed.
+Arrays, not maps, on the wire: fields are only ever appended, each with a default, and an unknown tag is
+malformed.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Changed(msgspec.Struct, frozen=True, array_like=True, tag="c"):
 
 
 class Ended(msgspec.Struct, frozen=True, array_like=True, tag="e"):
-    """A session is over (logout, login as somebody, expiry by hand): drop it, close its sockets, answer with ``Ack``.
+    """A session is over (logout, login as somebody, expiry by hand): drop it, close its sockets, answer with
+    ``Ack``.
 
     ``request`` is ``""`` when nobody waits for an answer.
     """
@@ -117,7 +119,7 @@ class PersonalMessage(msgspec.Struct, frozen=True, array_like=True, tag="m"):
 
 
 class Disconnect(msgspec.Struct, frozen=True, array_like=True, tag="d"):
-    """Close the sockets of a user or of a session, or take a user out of ``room`` (``user`` None: everybody)."""
+    """Close the sockets of a user or of a session, or take a user (``None``: everybody) out of ``room``."""
 
     user: str | None
     handle: str | None
@@ -135,7 +137,9 @@ class NodeDied(msgspec.Struct, frozen=True, array_like=True, tag="n"):
     origin: str
 
 
-Message = Changed | Ended | UserEnded | Ack | Published | Joined | Left | PersonalMessage | Disconnect | NodeDied
+Message = (
+    Changed | Ended | UserEnded | Ack | Published | Joined | Left | PersonalMessage | Disconnect | NodeDied
+)
 
 
 class MalformedMessage(ValueError):

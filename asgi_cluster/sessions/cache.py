@@ -1,14 +1,15 @@
 """The node's local session cache: TTL, LRU, statistics, and the rules that keep it honest.
 
-Pure and synchronous: it does no I/O and takes its time from the lease's clock. Who reads the store does it in a *flight*:
+Pure and synchronous: it does no I/O and takes its time from the lease's clock. Who reads the store does it in
+a *flight*:
 
     flight = cache.depart(handle)       # before the read is sent
     record = await store.read(handle)
     cache.land(flight, record)          # kept only if nothing happened in between
 
-An invalidation, a local write or a gap *detaches* the flights it touches: their result may be from before the change, so
-it is given to those who were already waiting and to nobody else. Entries are served only while their bucket's lease is
-live, at the moment they are returned.
+An invalidation, a local write or a gap *detaches* the flights it touches: their result may be from before the
+change, so it is given to those who were already waiting and to nobody else. Entries are served only while
+their bucket's lease is live, at the moment they are returned.
 """
 
 from __future__ import annotations
@@ -63,14 +64,15 @@ class Entry:
     def __init__(self, record: Record | None, read_at: float, ttl: float, lease: Lease) -> None:
         self.record = record
         self.read_at = read_at
-        # The remaining time was measured by the store after the read was sent: counting from the sending can only be early.
+        # The remaining time was measured by the store after the read was sent: counting from the sending can
+        # only be early.
         self.expires_at = read_at + record.expires_in if record is not None else read_at + ttl
         self.until = min(self.expires_at, read_at + ttl)
         self.lease = lease
         self._decoded: Decoded | None = None
 
     def fill(self, target: dict[str, Any]) -> None:
-        """Put the record's values into ``target``. Raises ``msgspec.DecodeError`` when the record is corrupt."""
+        """Put the record's values into ``target``. Raises ``msgspec.DecodeError`` when it is corrupt."""
         if self._decoded is None:
             self._decoded = Decoded(self.record.fields if self.record is not None else {})
         self._decoded.into(target)
@@ -93,8 +95,8 @@ class Flight:
 class SessionCache:
     """Answers for handles, bounded in number and in age.
 
-    ``lease(bucket)`` is the lease that vouches for a bucket. ``stale_for`` above 0 keeps what a gap flushes, up to that many
-    seconds after its read, for ``stale`` alone.
+    ``lease(bucket)`` is the lease that vouches for a bucket. ``stale_for`` above 0 keeps what a gap flushes,
+    up to that many seconds after its read, for ``stale`` alone.
     """
 
     def __init__(
@@ -105,7 +107,8 @@ class SessionCache:
         self._max_entries = max_entries
         self._stale_for = stale_for
         self._entries: OrderedDict[Handle, Entry] = OrderedDict()
-        # Answers "no such session" are cheap to provoke with invented cookies: they must not push real sessions out.
+        # Answers "no such session" are cheap to provoke with invented cookies: they must not push real
+        # sessions out.
         self._absent: OrderedDict[Handle, Entry] = OrderedDict()
         self._flushed: OrderedDict[Handle, Entry] = OrderedDict()
         self._flights: dict[Handle, Flight] = {}

@@ -1,4 +1,4 @@
-"""The session store behind the local cache: single flight for reads, drop before and after every local write."""
+"""The session store behind the local cache: single flight for reads, drop before and after a local write."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ __all__ = ["CachedStore"]
 
 
 class CachedStore:
-    """A ``SessionStore`` whose reads may come from the cache. Everything that changes a session goes through it."""
+    """A ``SessionStore`` whose reads may come from the cache. Everything that changes a session goes through
+    it.
+    """
 
     def __init__(self, store: SessionStore, cache: SessionCache) -> None:
         self._store = store
         self.cache = cache
 
     async def read(self, handle: Handle, *, timeout: float) -> Entry:
-        """The record (or its absence), at most one lease old with respect to changes made through this library.
+        """The record (or its absence), at most one lease old with respect to changes made through this
+        library.
 
-        One read of the store serves everybody who asked before it was overtaken by a change. Raises as the store.
+        One read of the store serves everybody who asked before it was overtaken by a change. Raises as the
+        store.
         """
         return self.cache.get(handle) or await self.fetch(handle, timeout=timeout)
 
@@ -32,7 +36,11 @@ class CachedStore:
         """The same, when the cache has just been asked in vain. Raises as the store."""
         loop = asyncio.get_running_loop()
         flight = self.cache.flight(handle)
-        if flight is not None and isinstance(flight.waiters, asyncio.Future) and flight.waiters.get_loop() is loop:
+        if (
+            flight is not None
+            and isinstance(flight.waiters, asyncio.Future)
+            and flight.waiters.get_loop() is loop
+        ):
             try:
                 async with asyncio.timeout(timeout):
                     shared: Entry = await asyncio.shield(flight.waiters)
@@ -68,8 +76,9 @@ class CachedStore:
 
     @contextmanager
     def _changing(self, handle: Handle) -> Iterator[None]:
-        # Before: nobody on this node may read the old value once the write can have happened. After, whatever became of it:
-        # a read that departed in between may have seen the old value, and an unknown outcome counts as changed.
+        # Before: nobody on this node may read the old value once the write can have happened. After, whatever
+        # became of it: a read that departed in between may have seen the old value, and an unknown outcome
+        # counts as changed.
         self.cache.drop(handle)
         try:
             yield
@@ -110,7 +119,15 @@ class CachedStore:
             return await self._store.touch(handle, timeout=timeout)
 
     async def rotate(
-        self, handle: Handle, *, secret: bytes, current: bytes, grace: float, write_id: str, message: bytes, timeout: float
+        self,
+        handle: Handle,
+        *,
+        secret: bytes,
+        current: bytes,
+        grace: float,
+        write_id: str,
+        message: bytes,
+        timeout: float,
     ) -> WriteOutcome:
         """Raises as the store."""
         with self._changing(handle):

@@ -40,7 +40,8 @@ def encode_value(key: object, value: Any, known: bytes | None = None) -> bytes:
 class Decoded:
     """The values of a record, decoded once for everybody as far as they cannot be changed.
 
-    Lists and dicts stay bytes, decoded anew for each request: no two requests share an object that one of them may change.
+    Lists and dicts stay bytes, decoded anew for each request: no two requests share an object that one of
+    them may change.
     """
 
     __slots__ = ("_nested", "_plain")

@@ -1,4 +1,6 @@
-"""The session cookie: ``<bucket>.<token>.<secret>``, where ``<bucket>.<token>`` is the public handle (RFC 6265bis)."""
+"""The session cookie: ``<bucket>.<token>.<secret>``, where ``<bucket>.<token>`` is the public handle (RFC
+6265bis).
+"""
 
 from __future__ import annotations
 
@@ -46,9 +48,13 @@ class Cookie:
         return None
 
     def set(self, handle: str, secret: str, *, max_age: int | None) -> tuple[bytes, bytes]:
-        """The ``Set-Cookie`` header for a session. ``max_age`` in seconds; ``None``: until the browser closes."""
+        """The ``Set-Cookie`` header for a session. ``max_age`` in seconds; ``None``: until the browser
+        closes.
+        """
         lifetime = "" if max_age is None else f"; Max-Age={max_age}"
-        return b"set-cookie", f"{self._name}={handle}.{secret}{lifetime}; {self._attributes}".encode("latin-1")
+        return b"set-cookie", f"{self._name}={handle}.{secret}{lifetime}; {self._attributes}".encode(
+            "latin-1"
+        )
 
     def clear(self) -> tuple[bytes, bytes]:
         """The ``Set-Cookie`` header that removes it."""

@@ -16,8 +16,9 @@ _CONTAINERS = (list, dict)
 class SessionData(dict[str, Any]):
     """The mapping half of a session.
 
-    ``accessed`` and ``modified`` are Starlette's flags. Every look at it goes through ``mark_accessed`` and every change through
-    ``mark_modified``, which is where an unavailable store and a response under way speak up.
+    ``accessed`` and ``modified`` are Starlette's flags. Every look at it goes through ``mark_accessed`` and
+    every change through ``mark_modified``, which is where an unavailable store and a response under way speak
+    up.
     """
 
     accessed: bool = False

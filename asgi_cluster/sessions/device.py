@@ -14,7 +14,8 @@ _MAX_ADDRESS = 64
 def device_of(scope: Mapping[str, Any]) -> tuple[str, str]:
     """The User-Agent (at most 256 characters) and the client's address, each ``""`` when unknown.
 
-    The address is the ASGI server's: behind a proxy it is the visitor's only if the server trusts the proxy's headers.
+    The address is the ASGI server's: behind a proxy it is the visitor's only if the server trusts the proxy's
+    headers.
     """
     agent = ""
     for key, value in scope.get("headers", ()):

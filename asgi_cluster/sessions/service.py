@@ -1,4 +1,4 @@
-"""What a session needs of its cluster, in one place: the store, the secrets, the words that go over the bus."""
+"""What a session needs of its cluster, in one place: the store, and the words that go over the bus."""
 
 from __future__ import annotations
 
@@ -79,14 +79,23 @@ class SessionService:
         )
 
     async def end_all(
-        self, user: UserId, *, keep: Handle | None, code: int, reason: str, timeout: float, budget: Budget | None = None
+        self,
+        user: UserId,
+        *,
+        keep: Handle | None,
+        code: int,
+        reason: str,
+        timeout: float,
+        budget: Budget | None = None,
     ) -> LogoutReceipt:
         """End every session of a user but ``keep``. Returns and raises as ``end``."""
 
         async def commit(pending: PendingAck, budget: Budget) -> Ending:
             message = encode(UserEnded(user, keep, code, reason, self._node(), pending.id))
             return await budget.spend(
-                lambda left: self.store.end_all(user, keep=keep, epoch=new_token(), message=message, timeout=left)
+                lambda left: self.store.end_all(
+                    user, keep=keep, epoch=new_token(), message=message, timeout=left
+                )
             )
 
         return await self._end(
@@ -120,7 +129,9 @@ class SessionService:
             self.acks.close(pending)
         missing = [NodeId(node) for node in ending.nodes if node not in pending.acked]
         if missing:
-            logger.warning("%d of %d nodes did not acknowledge a logout in time", len(missing), len(ending.nodes))
+            logger.warning(
+                "%d of %d nodes did not acknowledge a logout in time", len(missing), len(ending.nodes)
+            )
         return LogoutReceipt(
             sessions=ending.sessions,
             nodes_acked=tuple(sorted(NodeId(node) for node in pending.acked)),

@@ -1,8 +1,8 @@
 """The session of one request: a dict to the app, and what one can do with it.
 
-Every session object belongs to one request or one WebSocket. It remembers the record it was read from, and at save time
-sends what differs, key by key. It never writes a record that it did not read or create itself, so a request that was under
-way during a logout cannot bring the session back.
+Every session object belongs to one request or one WebSocket. It remembers the record it was read from, and at
+save time sends what differs, key by key. It never writes a record that it did not read or create itself, so a
+request that was under way during a logout cannot bring the session back.
 """
 
 from __future__ import annotations
@@ -36,18 +36,21 @@ __all__ = ["Session"]
 logger = logging.getLogger("asgi_cluster.sessions")
 
 _NO_FIELDS: Mapping[str, bytes] = {}
-_TOUCH_AFTER = 0.1  # of the idle timeout: a session in steady use costs one write per tenth, not one per request
+_TOUCH_AFTER = (
+    0.1  # of the idle timeout: a session in steady use costs one write per tenth, not one per request
+)
 
 
 class Session(SessionData):
     """A server-side session, used like a dict.
 
-    Changes, nested ones included, are saved before the response starts, and only when there are any; on a WebSocket call
-    ``save()``. An empty session (no data, no user) is not stored and sets no cookie. ``clear()`` is a logout; what is written after
-    it starts a new anonymous session.
+    Changes, nested ones included, are saved before the response starts, and only when there are any; on a
+    WebSocket call ``save()``. An empty session (no data, no user) is not stored and sets no cookie.
+    ``clear()`` is a logout; what is written after it starts a new anonymous session.
     """
 
-    # Class-level defaults in place of slots: most requests change none of them, and setting fourteen costs more than the lookup.
+    # Class-level defaults in place of slots: most requests change none of them, and setting fourteen costs
+    # more than the lookup.
     _record: Record | None = None
     _expires_at: float = 0.0
     _touch_at: float = 0.0
@@ -102,7 +105,9 @@ class Session(SessionData):
 
     @property
     def expires_at(self) -> datetime | None:
-        """When it ends unless it is used: this node's wall clock plus the remaining time. ``None`` while it is not stored."""
+        """When it ends unless it is used: this node's wall clock plus the remaining time. ``None`` while it
+        is not stored.
+        """
         self.mark_accessed()
         if self._record is None:
             return None
@@ -116,12 +121,17 @@ class Session(SessionData):
             raise self.raised from self._failure
 
     def mark_modified(self) -> None:
-        """Raises ``RuntimeError`` after the response has started, ``StoreUnavailable`` when the session could not be read."""
+        """Raises ``RuntimeError`` after the response has started, ``StoreUnavailable`` when the session could
+        not be read.
+        """
         self.mark_accessed()
         if self._sealed:
-            raise RuntimeError("the session was changed after the response started: this change would be lost")
+            raise RuntimeError(
+                "the session was changed after the response started: this change would be lost"
+            )
         if self._degraded:
-            # Saving would give the visitor a new anonymous session in place of the one that could not be read.
+            # Saving would give the visitor a new anonymous session in place of the one that could not be
+            # read.
             self.raised = StoreUnavailable("the session could not be read, so it cannot be changed")
             raise self.raised
         self.modified = True
@@ -138,13 +148,14 @@ class Session(SessionData):
     async def login(self, user_id: str, lifetime: float | None = None) -> None:
         """Sign ``user_id`` in: a new handle and a new secret; the old ones are dead when this returns.
 
-        Data of an anonymous session, or of the same user, is kept; another user's is dropped. ``lifetime`` in seconds replaces
-        both timeouts and makes the cookie survive the browser ("remember me"); ``None``: as configured. Open sockets of the old
-        session are closed with 3011, which makes clients reconnect with the new cookie.
+        Data of an anonymous session, or of the same user, is kept; another user's is dropped. ``lifetime`` in
+        seconds replaces both timeouts and makes the cookie survive the browser ("remember me"); ``None``: as
+        configured. Open sockets of the old session are closed with 3011, which makes clients reconnect with
+        the new cookie.
 
         Raises:
-            StoreUnavailable: nothing has changed for the browser.
-            RuntimeError: the response has started, or the WebSocket is accepted: no cookie can be set any more.
+            StoreUnavailable: nothing has changed for the browser. RuntimeError: the response has started, or
+            the WebSocket is accepted: no cookie can be set any more.
         """
         if not isinstance(user_id, str):
             raise TypeError(f"user_id must be a string, not {type(user_id).__name__}")
@@ -204,8 +215,8 @@ class Session(SessionData):
     async def logout(self, reason: str = "logged out", timeout: float = 1.0) -> LogoutReceipt:
         """End this session on every node and close its sockets with 4501 and ``reason``.
 
-        Returns when every registered node has acknowledged, or after ``timeout`` seconds; the receipt says which. Without a stored
-        session there is nothing to end.
+        Returns when every registered node has acknowledged, or after ``timeout`` seconds; the receipt says
+        which. Without a stored session there is nothing to end.
 
         Raises:
             StoreUnavailable: it could not be stored; the session goes on, unless ``outcome_unknown``.
@@ -232,7 +243,8 @@ class Session(SessionData):
     # Keeping it
 
     async def save(self) -> bool:
-        """Store what has changed. False when the session was ended meanwhile: nothing was written, and nothing will be.
+        """Store what has changed. False when the session was ended meanwhile: nothing was written, and
+        nothing will be.
 
         Raises:
             TypeError: a value would not come back equal; names the key.
@@ -244,7 +256,11 @@ class Session(SessionData):
         if self._pending_end is not None:
             handle, self._pending_end = self._pending_end, None
             await self._service.end(
-                handle, code=CloseCode.SESSION_ENDED, reason="logged out", timeout=1.0, budget=self._allowance()
+                handle,
+                code=CloseCode.SESSION_ENDED,
+                reason="logged out",
+                timeout=1.0,
+                budget=self._allowance(),
             )
         if self._lost or self._degraded:
             return False
@@ -285,8 +301,8 @@ class Session(SessionData):
     async def lock(self, *, wait: float = 5.0, hold: float = 10.0) -> AsyncIterator[None]:
         """One request at a time: hold the session's lock, with fresh data, and save before giving it back.
 
-        ``wait`` is how many seconds to try, ``hold`` for how long at most the lock is held: work that takes longer is no longer
-        alone. A session that is not stored needs no lock: nobody else has it.
+        ``wait`` is how many seconds to try, ``hold`` for how long at most the lock is held: work that takes
+        longer is no longer alone. A session that is not stored needs no lock: nobody else has it.
 
         Raises:
             TimeoutError: somebody else held it for all of ``wait``.
@@ -320,8 +336,8 @@ class Session(SessionData):
     async def open(self, handle: Handle, secret: bytes) -> None:
         """Become the session that the cookie names, if there is one and ``secret`` opens it.
 
-        A store that does not answer is no error here: the first access raises, or the session is empty and read-only, or the last
-        confirmed state, as ``on_store_error`` says.
+        A store that does not answer is no error here: the first access raises, or the session is empty and
+        read-only, or the last confirmed state, as ``on_store_error`` says.
         """
         store = self._service.store
         entry = store.cache.get(handle)
@@ -341,7 +357,8 @@ class Session(SessionData):
             self._bind(entry, record)
 
     async def verify(self) -> float | None:
-        """Whether the store still has this session for this user: the seconds it has left, or ``None``. Never cached.
+        """Whether the store still has this session for this user: the seconds it has left, or ``None``. Never
+        cached.
 
         Raises:
             StoreUnavailable: it could not be asked.
@@ -361,7 +378,7 @@ class Session(SessionData):
 
     @property
     def unsaved(self) -> bool:
-        """Whether a stored session holds changes that were not saved. Free when the app never looked at it."""
+        """Whether a stored session holds changes that were not saved. Free when the app never looked."""
         if not (self.modified or self.exposed) or self._record is None:
             return False
         try:
@@ -384,7 +401,9 @@ class Session(SessionData):
 
     @property
     def due(self) -> bool:
-        """Whether ``commit`` has anything to do: something may have changed, or it is time to extend the idle time."""
+        """Whether ``commit`` has anything to do: something may have changed, or it is time to extend the idle
+        time.
+        """
         if self.modified or self.exposed:
             return True
         return self._record is not None and boot_clock() >= self._touch_at
@@ -443,7 +462,8 @@ class Session(SessionData):
         self._cookie = "clear"
 
     def _lose(self) -> None:
-        # Ended elsewhere while this request was under way. No cookie either: it could overwrite that of a newer login.
+        # Ended elsewhere while this request was under way. No cookie either: it could overwrite that of a
+        # newer login.
         self._record = None
         self._secret = ""
         self._cookie = None
@@ -478,7 +498,9 @@ class Session(SessionData):
         if changed:
             size = sum(map(len, changed.values())) + sum(len(v) for k, v in known.items() if k not in changed)
             if size > self._service.config.max_bytes:
-                raise ValueError(f"the session holds {size} bytes; max_bytes is {self._service.config.max_bytes}")
+                raise ValueError(
+                    f"the session holds {size} bytes; max_bytes is {self._service.config.max_bytes}"
+                )
         return changed, removed
 
     async def _create(
@@ -491,7 +513,9 @@ class Session(SessionData):
         replaces: Handle | None = None,
     ) -> None:
         if self._headers_sent:
-            raise RuntimeError("a new session needs a cookie to be set, and the response headers have been sent")
+            raise RuntimeError(
+                "a new session needs a cookie to be set, and the response headers have been sent"
+            )
         handle, secret, write_id = new_handle(user), new_secret(), new_token()
         fields = {key: encode_value(key, value) for key, value in dict.items(self)}
         agent, address = device_of(self._scope)

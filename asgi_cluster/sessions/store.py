@@ -1,12 +1,12 @@
 """The port that a session store fills: one method, one round trip, all or nothing.
 
-A record is keyed by its handle. ``fields`` are the application's values, each encoded by itself, so that two requests
-that change different keys do not undo each other. All times inside a store are the store's own clock; what leaves it
-is a remaining duration, so that no two clocks are ever compared.
+A record is keyed by its handle. ``fields`` are the application's values, each encoded by itself, so that two
+requests that change different keys do not undo each other. All times inside a store are the store's own
+clock; what leaves it is a remaining duration, so that no two clocks are ever compared.
 
-Every method takes ``timeout``, seconds, and raises ``StoreUnavailable`` when no reply came in that time. A method that
-changes something publishes ``message`` (see ``bus.messages``) to whoever watches the handle's bucket, *before* it
-changes it and in the same atomic step.
+Every method takes ``timeout``, seconds, and raises ``StoreUnavailable`` when no reply came in that time. A
+method that changes something publishes ``message`` (see ``bus.messages``) to whoever watches the handle's
+bucket, *before* it changes it and in the same atomic step.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ WriteOutcome = Literal["written", "gone", "conflict"]
 """``gone``: the record does not exist any more, or its user was logged out; nothing was written."""
 
 UNKNOWN_NODES = "?"
-"""In ``Ending.nodes``: the registry did not answer. No node has this id and none will acknowledge, so that who waits
-for all of them waits for the lease."""
+"""In ``Ending.nodes``: the registry did not answer. No node has this id and none will acknowledge, so that
+who waits for all of them waits for the lease."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """One stored session, as read at one moment. Durations are seconds from the moment the read was *sent*."""
+    """One stored session, as read at one moment. Durations are seconds from when the read was *sent*."""
 
     handle: Handle
     secret: bytes
@@ -68,7 +68,9 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True):
     absolute: float
     persistent: bool = False
     epoch: str = ""
-    """A nonce to become the user's epoch, if the user has none yet. Chosen by the caller, so that a script stays pure."""
+    """A nonce to become the user's epoch, if the user has none yet. Chosen by the caller, so that a script
+    stays pure.
+    """
     agent: str = ""
     """The User-Agent header of the login, at most 256 characters, for the list of devices."""
     address: str = ""
@@ -93,7 +95,7 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True):
     sessions: int
     """Records that existed and are gone."""
     nodes: Sequence[str]
-    """Nodes registered at the moment of the change: those that must acknowledge. May hold ``UNKNOWN_NODES``."""
+    """Nodes registered at the moment of the change: those that must answer. May hold ``UNKNOWN_NODES``."""
     replicas: int | None = None
     """Replicas that confirmed the write, when ``WAIT`` was asked for; else ``None``."""
 
@@ -106,7 +108,9 @@ class SessionStore(Protocol):
         ...
 
     async def create(self, draft: Draft, *, timeout: float) -> None:
-        """Store a new session; with a user, enter it in the user's index. Publishes nothing: nobody can know it."""
+        """Store a new session; with a user, enter it in the user's index. Publishes nothing: nobody can know
+        it.
+        """
         ...
 
     async def write(
@@ -127,13 +131,25 @@ class SessionStore(Protocol):
         ...
 
     async def touch(self, handle: Handle, *, timeout: float) -> bool:
-        """Extend the idle time. False when the session is gone. Publishes nothing: a cache may only forget earlier."""
+        """Extend the idle time. False when the session is gone. Publishes nothing: a cache may only forget
+        earlier.
+        """
         ...
 
     async def rotate(
-        self, handle: Handle, *, secret: bytes, current: bytes, grace: float, write_id: str, message: bytes, timeout: float
+        self,
+        handle: Handle,
+        *,
+        secret: bytes,
+        current: bytes,
+        grace: float,
+        write_id: str,
+        message: bytes,
+        timeout: float,
     ) -> WriteOutcome:
-        """Replace the secret whose hash is ``current``; it stays good for ``grace`` seconds. Another current secret: ``conflict``."""
+        """Replace the secret whose hash is ``current``; it stays good for ``grace`` seconds. Another current
+        secret: ``conflict``.
+        """
         ...
 
     async def end(self, handle: Handle, *, message: bytes, timeout: float) -> Ending:
@@ -147,7 +163,9 @@ class SessionStore(Protocol):
     async def end_all(
         self, user: UserId, *, keep: Handle | None, epoch: str, message: bytes, timeout: float
     ) -> Ending:
-        """Give the user a new epoch, so that every session but ``keep`` is dead at once, and remove their records."""
+        """Give the user a new epoch, so that every session but ``keep`` is dead at once, and remove their
+        records.
+        """
         ...
 
     async def lock(self, handle: Handle, *, token: str, hold: float, timeout: float) -> bool:

@@ -1,4 +1,6 @@
-"""The app that drain tests run in processes of their own: ``ASGI_CLUSTER_URL`` and ``PREFIX`` come from the environment."""
+"""The app that drain tests run in processes of their own: ``ASGI_CLUSTER_URL`` and ``PREFIX`` come from the
+environment.
+"""
 
 from __future__ import annotations
 

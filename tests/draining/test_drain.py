@@ -35,7 +35,9 @@ async def code_and_time(socket: websockets.ClientConnection) -> tuple[int | None
 
 
 async def test_sigterm_drains_before_the_server_stops(redis_url: str, prefix: str) -> None:
-    """With drain=1.0, uvicorn from its command line: 3001 for everybody, spread over the second, requests answered meanwhile."""
+    """With drain=1.0, uvicorn from its command line: 3001 for everybody, spread over the second, requests
+    answered meanwhile.
+    """
     env = {"ASGI_CLUSTER_URL": redis_url, "PREFIX": prefix, "DRAIN": "1.0"}
     async with serve_process(APP, env=env) as (node,):
         sockets = [await connected(node) for _ in range(20)]
@@ -155,7 +157,9 @@ class Reader:
 
 
 async def test_rolling_restart_loses_nothing_in_a_room_with_history(redis_url: str, prefix: str) -> None:
-    """Three nodes are replaced one after another under load: every reader ends with the whole sequence, in order."""
+    """Three nodes are replaced one after another under load: every reader ends with the whole sequence, in
+    order.
+    """
     env = {"ASGI_CLUSTER_URL": redis_url, "PREFIX": prefix, "DRAIN": "0.3"}
     rules = [RoomRule("log:{name}", subscribe=True, publish=True, history=10_000, history_ttl=600)]
     publisher = Cluster(redis_url, prefix=prefix, listen=False, realtime=RealtimeConfig(rules=rules))
@@ -188,7 +192,9 @@ async def test_rolling_restart_loses_nothing_in_a_room_with_history(redis_url: s
                 if old is first[-1]:
                     done.set()
                     await publishing
-                    await eventually(lambda: all(reader.seen[-1:] == [published] for reader in readers), timeout=10)
+                    await eventually(
+                        lambda: all(reader.seen[-1:] == [published] for reader in readers), timeout=10
+                    )
                 else:
                     nodes.remove(new)
         for task in running:

@@ -1,7 +1,9 @@
-"""A cluster on a virtual clock: a server, links that drop, stall and delay, and nodes with the real cache and the real lease.
+"""A cluster on a virtual clock: a server, links that drop, stall and delay, and nodes with the real cache and
+the real lease.
 
-The links are FIFO in each direction, as TCP connections are. The server executes one thing at a time and pushes before it
-replies, as Redis does. Everything else may happen in any order, which is what the explorer and the random runs decide.
+The links are FIFO in each direction, as TCP connections are. The server executes one thing at a time and
+pushes before it replies, as Redis does. Everything else may happen in any order, which is what the explorer
+and the random runs decide.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ HANDLE = Handle("00." + "a" * 22)
 
 
 class StaleRead(AssertionError):
-    """A cached read broke the bound, or a node read something older than what it had itself been told was written."""
+    """A cached read broke the bound, or a node read something older than what it had itself been told was
+    written.
+    """
 
 
 def record(value: int) -> Record:
@@ -187,13 +191,19 @@ class Node:
             raise StaleRead(f"a hit gave {value} after this node had been told of {floor}")
         superseded = self.world.server.superseded.get(value)
         if superseded is not None and self.world.now - superseded > LEASE + 1e-9:
-            raise StaleRead(f"a hit gave {value}, which was superseded {self.world.now - superseded:.3f} s ago")
+            raise StaleRead(
+                f"a hit gave {value}, which was superseded {self.world.now - superseded:.3f} s ago"
+            )
 
 
 class World:
-    """A server and its nodes on one virtual clock. ``lossy``: links between servers lose pushes while all TCP stays up."""
+    """A server and its nodes on one virtual clock. ``lossy``: links between servers lose pushes while all TCP
+    stays up.
+    """
 
-    def __init__(self, nodes: int = 1, cache: type[SessionCache] = SessionCache, echo: type[Echo] = Echo) -> None:
+    def __init__(
+        self, nodes: int = 1, cache: type[SessionCache] = SessionCache, echo: type[Echo] = Echo
+    ) -> None:
         self.now = 100.0
         self.lossy = False
         self.server = Server(self)

@@ -78,7 +78,9 @@ def make_app(gate: Gate | None = None) -> Starlette:
 
     async def logout(request: Request) -> JSONResponse:
         receipt = await get_session(request).logout()
-        return JSONResponse({"sessions": receipt.sessions, "complete": receipt.complete, "acked": len(receipt.nodes_acked)})
+        return JSONResponse(
+            {"sessions": receipt.sessions, "complete": receipt.complete, "acked": len(receipt.nodes_acked)}
+        )
 
     async def logout_then_write(request: Request) -> JSONResponse:
         await get_session(request).logout()
@@ -123,7 +125,8 @@ def make_app(gate: Gate | None = None) -> Starlette:
         return PlainTextResponse("ok", headers={"Vary": "Accept-Encoding"})
 
     handlers = [
-        show, nothing, put, put_late, append, remove, login, rotate, logout, logout_then_write, clear, replace,
+        show, nothing, put, put_late, append, remove, login, rotate, logout, logout_then_write,
+        clear, replace,
         unstorable, late, background, lock, hop,
     ]  # fmt: skip
     return Starlette(
@@ -138,7 +141,9 @@ def client_for(cluster: Cluster, app: Any = None, **options: Any) -> httpx.Async
 
 
 @asynccontextmanager
-async def nodes(url: str, count: int = 2, *, prefix: str = "test", **options: Any) -> AsyncIterator[list[Cluster]]:
+async def nodes(
+    url: str, count: int = 2, *, prefix: str = "test", **options: Any
+) -> AsyncIterator[list[Cluster]]:
     """Several started nodes of one cluster in this loop."""
     clusters = [Cluster(url, prefix=prefix, node_label=f"n{number}", **options) for number in range(count)]
     for cluster in clusters:

@@ -51,7 +51,10 @@ async def through_an_outage(prefix: str, monkeypatch: pytest.MonkeyPatch) -> Wat
             await many([creation for _, creation in pairs])
             for start in range(0, len(pairs), 500):
                 await asyncio.gather(
-                    *[cluster.service.store.read(handle, timeout=5) for handle, _ in pairs[start : start + 500]]
+                    *[
+                        cluster.service.store.read(handle, timeout=5)
+                        for handle, _ in pairs[start : start + 500]
+                    ]
                 )
             assert cluster.stats().cache.size > 9_000
             with watching(monkeypatch) as watch:
@@ -68,13 +71,17 @@ async def through_an_outage(prefix: str, monkeypatch: pytest.MonkeyPatch) -> Wat
             return watch
 
 
-async def test_no_callback_holds_the_loop_through_an_outage(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_callback_holds_the_loop_through_an_outage(
+    prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a full cache, a server that stops, is killed and comes back: no callback takes 100 ms of CPU."""
     watch = await through_an_outage(prefix, monkeypatch)
     assert watch.cpu < 0.1
 
 
-async def test_watch_notices_a_callback_that_holds_the_loop(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_watch_notices_a_callback_that_holds_the_loop(
+    prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The measure can fail: a flush that works for 150 ms shows."""
     flush = SessionCache.flush
 

@@ -1,4 +1,6 @@
-"""A session that ends on one node closes its sockets on all nodes, whoever serves them and however they got there."""
+"""A session that ends on one node closes its sockets on all nodes, whoever serves them and however they got
+there.
+"""
 
 from __future__ import annotations
 
@@ -128,7 +130,10 @@ async def test_logout_closes_sockets_of_any_app_on_all_nodes(
     async with place(cluster_url, prefix) as here:
         client = await sign_in(here.nodes[0])
         sockets = [
-            await websockets.connect(f"{node.ws_url}/ws/{kind}{'/' if kind == 'raw' else ''}", additional_headers=cookies(client)) for node in here.nodes
+            await websockets.connect(
+                f"{node.ws_url}/ws/{kind}{'/' if kind == 'raw' else ''}", additional_headers=cookies(client)
+            )
+            for node in here.nodes
         ]
         await eventually(lambda: sum(c.stats().realtime.connections for c in here.clusters) == 3)
         receipt = (await client.post("/logout")).json()
@@ -151,7 +156,9 @@ async def test_logout_during_the_handshake_is_not_missed(cluster_url: str, prefi
         client = await sign_in(here.nodes[0])
         here.hold = asyncio.Event()
         opening = asyncio.create_task(
-            websockets.connect(f"{here.nodes[where].ws_url}/ws/unaware", additional_headers=cookies(client)).__aenter__()
+            websockets.connect(
+                f"{here.nodes[where].ws_url}/ws/unaware", additional_headers=cookies(client)
+            ).__aenter__()
         )
         await here.arrived.wait()
         await client.post("/logout")
@@ -206,7 +213,9 @@ async def test_login_makes_sockets_of_the_old_session_come_back(cluster_url: str
     async with place(cluster_url, prefix, 2) as here:
         client = httpx.AsyncClient(base_url=here.nodes[0].url)
         await client.post("/put", json={"cart": 1})
-        socket = await websockets.connect(f"{here.nodes[1].ws_url}/ws/careful", additional_headers=cookies(client))
+        socket = await websockets.connect(
+            f"{here.nodes[1].ws_url}/ws/careful", additional_headers=cookies(client)
+        )
         await client.post("/login?user=ada")
         assert await closed(socket) == 3011
         await client.aclose()
@@ -217,8 +226,12 @@ async def test_sockets_close_when_their_session_expires(cluster_url: str, prefix
     sessions = SessionConfig(cookie=CookieConfig(secure=False), idle_timeout=1.0, absolute_timeout=60)
     async with place(cluster_url, prefix, 2, sessions=sessions) as here:
         idle, busy = await sign_in(here.nodes[0]), await sign_in(here.nodes[1], "bob")
-        lone = await websockets.connect(f"{here.nodes[1].ws_url}/ws/careful", additional_headers=cookies(idle))
-        kept = await websockets.connect(f"{here.nodes[0].ws_url}/ws/careful", additional_headers=cookies(busy))
+        lone = await websockets.connect(
+            f"{here.nodes[1].ws_url}/ws/careful", additional_headers=cookies(idle)
+        )
+        kept = await websockets.connect(
+            f"{here.nodes[0].ws_url}/ws/careful", additional_headers=cookies(busy)
+        )
         for _ in range(8):
             await asyncio.sleep(0.2)
             await busy.get("/show")
@@ -230,14 +243,18 @@ async def test_sockets_close_when_their_session_expires(cluster_url: str, prefix
 
 
 async def test_identified_sockets_close_on_logout_of_their_user(cluster_url: str, prefix: str) -> None:
-    """An app with users of its own (Django, JWT): its sockets have no session of ours, and are found by user all the same."""
+    """An app with users of its own (Django, JWT): its sockets have no session of ours, and are found by user
+    all the same.
+    """
 
     def identify(scope: Any) -> str | None:
         return HTTPConnection(scope).headers.get("x-user")
 
     async with place(cluster_url, prefix, 2, identify=identify) as here:
         ada, bob = [
-            await websockets.connect(f"{here.nodes[1].ws_url}/ws/careful", additional_headers={"X-User": user})
+            await websockets.connect(
+                f"{here.nodes[1].ws_url}/ws/careful", additional_headers={"X-User": user}
+            )
             for user in ("ada", "bob")
         ]
         await eventually(lambda: here.clusters[1].stats().realtime.connections == 2)
@@ -252,7 +269,9 @@ async def test_socket_can_save_and_its_session_is_seen_by_requests(cluster_url: 
     """``save()`` on a WebSocket stores; after the logout it answers False and stores nothing."""
     async with place(cluster_url, prefix, 2) as here:
         client = await sign_in(here.nodes[0])
-        socket = await websockets.connect(f"{here.nodes[1].ws_url}/ws/saves", additional_headers=cookies(client))
+        socket = await websockets.connect(
+            f"{here.nodes[1].ws_url}/ws/saves", additional_headers=cookies(client)
+        )
         assert await socket.recv() == "true"
 
         async def seen() -> bool:
@@ -264,7 +283,7 @@ async def test_socket_can_save_and_its_session_is_seen_by_requests(cluster_url: 
 
 
 async def test_client_that_never_reads_is_cut_off(cluster_url: str, prefix: str) -> None:
-    """A logout does not wait for a peer whose buffers are full: the transport is cut after ``close_timeout``."""
+    """A logout does not wait for a peer whose buffers are full: it is cut off after ``close_timeout``."""
     realtime = RealtimeConfig(close_timeout=0.5)
     async with place(cluster_url, prefix, 2, realtime=realtime) as here:
         client = await sign_in(here.nodes[0])

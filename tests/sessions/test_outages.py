@@ -1,4 +1,6 @@
-"""The table "When Redis is in trouble", cell by cell, against a real server that is stopped, killed, full, read-only or refuses."""
+"""The table "When Redis is in trouble", cell by cell, against a real server that is stopped, killed, full,
+read-only or refuses.
+"""
 
 from __future__ import annotations
 
@@ -55,8 +57,14 @@ def silence(server: Server, how: str) -> Callable[[], None]:
 
 @pytest.mark.parametrize("how", ["stopped", "killed"])
 async def test_store_that_does_not_answer(own: Server, prefix: str, how: str) -> None:
-    """Without a cookie nothing is noticed; without a look at the session neither; a look is 503 within the deadline."""
-    async with nodes(own.url, 1, prefix=prefix) as (cluster,), client_for(cluster) as client, client_for(cluster) as visitor:
+    """Without a cookie nothing is noticed; without a look at the session neither; a look is 503 within the
+    deadline.
+    """
+    async with (
+        nodes(own.url, 1, prefix=prefix) as (cluster,),
+        client_for(cluster) as client,
+        client_for(cluster) as visitor,
+    ):
         await client.post("/login?user=ada")
         await eventually(lambda: cluster.stats().bus.lease_remaining > 0)
         again = silence(own, how)
@@ -86,7 +94,9 @@ async def test_store_that_does_not_answer(own: Server, prefix: str, how: str) ->
 
 
 async def test_breaker_spares_later_requests_the_wait(own: Server, prefix: str) -> None:
-    """Once the server is known not to answer, a request is refused at once; when it answers again, so do requests."""
+    """Once the server is known not to answer, a request is refused at once; when it answers again, so do
+    requests.
+    """
     async with nodes(own.url, 1, prefix=prefix) as (cluster,), client_for(cluster) as client:
         await client.post("/login?user=ada")
         own.pause()
@@ -107,7 +117,10 @@ async def test_breaker_spares_later_requests_the_wait(own: Server, prefix: str) 
 async def test_anonymous_on_store_error(own: Server, prefix: str) -> None:
     """The visitor is shown an empty session; nothing may be written, and the cookie stays."""
     options = SessionConfig(on_store_error="anonymous")
-    async with nodes(own.url, 1, prefix=prefix, sessions=options) as (cluster,), client_for(cluster) as client:
+    async with (
+        nodes(own.url, 1, prefix=prefix, sessions=options) as (cluster,),
+        client_for(cluster) as client,
+    ):
         await client.post("/login?user=ada")
         own.pause()
         try:
@@ -125,7 +138,10 @@ async def test_anonymous_on_store_error(own: Server, prefix: str) -> None:
 async def test_stale_on_store_error(own: Server, prefix: str) -> None:
     """The last confirmed state is served for ``stale_for`` seconds, and then it is 503."""
     options = SessionConfig(on_store_error="stale", stale_for=4.0)
-    async with nodes(own.url, 1, prefix=prefix, sessions=options) as (cluster,), client_for(cluster) as client:
+    async with (
+        nodes(own.url, 1, prefix=prefix, sessions=options) as (cluster,),
+        client_for(cluster) as client,
+    ):
         await client.post("/login?user=ada")
         await client.get("/show")
         own.pause()
@@ -228,7 +244,9 @@ async def test_changed_password(own: Server, prefix: str) -> None:
 
 
 async def test_handshake_and_open_sockets(own: Server, prefix: str) -> None:
-    """A new socket is accepted and closed with a code that says retry; open ones stay, up to ``unverified_limit``."""
+    """A new socket is accepted and closed with a code that says retry; open ones stay, up to
+    ``unverified_limit``.
+    """
     cluster = Cluster(
         own.url,
         prefix=prefix,
@@ -288,10 +306,14 @@ async def test_server_that_is_not_there_at_start(prefix: str) -> None:
 
 
 async def test_events_between_two_outages_are_not_lost(own: Server, prefix: str) -> None:
-    """A logout that happens while a node is cut off from the bus is seen by it when it is back, cache or not."""
+    """A logout that happens while a node is cut off from the bus is seen by it when it is back."""
     name = secrets.token_hex(4)
     raw = own.client()
-    async with nodes(own.url, prefix=prefix) as (first, second), client_for(first) as a, client_for(second) as b:
+    async with (
+        nodes(own.url, prefix=prefix) as (first, second),
+        client_for(first) as a,
+        client_for(second) as b,
+    ):
         await a.post(f"/login?user={name}")
         b.cookies = httpx.Cookies(a.cookies)
         assert (await b.get("/show")).json()["user"] == name

@@ -1,6 +1,7 @@
-"""On the real stack: a writer on one node, readers on two, faults in between; afterwards the record is judged.
+"""On the real stack: a writer on one node, readers on two, faults in between; afterwards the record is
+judged.
 
-A read that began at *t* may return a value only if that value was still the current one at *t − L*, or later.
+A read that began at *t* may return a value only if that value was still the current one at *t - L*, or later.
 """
 
 from __future__ import annotations
@@ -25,13 +26,17 @@ LEASE = 1.0
 @pytest.mark.faults
 @pytest.mark.parametrize("fault", ["cut", "blackhole", "stall", "stop", "client kill"])
 async def test_no_read_is_staler_than_the_lease(prefix: str, fault: str) -> None:
-    """Eight seconds of writes every few milliseconds while the readers' links, or the server, fail again and again."""
+    """Eight seconds of writes every few milliseconds while the readers' links, or the server, fail again and
+    again.
+    """
     late = await record(prefix, fault)
     assert not late, f"{len(late)} reads broke the bound, the worst by {max(late)}"
 
 
 @pytest.mark.faults
-async def test_record_shows_a_cache_that_ignores_its_lease(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_record_shows_a_cache_that_ignores_its_lease(
+    prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The judge can judge: with the lease taken out of the cache, a silent link shows as stale reads."""
     monkeypatch.setattr(SessionCache, "get", lambda self, handle: self._entries.get(handle))
     monkeypatch.setattr(SessionCache, "_may_keep", lambda self, flight: flight.attached)
@@ -64,7 +69,8 @@ async def record(prefix: str, fault: str, *, judge_only: bool = False) -> list[t
                     n += 1
                     response = await w.post("/put", json={"n": n})
                     if response.status_code != 200:
-                        n -= 1  # it may have happened all the same: then the next write of the same number changes nothing
+                        # It may have happened all the same: then the next write of it changes nothing.
+                        n -= 1
                         continue
                     superseded.append(monotonic())
                     await asyncio.sleep(0.005)

@@ -53,7 +53,9 @@ def test_ids_have_the_entropy_that_owasp_asks_for() -> None:
 async def test_secret_is_neither_stored_nor_published_nor_logged(
     valkey: Server, raw: redis.Redis, prefix: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Through login, write, rotation and logout the cookie's secret appears in no key, value, message or log line."""
+    """Through login, write, rotation and logout the cookie's secret appears in no key, value, message or log
+    line.
+    """
     caplog.set_level(logging.DEBUG)
     listener = raw.pubsub()
     listener.psubscribe(f"{prefix}*")
@@ -87,10 +89,16 @@ async def test_secret_is_neither_stored_nor_published_nor_logged(
         (CookieConfig(path="/app"), "session", {"Path=/app", "Secure"}),
         (CookieConfig(secure=False), "session", {"HttpOnly", "SameSite=Lax"}),
         (CookieConfig(same_site="strict", name="sid"), "__Host-sid", {"SameSite=Strict"}),
-        (CookieConfig(same_site="none", partitioned=True), "__Host-session", {"SameSite=None", "Partitioned"}),
+        (
+            CookieConfig(same_site="none", partitioned=True),
+            "__Host-session",
+            {"SameSite=None", "Partitioned"},
+        ),
     ],
 )
-async def test_cookie_has_the_attributes_that_were_asked_for(config: CookieConfig, name: str, attributes: set[str]) -> None:
+async def test_cookie_has_the_attributes_that_were_asked_for(
+    config: CookieConfig, name: str, attributes: set[str]
+) -> None:
     """Each option of CookieConfig shows in the header, and the prefix only where browsers accept it."""
     cluster = Cluster("memory://", sessions=SessionConfig(cookie=config))
     async with client_for(cluster) as client:
@@ -132,7 +140,9 @@ async def test_remember_me_outlives_the_browser_and_nothing_else_does(cluster_ur
 
 
 async def test_idle_session_ends_and_a_used_one_does_not(cluster_url: str, prefix: str) -> None:
-    """The idle timeout counts from the last use, a mere look included; the node that is asked makes no difference."""
+    """The idle timeout counts from the last use, a mere look included; the node that is asked makes no
+    difference.
+    """
     options = SessionConfig(idle_timeout=1.0, absolute_timeout=60)
     async with (
         nodes(cluster_url, prefix=prefix, sessions=options) as (first, second),
@@ -150,7 +160,10 @@ async def test_idle_session_ends_and_a_used_one_does_not(cluster_url: str, prefi
 async def test_busy_session_ends_at_its_absolute_timeout(cluster_url: str, prefix: str) -> None:
     """However often it is used: the absolute timeout cannot be extended."""
     options = SessionConfig(idle_timeout=0.8, absolute_timeout=1.0)
-    async with nodes(cluster_url, 1, prefix=prefix, sessions=options) as (cluster,), client_for(cluster) as client:
+    async with (
+        nodes(cluster_url, 1, prefix=prefix, sessions=options) as (cluster,),
+        client_for(cluster) as client,
+    ):
         await client.post("/login?user=ada")
         seen = []
         for n in range(8):
@@ -164,10 +177,33 @@ LEAST_PRIVILEGE = (
     "~{prefix}:*",
     "&{prefix}:*",
     "-@all",
-    *"+hello +auth +ping +info +select +client|setinfo +client|setname +eval +evalsha +time".split(),
-    *"+publish +subscribe +unsubscribe +get +set +del +exists +pexpire +pttl".split(),
-    *"+hget +hset +hdel +hmget +hgetall +hkeys +hincrby +zadd +zrem +zrange +zremrangebyscore".split(),
-    *"+xadd +xrange +xrevrange".split(),
+    *[
+        "+hello",
+        "+auth",
+        "+ping",
+        "+info",
+        "+select",
+        "+client|setinfo",
+        "+client|setname",
+        "+eval",
+        "+evalsha",
+        "+time",
+    ],
+    *["+publish", "+subscribe", "+unsubscribe", "+get", "+set", "+del", "+exists", "+pexpire", "+pttl"],
+    *[
+        "+hget",
+        "+hset",
+        "+hdel",
+        "+hmget",
+        "+hgetall",
+        "+hkeys",
+        "+hincrby",
+        "+zadd",
+        "+zrem",
+        "+zrange",
+        "+zremrangebyscore",
+    ],
+    *["+xadd", "+xrange", "+xrevrange"],
 )
 """The rights that docs/security.md lists."""
 
@@ -196,8 +232,12 @@ async def test_everything_works_under_the_documented_least_privilege(
 
 
 @pytest.mark.parametrize("missing", ["&{prefix}:*", "+publish", "+subscribe", "+evalsha"])
-async def test_missing_right_stops_the_start(valkey: Server, raw: redis.Redis, prefix: str, missing: str) -> None:
-    """It is found at start, where somebody looks, and not at the first logout. The error has no password in it."""
+async def test_missing_right_stops_the_start(
+    valkey: Server, raw: redis.Redis, prefix: str, missing: str
+) -> None:
+    """It is found at start, where somebody looks, and not at the first logout. The error has no password in
+    it.
+    """
     grant(raw, "lacking", prefix, missing)
     cluster = Cluster(url_for(valkey, "lacking"), prefix=prefix)
     with pytest.raises(StoreUnavailable) as caught:
@@ -206,7 +246,9 @@ async def test_missing_right_stops_the_start(valkey: Server, raw: redis.Redis, p
     assert "pa55" not in str(caught.value) + repr(cluster)
 
 
-async def test_wrong_password_is_a_clear_error_without_the_password(valkey: Server, raw: redis.Redis, prefix: str) -> None:
+async def test_wrong_password_is_a_clear_error_without_the_password(
+    valkey: Server, raw: redis.Redis, prefix: str
+) -> None:
     """The start fails, says where and why, and keeps the secret."""
     grant(raw, "somebody", prefix)
     cluster = Cluster(f"redis://somebody:wr0ng@127.0.0.1:{valkey.port}/0", prefix=prefix)
@@ -219,7 +261,9 @@ async def test_wrong_password_is_a_clear_error_without_the_password(valkey: Serv
 async def test_tampered_record_is_treated_as_missing(
     valkey: Server, raw: redis.Redis, prefix: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A record without its meta fields, of the wrong type, or with a value that is not msgpack logs nobody else out."""
+    """A record without its meta fields, of the wrong type, or with a value that is not msgpack logs nobody
+    else out.
+    """
     async with nodes(valkey.url, 1, prefix=prefix) as (cluster,), client_for(cluster) as other:
         await other.post("/login?user=bob")
         for damage in ("no meta", "wrong type", "no msgpack"):
@@ -241,4 +285,3 @@ async def test_tampered_record_is_treated_as_missing(
                 assert response.json()["user"] is None
         assert (await other.get("/show")).json()["user"] == "bob"
     assert caplog.text.count("treated as missing") >= 3
-

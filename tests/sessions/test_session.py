@@ -14,7 +14,11 @@ from tests.sessions.app import Gate, client_for, make_app, nodes
 
 async def test_session_is_saved_and_read_on_another_node(cluster_url: str, prefix: str) -> None:
     """What one node stores, the other reads, under the same public handle."""
-    async with nodes(cluster_url, prefix=prefix) as (first, second), client_for(first) as a, client_for(second) as b:
+    async with (
+        nodes(cluster_url, prefix=prefix) as (first, second),
+        client_for(first) as a,
+        client_for(second) as b,
+    ):
         stored = (await a.post("/put", json={"color": "blue"})).json()
         b.cookies = a.cookies
         seen = (await b.get("/show")).json()
@@ -24,8 +28,14 @@ async def test_session_is_saved_and_read_on_another_node(cluster_url: str, prefi
 
 
 async def test_write_on_one_node_is_seen_at_once_on_the_other(cluster_url: str, prefix: str) -> None:
-    """A cached entry does not survive a write elsewhere: after the write's response the other node reads the new value."""
-    async with nodes(cluster_url, prefix=prefix) as (first, second), client_for(first) as a, client_for(second) as b:
+    """A cached entry does not survive a write elsewhere: after the write's response the other node reads the
+    new value.
+    """
+    async with (
+        nodes(cluster_url, prefix=prefix) as (first, second),
+        client_for(first) as a,
+        client_for(second) as b,
+    ):
         await a.post("/put", json={"n": 0})
         b.cookies = a.cookies
         for n in range(1, 20):
@@ -36,7 +46,9 @@ async def test_write_on_one_node_is_seen_at_once_on_the_other(cluster_url: str, 
 
 
 async def test_visit_without_changes_sets_no_cookie(cluster_url: str, prefix: str) -> None:
-    """An empty session is not stored: no cookie, no record, and a response that does not vary unless it was looked at."""
+    """An empty session is not stored: no cookie, no record, and a response that does not vary unless it was
+    looked at.
+    """
     async with nodes(cluster_url, 1, prefix=prefix) as (cluster,), client_for(cluster) as client:
         looked = await client.get("/show")
         untouched = await client.get("/nothing")
@@ -113,7 +125,9 @@ async def test_parallel_request_conflicts_when_asked_to(cluster_url: str, prefix
 
 @pytest.mark.parametrize("where", ["same node", "another node"])
 async def test_request_in_flight_cannot_undo_a_logout(cluster_url: str, prefix: str, where: str) -> None:
-    """A request that read the session before the logout and writes after it creates nothing and sets no cookie."""
+    """A request that read the session before the logout and writes after it creates nothing and sets no
+    cookie.
+    """
     gate = Gate()
     async with (
         nodes(cluster_url, prefix=prefix) as (first, second),
@@ -133,15 +147,27 @@ async def test_request_in_flight_cannot_undo_a_logout(cluster_url: str, prefix: 
 
 
 async def test_login_makes_the_old_secret_worthless(cluster_url: str, prefix: str) -> None:
-    """Session fixation: a cookie planted before the login shows nothing of what comes after it. The data moves along."""
-    async with nodes(cluster_url, prefix=prefix) as (first, second), client_for(first) as victim, client_for(second) as thief:
+    """Session fixation: a cookie planted before the login shows nothing of what comes after it. The data
+    moves along.
+    """
+    async with (
+        nodes(cluster_url, prefix=prefix) as (first, second),
+        client_for(first) as victim,
+        client_for(second) as thief,
+    ):
         await victim.post("/put", json={"cart": [1]})
         thief.cookies = httpx.Cookies(victim.cookies)
         await thief.get("/show")
         logged_in = (await victim.post("/login?user=ada")).json()
         assert logged_in["user"] == "ada"
         assert logged_in["data"] == {"cart": [1]}
-        assert (await thief.get("/show")).json() == {"data": {}, "user": None, "handle": None, "new": True, "version": 0}
+        assert (await thief.get("/show")).json() == {
+            "data": {},
+            "user": None,
+            "handle": None,
+            "new": True,
+            "version": 0,
+        }
         assert (await victim.get("/show")).json()["user"] == "ada"
 
 
@@ -184,7 +210,11 @@ async def test_write_after_logout_starts_a_new_anonymous_session(cluster_url: st
 
 async def test_clear_is_a_logout(cluster_url: str, prefix: str) -> None:
     """The cookie goes, and the session is gone for whoever still has it."""
-    async with nodes(cluster_url, prefix=prefix) as (first, second), client_for(first) as a, client_for(second) as b:
+    async with (
+        nodes(cluster_url, prefix=prefix) as (first, second),
+        client_for(first) as a,
+        client_for(second) as b,
+    ):
         await a.post("/login?user=ada")
         b.cookies = httpx.Cookies(a.cookies)
         await b.get("/show")
@@ -218,7 +248,9 @@ async def test_unstorable_value_names_its_key(cluster_url: str, prefix: str) -> 
 
 
 @pytest.mark.parametrize("path", ["/late", "/background"])
-async def test_change_after_the_response_started_is_an_error(cluster_url: str, prefix: str, path: str) -> None:
+async def test_change_after_the_response_started_is_an_error(
+    cluster_url: str, prefix: str, path: str
+) -> None:
     """It could not be saved, so it is not accepted in silence."""
     async with nodes(cluster_url, 1, prefix=prefix) as (cluster,), client_for(cluster) as client:
         with pytest.raises(RuntimeError, match="after the response started"):
@@ -227,7 +259,11 @@ async def test_change_after_the_response_started_is_an_error(cluster_url: str, p
 
 async def test_lock_lets_one_request_in_at_a_time(cluster_url: str, prefix: str) -> None:
     """Twenty parallel increments on two nodes under the session's lock lose none."""
-    async with nodes(cluster_url, prefix=prefix) as (first, second), client_for(first) as a, client_for(second) as b:
+    async with (
+        nodes(cluster_url, prefix=prefix) as (first, second),
+        client_for(first) as a,
+        client_for(second) as b,
+    ):
         await a.post("/put", json={"count": 0})
         b.cookies = httpx.Cookies(a.cookies)
         await asyncio.gather(*[client.post("/lock") for client in (a, b) for _ in range(10)])
@@ -244,13 +280,22 @@ async def test_vary_is_appended_to_what_the_app_says(cluster_url: str, prefix: s
 @pytest.mark.parametrize(
     "value",
     [
-        "", "null", "a.b.c", "zz.aaaaaaaaaaaaaaaaaaaaaa.bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb", "00." + "a" * 5000,
-        "00.aaaaaaaaaaaaaaaaaaaaaa.bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb", "%00%ff", '"quoted"', "x=y=z",
+        "",
+        "null",
+        "a.b.c",
+        "zz.aaaaaaaaaaaaaaaaaaaaaa.bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb",
+        "00." + "a" * 5000,
+        "00.aaaaaaaaaaaaaaaaaaaaaa.bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb",
         "00.aaaaaaaaaaaaaaaaaaaaaa.bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb",
+        "%00%ff",
+        '"quoted"',
+        "x=y=z",
     ],
-)  # fmt: skip
+)
 async def test_malformed_or_unknown_cookie_is_no_session(cluster_url: str, prefix: str, value: str) -> None:
-    """It is as if there were no cookie: nothing is adopted, nothing fails, and the response does not touch the cookie."""
+    """It is as if there were no cookie: nothing is adopted, nothing fails, and the response does not touch
+    the cookie.
+    """
     async with nodes(cluster_url, 1, prefix=prefix) as (cluster,), client_for(cluster) as client:
         response = await client.get("/show", headers={"cookie": f"__Host-session={value}"})
         assert response.json()["handle"] is None
@@ -276,7 +321,9 @@ async def test_cookie_of_a_longer_name_is_not_ours(cluster_url: str, prefix: str
         (value,) = client.cookies.values()
         client.cookies.clear()
         decoy = await client.get("/show", headers={"cookie": f"x__Host-session={value}; other=1"})
-        real = await client.get("/show", headers={"cookie": f"other=1; x__Host-session=z; __Host-session={value}"})
+        real = await client.get(
+            "/show", headers={"cookie": f"other=1; x__Host-session=z; __Host-session={value}"}
+        )
     assert decoy.json()["user"] is None
     assert real.json()["user"] == "ada"
 
@@ -296,7 +343,11 @@ async def test_second_and_later_reads_come_from_the_cache(cluster_url: str, pref
 
 async def test_users_sessions_are_listed_and_ended(cluster_url: str, prefix: str) -> None:
     """Everything of a user on one page; log out everywhere but here ends the others on all nodes."""
-    async with nodes(cluster_url, prefix=prefix) as (first, second), client_for(first) as laptop, client_for(second) as phone:
+    async with (
+        nodes(cluster_url, prefix=prefix) as (first, second),
+        client_for(first) as laptop,
+        client_for(second) as phone,
+    ):
         here = (await laptop.post("/login?user=ada", headers={"user-agent": "laptop"})).json()["handle"]
         await phone.post("/login?user=ada", headers={"user-agent": "phone"})
         listed = await first.user("ada").sessions()

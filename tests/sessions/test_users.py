@@ -45,7 +45,9 @@ async def many(work: list[Any], at_once: int = 2000) -> None:
 
 
 async def test_listing_and_revoking_cost_what_the_user_has(crowd: tuple[Server, Cluster]) -> None:
-    """With 10 000 users of 5 devices each, one user's list and logout touch that user's keys, as the server's own count shows."""
+    """With 10 000 users of 5 devices each, one user's list and logout touch that user's keys, as the server's
+    own count shows.
+    """
     server, cluster = crowd
     await many([login(cluster, f"user-{number % 10_000}")[1] for number in range(50_000)])
     raw = server.client()
