@@ -82,10 +82,14 @@ async def test_registration_lost(site: Site, redis_url: str) -> None:
             redis.delete(f"{site.prefix}:{{nodes}}:beat:{node.cluster.node}")
 
         async def back() -> bool:
-            present = {member.connection_id for member in await room.presence()}
-            return present == before and node.cluster._backend.bus.incarnation != incarnation
+            now = node.cluster._backend.bus.incarnation
+            owner = f"{node.cluster.node} {now}".encode()
+            with start_client(redis_url) as redis:
+                entries = redis.hvals(f"{site.prefix}:{{room:kept:a}}:in")
+            return now != incarnation and any(entry.partition(b"\n")[0] == owner for entry in entries)
 
         await eventually(back, timeout=10)
+        assert {member.connection_id for member in await room.presence()} == before
         assert not at.left
 
 

@@ -200,6 +200,23 @@ async def test_slow_client_is_disconnected(redis_site: Site, path: str) -> None:
         assert node.cluster.stats().realtime.slow == 1
 
 
+async def test_burst_of_one_tick(redis_site: Site, path: str) -> None:
+    """A burst within one tick stays within the bound, and a client that reads is not slow for it."""
+    node, member = await start(redis_site, path, outbox_bytes=200_000)
+    async with node.raw(path="/ws", max_size=None) as client:
+        assert await client.ws.recv() == "ready"
+        outbox = member.connections[0].outbox
+        bound = 0
+        for number in range(20):
+            deliver(node, f"{number:08}" + "x" * 30_000)
+            bound = max(bound, outbox.waiting_bytes)
+        assert bound <= 200_000
+        if path == "direct":
+            got: list[int] = []
+            await _read(client.ws.recv, got, 20)
+            assert got == list(range(20))
+
+
 async def _read(receive: Callable[[], Awaitable[Any]], into: list[int], count: int) -> None:
     while len(into) < count:
         into.append(int((await asyncio.wait_for(receive(), 5))[:8]))

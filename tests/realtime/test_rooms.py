@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -109,6 +110,23 @@ async def test_broadcast_refused(lone_site: Site) -> None:
         await room.history()
     with pytest.raises(ValueError, match="presence"):
         await room.presence()
+
+
+async def test_failed_entry_leaves_nothing(lone_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A room whose history does not answer is error 100, temporary; nothing of the subscription stays."""
+    node = await lone_site.node(rules=[KEPT])
+
+    async def fail(*args: Any, **options: Any) -> None:
+        raise BusUnavailable("no answer")
+
+    async with node.client() as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(node.cluster.rooms, "_history", SimpleNamespace(read=fail))
+            reply = await client.call("subscribe", {"channel": "kept:a"})
+            assert reply["error"] == {"code": 100, "message": "internal server error", "temporary": True}
+        assert node.cluster.stats().realtime.rooms == 0
+        assert not await node.cluster.room("kept:a").presence()
+        assert "subscribe" in await client.call("subscribe", {"channel": "kept:a"})
 
 
 async def test_server_side_history(site: Site) -> None:
