@@ -74,8 +74,8 @@ class Node:
 async def opened(url: str, prefix: str, **options: Any) -> AsyncIterator[Node]:
     """A node while entered."""
     listen = options.pop("listen", True)
+    receiver = options.pop("receiver", None) or Receiver()
     backend = RedisBackend(url, prefix=prefix, lease_duration=LEASE, **options)
-    receiver = Receiver()
     node = Node(NodeId(f"n-{new_token()}"), backend, receiver)
     receiver.leased = lambda: node.bus.lease(0).live
     async with backend.open(node.id, receiver, listen=listen):

@@ -1,0 +1,27 @@
+"""Every row of the table of faults is met: the bounds hold, and no read is older than the lease."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.bus.faults import CLUSTER, SENTINEL, SINGLE, CacheReceiver, Scene, many, nothing, play, single
+from tests.support.servers import start_valkey
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", [*SINGLE, *SENTINEL, *CLUSTER])
+async def test_a_fault_is_survived_within_its_bounds(name: str) -> None:
+    """See ``docs/faults.md``."""
+    row = await (single(name) if name in SINGLE else many(name))
+    assert row.hits > 0, "nothing came from the cache: nothing was tested"
+    assert row.met, " | ".join([*row.cells(), *row.left])
+
+
+@pytest.mark.faults
+async def test_a_node_that_ignores_invalidations_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table can fail: without the bus the cache would be stale."""
+    monkeypatch.setattr(CacheReceiver, "session_message", lambda self, payload: None)
+    with start_valkey() as server:
+        row = await play("nothing", nothing, server.url, Scene(server, None))
+    assert row.stale > 0
+    assert not row.met
