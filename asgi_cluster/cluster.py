@@ -87,7 +87,7 @@ class Cluster:
         self.realtime = realtime or RealtimeConfig()
         if not 0 < deadline <= sessions.cache.lease:
             raise ValueError(
-                f"deadline must be above 0 and at most the lease ({sessions.cache.lease:g}), not {deadline!r}: "
+                f"deadline must be above 0, at most the lease {sessions.cache.lease:g}, not {deadline!r}: "
                 "a write whose outcome is unknown has to be settled before a cached read may be trusted again"
             )
         if not re.fullmatch(r"[A-Za-z0-9_.:-]{1,64}", prefix):
