@@ -294,8 +294,10 @@ async def hypercorn(app: Any) -> AsyncIterator[int]:
     config.graceful_timeout = 1.0
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(run(app, config, shutdown_trigger=stop.wait))  # type: ignore[arg-type]
-        yield port
-        stop.set()
+        try:
+            yield port
+        finally:
+            stop.set()
 
 
 @asynccontextmanager
@@ -307,8 +309,10 @@ async def granian(app: Any) -> AsyncIterator[int]:
     server = Server(app, address=LOCAL, port=port, interface=Interfaces.ASGI, log_enabled=False)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(server.serve())
-        yield port
-        server.stop()
+        try:
+            yield port
+        finally:
+            server.stop()
 
 
 @asynccontextmanager
