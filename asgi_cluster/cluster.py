@@ -160,7 +160,9 @@ class Cluster:
         )
         self.endpoint = Endpoint(self)
         self.tasks: asyncio.TaskGroup | None = None
-        """Owned by the supervisor while the cluster is started; ``None`` otherwise."""
+        """Owned by the supervisor while the cluster is started; ``None`` otherwise. For tasks of ``loop``."""
+        self.loop: asyncio.AbstractEventLoop | None = None
+        """The loop that started the cluster; ``None`` while it is not started."""
         self.draining = False
         """Whether ``drain`` was called: new sockets are closed at once, and ``ready`` is false."""
         self.warned_insecure = False
@@ -272,7 +274,7 @@ class Cluster:
                 self._backend.open(node, self._dispatch, listen=self.listen),
                 asyncio.TaskGroup() as tasks,
             ):
-                self.tasks = tasks
+                self.tasks, self.loop = tasks, asyncio.get_running_loop()
                 with ExitStack() as stack:
                     if self.realtime.drain is not None:
                         stack.enter_context(
@@ -285,7 +287,7 @@ class Cluster:
                         await self._stop.wait()
                     finally:
                         verification.cancel()
-                        self.tasks = None
+                        self.tasks = self.loop = None
                         await self.hub.shutdown(timeout=self.realtime.close_timeout)
                 logger.info("node %s stopped", node)
         except BaseException as error:

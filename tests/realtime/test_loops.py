@@ -1,0 +1,67 @@
+"""Sockets on other event loops than the one that started the cluster."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.applications import Starlette
+from starlette.routing import WebSocketRoute
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from asgi_cluster import Cluster, ClusterMiddleware
+
+_ROUNDS = 20
+
+
+async def test_test_client_beside_a_started_cluster(prefix: str) -> None:
+    """Starlette's TestClient, on a thread and a loop of its own, works beside a cluster that another loop
+    started: its messages, broadcasts from here, and a close from here that its app sees.
+    """
+    cluster = Cluster(f"memory://{prefix}")
+    ended: list[int | None] = []
+    groups: list[bool] = []
+
+    async def app(websocket: WebSocket) -> None:
+        async with cluster.accept(websocket, user_id="ada") as connection:
+            groups.append(connection.socket.tasks is cluster.tasks)
+            await connection.join("room")
+            await connection.send("ready")
+            async for message in connection:
+                await connection.send(f"echo {message}")
+        ended.append(connection.socket.close_code)
+
+    wrapped = ClusterMiddleware(Starlette(routes=[WebSocketRoute("/ws", app)]), cluster)
+    joined, closing = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def visit() -> tuple[list[str], int]:
+        heard = []
+        with TestClient(wrapped).websocket_connect("/ws") as websocket:
+            heard.append(websocket.receive_text())
+            for number in range(_ROUNDS):
+                websocket.send_text(str(number))
+                heard.append(websocket.receive_text())
+            loop.call_soon_threadsafe(joined.set)
+            heard.append(websocket.receive_text())
+            loop.call_soon_threadsafe(closing.set)
+            try:
+                websocket.receive_text()
+            except WebSocketDisconnect as disconnect:
+                return heard, disconnect.code
+        return heard, 0
+
+    async with cluster, asyncio.timeout(10):
+        before = asyncio.all_tasks()
+        visiting = asyncio.create_task(asyncio.to_thread(visit))
+        await joined.wait()
+        strangers = asyncio.all_tasks() - before - {visiting}
+        await cluster.room("room").broadcast("from here")
+        await closing.wait()
+        assert cluster.hub.close_user("ada", keep=None, code=4000, reason="enough") == 1
+        heard, code = await visiting
+    assert heard == ["ready", *(f"echo {number}" for number in range(_ROUNDS)), "from here"]
+    assert code == 4000
+    assert ended == [4000]
+    assert groups == [False]
+    assert not strangers
