@@ -52,10 +52,8 @@ class ClusterMiddleware:
             raise TypeError(f"cluster must be a Cluster, not {type(cluster).__name__}")
         self.app: ASGIApp = app
         self.cluster = cluster
-        self._service = cluster.service
-        self._cached = cluster.service.store.cache.get
+        self._scope_key = cluster.service.config.scope_key
         self._cookie = cluster.service.cookie
-        self.scope_key = cluster.service.config.scope_key
         realtime = cluster.realtime.path
         self._endpoint_path = None if realtime is None else f"{realtime}/"
 
@@ -67,33 +65,27 @@ class ClusterMiddleware:
         if kind not in ("http", "websocket") or SCOPE_KEY in scope:
             await self.app(scope, receive, send)
             return
-        scope_key = self.scope_key
-        if scope_key is not None and scope_key in scope:
+        if self._scope_key is not None and self._scope_key in scope:
             # Another session middleware is around us: it must not find our session in its scope, and sign it
             # into its cookie.
             scope = {**scope}
-        session = Session(self._service, scope)
+        session = Session(self.cluster.service, scope)
         credentials = self._cookie.read(scope["headers"])
         if credentials is not None:
-            handle, secret = credentials
-            entry = self._cached(handle)
-            if entry is not None:
-                session.open(entry, secret)
-            else:
-                await session.fetch(handle, secret)
-        state = scope[SCOPE_KEY] = ScopeState(self.cluster, session)
-        if scope_key is not None:
-            scope[scope_key] = session
+            await session.open(*credentials)
+        state = ScopeState(self.cluster, session)
+        scope[SCOPE_KEY] = state
+        if self._scope_key is not None:
+            scope[self._scope_key] = session
         app = self.app
-        endpoint = self._endpoint_path
-        if endpoint is not None and endpoint in scope["path"] and _route(scope).startswith(endpoint):
+        if self._endpoint_path is not None and _route(scope).startswith(self._endpoint_path):
             app = self.cluster.endpoint
         if kind == "websocket":
             await self._websocket(app, scope, receive, send, state)
             return
         response = _Response(self, scope, send, session)
         try:
-            await app(scope, receive, response.message)
+            await app(scope, receive, response)
         except Exception as error:
             ours = _ours(error)
             if ours is None or (response.started and not response.replaced):
@@ -155,9 +147,9 @@ class ClusterMiddleware:
         Raises:
             TypeError: another session library has put its object there.
         """
-        if self.scope_key is None:
+        if self._scope_key is None:
             return
-        current = scope.get(self.scope_key)
+        current = scope.get(self._scope_key)
         if current is session:
             return
         if type(current) is dict:
@@ -167,11 +159,11 @@ class ClusterMiddleware:
             session.clear()
         elif current is not None:
             raise TypeError(
-                f"scope[{self.scope_key!r}] was replaced by a {type(current).__module__}."
+                f"scope[{self._scope_key!r}] was replaced by a {type(current).__module__}."
                 f"{type(current).__name__}: another session middleware is inside ClusterMiddleware. "
                 "Remove it, or set SessionConfig(scope_key=None) and use get_session()."
             )
-        scope[self.scope_key] = session
+        scope[self._scope_key] = session
 
     def warn_insecure(self, scope: Scope) -> None:
         """Once: a Secure cookie leaves over plain http, and most clients will not send it back."""
@@ -198,11 +190,11 @@ class _Response:
         self._send = send
         self._session = session
 
-    async def message(self, message: Message) -> None:
-        """ASGI ``send``."""
-        if self.started or message["type"] != "http.response.start":
-            if not self.replaced:
-                await self._send(message)
+    async def __call__(self, message: Message) -> None:
+        if self.replaced:
+            return
+        if message["type"] != "http.response.start" or self.started:
+            await self._send(message)
             return
         session = self._session
         if message["status"] == 500 and session.raised is not None:
@@ -211,9 +203,7 @@ class _Response:
             return
         if not self._failed:
             try:
-                scope_key = self._middleware.scope_key
-                if scope_key is not None and self._scope.get(scope_key) is not session:
-                    self._middleware.adopt(self._scope, session)
+                self._middleware.adopt(self._scope, session)
                 if session.due:
                     await session.commit()
             except (StoreUnavailable, SessionConflict) as error:
@@ -226,7 +216,7 @@ class _Response:
             self.saved = True
         self.started = True
         await self._send(_with_cookie(self._middleware, self._scope, session, message))
-        session.sealed = True
+        session.seal()
 
     async def replace(self, error: StoreUnavailable | SessionConflict) -> None:
         """Answer in place of the app: 503 with Retry-After, or 409."""
