@@ -34,6 +34,7 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 logger = logging.getLogger("asgi_cluster.middleware")
 
+_VARY = (b"vary", b"Cookie")
 _REASONS = {
     CloseCode.SHUTDOWN: "shutdown",
     CloseCode.SESSION_ENDED: "session ended",
@@ -52,8 +53,10 @@ class ClusterMiddleware:
             raise TypeError(f"cluster must be a Cluster, not {type(cluster).__name__}")
         self.app: ASGIApp = app
         self.cluster = cluster
-        self._scope_key = cluster.service.config.scope_key
+        self._service = cluster.service
+        self._cached = cluster.service.store.cache.get
         self._cookie = cluster.service.cookie
+        self.scope_key = cluster.service.config.scope_key
         realtime = cluster.realtime.path
         self._endpoint_path = None if realtime is None else f"{realtime}/"
 
@@ -65,27 +68,33 @@ class ClusterMiddleware:
         if kind not in ("http", "websocket") or SCOPE_KEY in scope:
             await self.app(scope, receive, send)
             return
-        if self._scope_key is not None and self._scope_key in scope:
+        scope_key = self.scope_key
+        if scope_key is not None and scope_key in scope:
             # Another session middleware is around us: it must not find our session in its scope, and sign it
             # into its cookie.
             scope = {**scope}
-        session = Session(self.cluster.service, scope)
+        session = Session(self._service, scope)
         credentials = self._cookie.read(scope["headers"])
         if credentials is not None:
-            await session.open(*credentials)
-        state = ScopeState(self.cluster, session)
-        scope[SCOPE_KEY] = state
-        if self._scope_key is not None:
-            scope[self._scope_key] = session
+            handle, secret = credentials
+            entry = self._cached(handle)
+            if entry is not None:
+                session.open(entry, secret)
+            else:
+                await session.fetch(handle, secret)
+        state = scope[SCOPE_KEY] = ScopeState(self.cluster, session)
+        if scope_key is not None:
+            scope[scope_key] = session
         app = self.app
-        if self._endpoint_path is not None and _route(scope).startswith(self._endpoint_path):
+        endpoint = self._endpoint_path
+        if endpoint is not None and endpoint in scope["path"] and _route(scope).startswith(endpoint):
             app = self.cluster.endpoint
         if kind == "websocket":
             await self._websocket(app, scope, receive, send, state)
             return
         response = _Response(self, scope, send, session)
         try:
-            await app(scope, receive, response)
+            await app(scope, receive, response.message)
         except Exception as error:
             ours = _ours(error)
             if ours is None or (response.started and not response.replaced):
@@ -147,9 +156,9 @@ class ClusterMiddleware:
         Raises:
             TypeError: another session library has put its object there.
         """
-        if self._scope_key is None:
+        if self.scope_key is None:
             return
-        current = scope.get(self._scope_key)
+        current = scope.get(self.scope_key)
         if current is session:
             return
         if type(current) is dict:
@@ -159,11 +168,11 @@ class ClusterMiddleware:
             session.clear()
         elif current is not None:
             raise TypeError(
-                f"scope[{self._scope_key!r}] was replaced by a {type(current).__module__}."
+                f"scope[{self.scope_key!r}] was replaced by a {type(current).__module__}."
                 f"{type(current).__name__}: another session middleware is inside ClusterMiddleware. "
                 "Remove it, or set SessionConfig(scope_key=None) and use get_session()."
             )
-        scope[self._scope_key] = session
+        scope[self.scope_key] = session
 
     def warn_insecure(self, scope: Scope) -> None:
         """Once: a Secure cookie leaves over plain http, and most clients will not send it back."""
@@ -190,11 +199,11 @@ class _Response:
         self._send = send
         self._session = session
 
-    async def __call__(self, message: Message) -> None:
-        if self.replaced:
-            return
-        if message["type"] != "http.response.start" or self.started:
-            await self._send(message)
+    async def message(self, message: Message) -> None:
+        """ASGI ``send``."""
+        if self.started or message["type"] != "http.response.start":
+            if not self.replaced:
+                await self._send(message)
             return
         session = self._session
         if message["status"] == 500 and session.raised is not None:
@@ -203,7 +212,9 @@ class _Response:
             return
         if not self._failed:
             try:
-                self._middleware.adopt(self._scope, session)
+                scope_key = self._middleware.scope_key
+                if scope_key is not None and self._scope.get(scope_key) is not session:
+                    self._middleware.adopt(self._scope, session)
                 if session.due:
                     await session.commit()
             except (StoreUnavailable, SessionConflict) as error:
@@ -216,7 +227,7 @@ class _Response:
             self.saved = True
         self.started = True
         await self._send(_with_cookie(self._middleware, self._scope, session, message))
-        session.seal()
+        session.sealed = True
 
     async def replace(self, error: StoreUnavailable | SessionConflict) -> None:
         """Answer in place of the app: 503 with Retry-After, or 409."""
@@ -322,23 +333,25 @@ def _with_cookie(middleware: ClusterMiddleware, scope: Scope, session: Session, 
     cookie = session.cookie_header()
     if cookie is None and not session.accessed:
         return message
-    headers = list(message.get("headers", ()))
+    headers = [*message.get("headers", ())]
     if cookie is not None:
         headers.append(cookie)
         middleware.warn_insecure(scope)
     if message["type"] != "websocket.accept":
-        _vary(headers)
+        for header in headers:
+            if len(header[0]) == 4 and header[0].lower() == b"vary":
+                _vary(headers, header)
+                break
+        else:
+            headers.append(_VARY)
     return {**message, "headers": headers}
 
 
-def _vary(headers: list[tuple[bytes, bytes]]) -> None:
-    for index, (key, value) in enumerate(headers):
-        if len(key) == 4 and key.lower() == b"vary":
-            names = [name.strip().lower() for name in value.split(b",")]
-            if b"cookie" not in names and b"*" not in names:
-                headers[index] = (key, value + b", Cookie" if value else b"Cookie")
-            return
-    headers.append((b"vary", b"Cookie"))
+def _vary(headers: list[tuple[bytes, bytes]], header: tuple[bytes, bytes]) -> None:
+    key, value = header
+    names = [name.strip().lower() for name in value.split(b",")]
+    if b"cookie" not in names and b"*" not in names:
+        headers[headers.index(header)] = (key, value + b", Cookie" if value else b"Cookie")
 
 
 def _route(scope: Scope) -> str:

@@ -62,7 +62,8 @@ class Session(SessionData):
     _created: bool = False
     _lost: bool = False
     _headers_sent: bool = False
-    _sealed: bool = False
+    sealed: bool = False
+    """The response has started: from now on a change is an error."""
     _budget: Budget | None = None
     raised: StoreUnavailable | SessionConflict | None = None
     """The last error of ours that the app got from this session: what a 500 of the app's is really about."""
@@ -125,7 +126,7 @@ class Session(SessionData):
         not be read.
         """
         self.mark_accessed()
-        if self._sealed:
+        if self.sealed:
             raise RuntimeError(
                 "the session was changed after the response started: this change would be lost"
             )
@@ -333,27 +334,39 @@ class Session(SessionData):
 
     # For the middleware
 
-    async def open(self, handle: Handle, secret: bytes) -> None:
-        """Become the session that the cookie names, if there is one and ``secret`` opens it.
+    async def fetch(self, handle: Handle, secret: bytes) -> None:
+        """Become the session that the cookie names, which the cache does not have.
 
         A store that does not answer is no error here: the first access raises, or the session is empty and
         read-only, or the last confirmed state, as ``on_store_error`` says.
         """
         store = self._service.store
-        entry = store.cache.get(handle)
-        if entry is None:
-            try:
-                entry = await self._allowance().spend(lambda left: store.fetch(handle, timeout=left))
-            except StoreUnavailable as error:
-                policy = self._service.config.on_store_error
-                entry = store.cache.stale(handle) if policy == "stale" else None
-                if entry is None:
-                    self._degraded = policy == "anonymous"
-                    self._failure = None if self._degraded else error
-                    return
+        entry: Entry | None
+        try:
+            entry = await self._allowance().spend(lambda left: store.fetch(handle, timeout=left))
+        except StoreUnavailable as error:
+            policy = self._service.config.on_store_error
+            entry = store.cache.stale(handle) if policy == "stale" else None
+            if entry is None:
+                self._degraded = policy == "anonymous"
+                self._failure = None if self._degraded else error
+                return
+        self.open(entry, secret)
+
+    def open(self, entry: Entry, secret: bytes) -> None:
+        """Become the session in ``entry``, if there is one and ``secret`` opens it.
+
+        A wrong secret is an unknown session. Unknown ids are never adopted: that would be session fixation.
+        """
         record = entry.record
-        # A wrong secret is an unknown session. Unknown ids are never adopted: that would be session fixation.
-        if record is not None and _opens(record, secret, entry.read_at):
+        if record is None:
+            return
+        digest = secret_hash(secret)
+        if compare_digest(digest, record.secret) or (
+            record.previous is not None
+            and compare_digest(digest, record.previous)
+            and boot_clock() < entry.read_at + record.previous_for
+        ):
             self._bind(entry, record)
 
     async def verify(self) -> float | None:
@@ -424,10 +437,6 @@ class Session(SessionData):
             max_age = int(self._record.absolute_in) if self._record.persistent else None
             return self._service.cookie.set(self._record.handle, self._secret, max_age=max_age)
         return None
-
-    def seal(self) -> None:
-        """The response has started: from now on a change is an error."""
-        self._sealed = True
 
     def check_sealed(self) -> None:
         """Raises ``RuntimeError`` when a nested value was changed after the response started."""
@@ -600,12 +609,3 @@ class Session(SessionData):
             return False
         self._set_expiry(sent_at + min(record.idle, record.absolute_in), record)
         return True
-
-
-def _opens(record: Record, secret: bytes, read_at: float) -> bool:
-    digest = secret_hash(secret)
-    if compare_digest(digest, record.secret):
-        return True
-    if record.previous is None or not compare_digest(digest, record.previous):
-        return False
-    return boot_clock() < read_at + record.previous_for
