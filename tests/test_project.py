@@ -35,7 +35,10 @@ LEAVES = {"ids", "codes", "exceptions", "tasks", "scope", "config"}
 """Known to everybody; they know at most each other."""
 PORTS = {"sessions.store", "realtime.history", "realtime.presence"}
 """With all of ``bus``, what the halves and the backends meet at."""
-COMPOSERS = {"cluster", "middleware", "lifespan", "dispatch", "remote", "stats", "verification"}
+COMPOSERS = {
+    "cluster", "dispatch", "draining", "handshake", "headers", "lifespan", "middleware", "remote", "response",
+    "stats", "verification",
+}  # fmt: skip
 
 
 def tree(module: str) -> ast.Module:

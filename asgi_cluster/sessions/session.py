@@ -1,76 +1,36 @@
 """The session of one request: a dict to the app, and what one can do with it.
 
-Every session object belongs to one request or one WebSocket. It remembers the record it was read from, and at
-save time sends what differs, key by key. It never writes a record that it did not read or create itself, so a
-request that was under way during a logout cannot bring the session back.
+Every session object belongs to one request or one WebSocket.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import math
 import random
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from hmac import compare_digest
-from typing import Any, Literal
 
 import msgspec
 
 from asgi_cluster.bus.lease import boot_clock
 from asgi_cluster.codes import CloseCode
-from asgi_cluster.exceptions import SessionConflict, StoreUnavailable
-from asgi_cluster.ids import Handle, UserId, new_handle, new_secret, new_token, secret_hash
+from asgi_cluster.exceptions import StoreUnavailable
+from asgi_cluster.ids import Handle, UserId, new_secret, new_token, secret_hash
 from asgi_cluster.sessions.cache import Entry
-from asgi_cluster.sessions.codec import encode_value
-from asgi_cluster.sessions.data import SessionData
-from asgi_cluster.sessions.device import device_of
 from asgi_cluster.sessions.receipts import LogoutReceipt
-from asgi_cluster.sessions.service import Budget, SessionService
-from asgi_cluster.sessions.store import Draft, Record
+from asgi_cluster.sessions.stored import StoredSession
 
 __all__ = ["Session"]
 
-logger = logging.getLogger("asgi_cluster.sessions")
 
-_NO_FIELDS: Mapping[str, bytes] = {}
-_TOUCH_AFTER = (
-    0.1  # of the idle timeout: a session in steady use costs one write per tenth, not one per request
-)
-
-
-class Session(SessionData):
+class Session(StoredSession):
     """A server-side session, used like a dict.
 
     Changes, nested ones included, are saved before the response starts, and only when there are any; on a
     WebSocket call ``save()``. An empty session (no data, no user) is not stored and sets no cookie.
     ``clear()`` is a logout; what is written after it starts a new anonymous session.
     """
-
-    # Class-level defaults in place of slots: most requests change none of them, and setting fourteen costs
-    # more than the lookup.
-    _record: Record | None = None
-    _expires_at: float = 0.0
-    _touch_at: float = 0.0
-    _secret: str = ""
-    _cookie: Literal["set", "clear"] | None = None
-    _pending_end: Handle | None = None
-    _failure: StoreUnavailable | None = None
-    _degraded: bool = False
-    _created: bool = False
-    _lost: bool = False
-    _headers_sent: bool = False
-    sealed: bool = False
-    """The response has started: from now on a change is an error."""
-    _budget: Budget | None = None
-    raised: StoreUnavailable | SessionConflict | None = None
-    """The last error of ours that the app got from this session: what a 500 of the app's is really about."""
-
-    def __init__(self, service: SessionService, scope: Mapping[str, Any]) -> None:
-        self._service = service
-        self._scope = scope
 
     # What it is
 
@@ -113,36 +73,6 @@ class Session(SessionData):
         if self._record is None:
             return None
         return datetime.now(UTC) + timedelta(seconds=self._expires_at - boot_clock())
-
-    def mark_accessed(self) -> None:
-        """Raises ``StoreUnavailable`` when the session could not be read."""
-        self.accessed = True
-        if self._failure is not None:
-            self.raised = StoreUnavailable(self._failure.reason, retry_after=self._failure.retry_after)
-            raise self.raised from self._failure
-
-    def mark_modified(self) -> None:
-        """Raises ``RuntimeError`` after the response has started, ``StoreUnavailable`` when the session could
-        not be read.
-        """
-        self.mark_accessed()
-        if self.sealed:
-            raise RuntimeError(
-                "the session was changed after the response started: this change would be lost"
-            )
-        if self._degraded:
-            # Saving would give the visitor a new anonymous session in place of the one that could not be
-            # read.
-            self.raised = StoreUnavailable("the session could not be read, so it cannot be changed")
-            raise self.raised
-        self.modified = True
-
-    def clear(self) -> None:
-        """Log out, at save time: data and user are gone, and with them the stored session."""
-        super().clear()
-        if self._record is not None:
-            self._pending_end = self._pending_end or self._record.handle
-            self._unbind()
 
     # Who it is
 
@@ -243,42 +173,6 @@ class Session(SessionData):
 
     # Keeping it
 
-    async def save(self) -> bool:
-        """Store what has changed. False when the session was ended meanwhile: nothing was written, and
-        nothing will be.
-
-        Raises:
-            TypeError: a value would not come back equal; names the key.
-            ValueError: it holds more than ``max_bytes``.
-            StoreUnavailable: not stored, unless ``outcome_unknown``.
-            SessionConflict: ``conflict="error"`` and another request wrote it first.
-        """
-        self.mark_accessed()
-        if self._pending_end is not None:
-            handle, self._pending_end = self._pending_end, None
-            await self._service.end(
-                handle,
-                code=CloseCode.SESSION_ENDED,
-                reason="logged out",
-                timeout=1.0,
-                budget=self._allowance(),
-            )
-        if self._lost or self._degraded:
-            return False
-        record = self._record
-        changed, removed = self._differences()
-        if record is None:
-            if changed:
-                config = self._service.config
-                await self._create(None, idle=config.idle_timeout, absolute=config.absolute_timeout)
-            return True
-        if not changed and not removed:
-            return await self._touch_when_due(record)
-        if not dict.__len__(self) and record.user is None:
-            self.clear()
-            return await self.save()
-        return await self._write(record, changed, removed)
-
     async def reload(self) -> bool:
         """Read it again from the store, past the cache; unsaved changes are dropped. False when it is over.
 
@@ -331,281 +225,3 @@ class Session(SessionData):
     def __repr__(self) -> str:
         name = "failed" if self._failure else "unsaved" if self._record is None else self._record.handle
         return f"<Session {name}>"
-
-    # For the middleware
-
-    async def fetch(self, handle: Handle, secret: bytes) -> None:
-        """Become the session that the cookie names, which the cache does not have.
-
-        A store that does not answer is no error here: the first access raises, or the session is empty and
-        read-only, or the last confirmed state, as ``on_store_error`` says.
-        """
-        store = self._service.store
-        entry: Entry | None
-        try:
-            entry = await self._allowance().spend(lambda left: store.fetch(handle, timeout=left))
-        except StoreUnavailable as error:
-            policy = self._service.config.on_store_error
-            entry = store.cache.stale(handle) if policy == "stale" else None
-            if entry is None:
-                self._degraded = policy == "anonymous"
-                self._failure = None if self._degraded else error
-                return
-        self.open(entry, secret)
-
-    def open(self, entry: Entry, secret: bytes) -> None:
-        """Become the session in ``entry``, if there is one and ``secret`` opens it.
-
-        A wrong secret is an unknown session. Unknown ids are never adopted: that would be session fixation.
-        """
-        record = entry.record
-        if record is None:
-            return
-        digest = secret_hash(secret)
-        if compare_digest(digest, record.secret) or (
-            record.previous is not None
-            and compare_digest(digest, record.previous)
-            and boot_clock() < entry.read_at + record.previous_for
-        ):
-            self._bind(entry, record)
-
-    async def verify(self) -> float | None:
-        """Whether the store still has this session for this user: the seconds it has left, or ``None``. Never
-        cached.
-
-        Raises:
-            StoreUnavailable: it could not be asked.
-        """
-        record = self._record
-        if record is None:
-            return None
-        fresh = await self._spend(lambda left: self._service.store.read_fresh(record.handle, timeout=left))
-        if fresh is None or fresh.user != record.user or record.secret not in (fresh.secret, fresh.previous):
-            return None
-        return float(fresh.expires_in)
-
-    @property
-    def stored(self) -> Record | None:
-        """The record, without counting as an access and without raising."""
-        return self._record
-
-    @property
-    def unsaved(self) -> bool:
-        """Whether a stored session holds changes that were not saved. Free when the app never looked."""
-        if not (self.modified or self.exposed) or self._record is None:
-            return False
-        try:
-            return any(self._differences())
-        except (TypeError, ValueError):
-            return True
-
-    @property
-    def failure(self) -> StoreUnavailable | None:
-        """Why it could not be read; ``None`` when it could."""
-        return self._failure
-
-    def replace(self, values: Mapping[str, Any]) -> None:
-        """The app put a plain dict in our place: those are the contents now."""
-        for key, value in values.items():
-            encode_value(key, value)
-        self.mark_modified()
-        dict.clear(self)
-        dict.update(self, values)
-
-    @property
-    def due(self) -> bool:
-        """Whether ``commit`` has anything to do: something may have changed, or it is time to extend the idle
-        time.
-        """
-        if self.modified or self.exposed:
-            return True
-        return self._record is not None and boot_clock() >= self._touch_at
-
-    async def commit(self) -> None:
-        """Save before the headers go out, in as few round trips as possible: none when nothing is ``due``."""
-        if self.modified or self.exposed:
-            await self.save()
-        elif self._record is not None:
-            await self._touch_when_due(self._record)
-
-    def cookie_header(self) -> tuple[bytes, bytes] | None:
-        """The ``Set-Cookie`` header to send, or ``None``. From now on no cookie can be set."""
-        self._headers_sent = True
-        if self._cookie == "clear":
-            return self._service.cookie.clear()
-        if self._cookie == "set" and self._record is not None:
-            max_age = int(self._record.absolute_in) if self._record.persistent else None
-            return self._service.cookie.set(self._record.handle, self._secret, max_age=max_age)
-        return None
-
-    def check_sealed(self) -> None:
-        """Raises ``RuntimeError`` when a nested value was changed after the response started."""
-        if self.exposed and self._record is not None and not self._lost:
-            changed, removed = self._differences()
-            if changed or removed:
-                names = ", ".join(repr(key) for key in (*changed, *removed))
-                raise RuntimeError(f"the session was changed after the response started; lost: {names}")
-
-    # Inside
-
-    def _bind(self, entry: Entry, record: Record) -> None:
-        self._record = record
-        self._set_expiry(entry.expires_at, record)
-        dict.clear(self)
-        try:
-            entry.fill(self)
-        except msgspec.DecodeError:
-            # Not the visitor's fault and not worth a logout of everybody: this one session is unreadable.
-            logger.error("session %s holds a value that is not msgpack: treated as missing", record.handle)
-            self._lose()
-
-    def _set_expiry(self, expires_at: float, record: Record) -> None:
-        self._expires_at = expires_at
-        # Near the absolute timeout touching gains nothing.
-        extensible = record.absolute_in > record.expires_in
-        self._touch_at = expires_at - record.idle * (1 - _TOUCH_AFTER) if extensible else math.inf
-
-    def _unbind(self) -> None:
-        self._record = None
-        self._secret = ""
-        self._cookie = "clear"
-
-    def _lose(self) -> None:
-        # Ended elsewhere while this request was under way. No cookie either: it could overwrite that of a
-        # newer login.
-        self._record = None
-        self._secret = ""
-        self._cookie = None
-        self._lost = True
-
-    def _refuse_late(self, what: str) -> None:
-        if self._headers_sent:
-            raise RuntimeError(f"{what} needs a cookie to be set, and the response headers have been sent")
-
-    def _allowance(self) -> Budget:
-        if self._budget is None:
-            self._service.ensure_started("using a session")
-            self._budget = Budget(self._service.deadline)
-        return self._budget
-
-    async def _spend(self, work: Any) -> Any:
-        try:
-            return await self._allowance().spend(work)
-        except StoreUnavailable as error:
-            self.raised = error
-            raise
-
-    def _differences(self) -> tuple[dict[str, bytes], list[str]]:
-        known = _NO_FIELDS if self._record is None else self._record.fields
-        changed = {}
-        for key, value in dict.items(self):
-            before = known.get(key)
-            data = encode_value(key, value, before)
-            if data is not before:
-                changed[key] = data
-        removed = [key for key in known if not dict.__contains__(self, key)]
-        if changed:
-            size = sum(map(len, changed.values())) + sum(len(v) for k, v in known.items() if k not in changed)
-            if size > self._service.config.max_bytes:
-                raise ValueError(
-                    f"the session holds {size} bytes; max_bytes is {self._service.config.max_bytes}"
-                )
-        return changed, removed
-
-    async def _create(
-        self,
-        user: UserId | None,
-        *,
-        idle: float,
-        absolute: float,
-        persistent: bool = False,
-        replaces: Handle | None = None,
-    ) -> None:
-        if self._headers_sent:
-            raise RuntimeError(
-                "a new session needs a cookie to be set, and the response headers have been sent"
-            )
-        handle, secret, write_id = new_handle(user), new_secret(), new_token()
-        fields = {key: encode_value(key, value) for key, value in dict.items(self)}
-        agent, address = device_of(self._scope)
-        draft = Draft(
-            handle=handle,
-            secret=secret_hash(secret.encode()),
-            user=user,
-            fields=fields,
-            write_id=write_id,
-            idle=idle,
-            absolute=absolute,
-            persistent=persistent,
-            epoch=new_token() if user is not None else "",
-            agent=agent,
-            address=address,
-        )
-        sent_at = boot_clock()
-        await self._spend(lambda left: self._service.store.create(draft, timeout=left))
-        if replaces is not None:
-            await self._service.end(
-                replaces,
-                code=CloseCode.FORCE_RECONNECT,
-                reason="signed in",
-                timeout=self._service.deadline,
-                budget=self._allowance(),
-            )
-        self._record = Record(
-            handle=handle,
-            secret=draft.secret,
-            previous=None,
-            previous_for=0.0,
-            user=user,
-            version=1,
-            write_id=write_id,
-            created_at=datetime.now(UTC).timestamp(),
-            expires_in=min(idle, absolute),
-            absolute_in=absolute,
-            idle=idle,
-            persistent=persistent,
-            fields=fields,
-        )
-        self._set_expiry(sent_at + min(idle, absolute), self._record)
-        self.modified = self.exposed = False
-        self._secret = secret
-        self._cookie = "set"
-        self._created = True
-        self._lost = False
-
-    async def _write(self, record: Record, changed: dict[str, bytes], removed: list[str]) -> bool:
-        write_id = new_token()
-        sent_at = boot_clock()
-        outcome = await self._spend(
-            lambda left: self._service.store.write(
-                record.handle,
-                changed=changed,
-                removed=removed,
-                write_id=write_id,
-                expected=record.write_id if self._service.config.conflict == "error" else None,
-                message=self._service.changed(record.handle),
-                timeout=left,
-            )
-        )
-        if outcome == "gone":
-            self._lose()
-            return False
-        if outcome == "conflict":
-            self.raised = SessionConflict(record.handle)
-            raise self.raised
-        fields = {key: value for key, value in {**record.fields, **changed}.items() if key not in removed}
-        self._record = msgspec.structs.replace(
-            record, fields=fields, write_id=write_id, version=record.version + 1
-        )
-        self._set_expiry(max(self._expires_at, sent_at + min(record.idle, record.absolute_in)), record)
-        return True
-
-    async def _touch_when_due(self, record: Record) -> bool:
-        if boot_clock() < self._touch_at:
-            return True
-        sent_at = boot_clock()
-        if not await self._spend(lambda left: self._service.store.touch(record.handle, timeout=left)):
-            self._lose()
-            return False
-        self._set_expiry(sent_at + min(record.idle, record.absolute_in), record)
-        return True

@@ -1,0 +1,87 @@
+"""From a session to the headers of a response: what the app left in the scope, ``Set-Cookie``, ``Vary``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import MutableMapping
+from typing import Any
+
+from asgi_cluster.cluster import Cluster
+from asgi_cluster.sessions.session import Session
+
+__all__ = ["SessionHeaders"]
+
+logger = logging.getLogger("asgi_cluster.middleware")
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+
+_VARY = (b"vary", b"Cookie")
+
+
+class SessionHeaders:
+    """Shared by all responses and handshakes of one middleware."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._secure = cluster.service.cookie.secure
+        self.scope_key = cluster.service.config.scope_key
+
+    def adopt(self, scope: Scope, session: Session) -> None:
+        """Take over what the app put under the public scope key.
+
+        Raises:
+            TypeError: another session library has put its object there.
+        """
+        if self.scope_key is None:
+            return
+        current = scope.get(self.scope_key)
+        if current is session:
+            return
+        if type(current) is dict:
+            session.replace(current)
+        elif type(current).__module__ == "litestar.types.empty":
+            # Litestar's clear_session() puts its sentinel Empty there.
+            session.clear()
+        elif current is not None:
+            raise TypeError(
+                f"scope[{self.scope_key!r}] was replaced by a {type(current).__module__}."
+                f"{type(current).__name__}: another session middleware is inside ClusterMiddleware. "
+                "Remove it, or set SessionConfig(scope_key=None) and use get_session()."
+            )
+        scope[self.scope_key] = session
+
+    def _warn_insecure(self, scope: Scope) -> None:
+        """Once: a Secure cookie leaves over plain http, and most clients will not send it back."""
+        if self._secure and scope.get("scheme") in ("http", "ws") and not self._cluster.warned_insecure:
+            self._cluster.warned_insecure = True
+            logger.warning(
+                "a Secure session cookie was set over plain http: clients other than browsers on localhost "
+                "will not send it back. Behind a TLS proxy let the server trust its X-Forwarded-Proto; "
+                "for tests use base_url='https://…'."
+            )
+
+    def with_cookie(self, scope: Scope, session: Session, message: Message) -> Message:
+        """``message`` with the session's cookie, and ``Vary: Cookie`` if the app looked at the session."""
+        cookie = session.cookie_header()
+        if cookie is None and not session.accessed:
+            return message
+        headers = [*message.get("headers", ())]
+        if cookie is not None:
+            headers.append(cookie)
+            self._warn_insecure(scope)
+        if message["type"] != "websocket.accept":
+            for header in headers:
+                if len(header[0]) == 4 and header[0].lower() == b"vary":
+                    _vary(headers, header)
+                    break
+            else:
+                headers.append(_VARY)
+        return {**message, "headers": headers}
+
+
+def _vary(headers: list[tuple[bytes, bytes]], header: tuple[bytes, bytes]) -> None:
+    key, value = header
+    names = [name.strip().lower() for name in value.split(b",")]
+    if b"cookie" not in names and b"*" not in names:
+        headers[headers.index(header)] = (key, value + b", Cookie" if value else b"Cookie")

@@ -1,0 +1,78 @@
+"""``send`` for one HTTP response."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from asgi_cluster.exceptions import SessionConflict, StoreUnavailable
+from asgi_cluster.headers import SessionHeaders
+from asgi_cluster.sessions.session import Session
+
+__all__ = ["Response"]
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+
+logger = logging.getLogger("asgi_cluster.middleware")
+
+
+class Response:
+    """Saves the session before the headers go out, or answers in place of the app when that fails."""
+
+    _failed = False
+    started = False
+    replaced = False
+    saved = False
+
+    def __init__(self, headers: SessionHeaders, scope: Scope, send: Send, session: Session) -> None:
+        self._headers = headers
+        self._scope = scope
+        self._send = send
+        self._session = session
+
+    async def message(self, message: Message) -> None:
+        """ASGI ``send``."""
+        if self.started or message["type"] != "http.response.start":
+            if not self.replaced:
+                await self._send(message)
+            return
+        session = self._session
+        if message["status"] == 500 and session.raised is not None:
+            # The app's error handler answered for an error of ours that the app did not catch.
+            await self.replace(session.raised)
+            return
+        if not self._failed:
+            try:
+                scope_key = self._headers.scope_key
+                if scope_key is not None and self._scope.get(scope_key) is not session:
+                    self._headers.adopt(self._scope, session)
+                if session.due:
+                    await session.commit()
+            except (StoreUnavailable, SessionConflict) as error:
+                await self.replace(error)
+                return
+            except Exception:
+                # The app's own error handling answers, and must not run into the same error again.
+                self._failed = True
+                raise
+            self.saved = True
+        self.started = True
+        await self._send(self._headers.with_cookie(self._scope, session, message))
+        session.sealed = True
+
+    async def replace(self, error: StoreUnavailable | SessionConflict) -> None:
+        """Answer in place of the app: 503 with Retry-After, or 409."""
+        self.started = self.replaced = True
+        headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"cache-control", b"no-store")]
+        if isinstance(error, StoreUnavailable):
+            logger.warning("answered 503: %s", error)
+            status, body = 503, b"The session store is unavailable. Please try again.\n"
+            headers.append((b"retry-after", b"%d" % max(1, round(error.retry_after))))
+        else:
+            status, body = 409, b"Another request changed the session meanwhile. Please try again.\n"
+        headers.append((b"content-length", b"%d" % len(body)))
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
