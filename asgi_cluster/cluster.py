@@ -106,6 +106,7 @@ class Cluster:
             rooms_url=rooms_url,
             ssl_context=ssl_context,
             credential_provider=credential_provider,
+            wait_replicas=sessions.wait_replicas,
         )
         if not url and not os.environ.get("ASGI_CLUSTER_URL") and _has_siblings():
             logger.warning(
@@ -151,6 +152,7 @@ class Cluster:
             hub=self.hub,
             rooms=self.rooms,
             acks=self.service.acks,
+            tombstones=self.service.tombstones,
             bus=bus,
             node=self._current_node,
             verify=self.verifier.wake,
@@ -280,13 +282,17 @@ class Cluster:
                         stack.enter_context(
                             draining_on_sigterm(partial(self.drain, self.realtime.drain), tasks)
                         )
-                    verification = tasks.create_task(self.verifier.run(), name="asgi-cluster verification")
+                    background = [
+                        tasks.create_task(self.verifier.run(), name="asgi-cluster verification"),
+                        tasks.create_task(self.service.tombstones.run(), name="asgi-cluster tombstones"),
+                    ]
                     logger.info("node %s started", node)
                     started.set_result(None)
                     try:
                         await self._stop.wait()
                     finally:
-                        verification.cancel()
+                        for task in background:
+                            task.cancel()
                         self.tasks = self.loop = None
                         await self.hub.shutdown(timeout=self.realtime.close_timeout)
                 logger.info("node %s stopped", node)

@@ -114,6 +114,10 @@ class SessionConfig:
     """
     stale_for: float = 60.0
     """Seconds after its last confirmed read for which ``on_store_error="stale"`` serves an entry."""
+    wait_replicas: int = 0
+    """Above 0: after a logout ask Redis (``WAIT``, for a few milliseconds) how many replicas have it, up to
+    this many; ``LogoutReceipt.replicas`` says so. A logout that none has can be lost with the primary.
+    """
     max_bytes: int = 65_536
     """Bytes one session may hold, encoded; more is a ``ValueError`` at save."""
     cookie: CookieConfig = field(default_factory=CookieConfig)
@@ -128,6 +132,8 @@ class SessionConfig:
         )
         if self.rotate_grace < 0:
             raise ValueError(f"rotate_grace must be at least 0, not {self.rotate_grace!r}")
+        if not isinstance(self.wait_replicas, int) or self.wait_replicas < 0:
+            raise ValueError(f"wait_replicas must be a whole number from 0, not {self.wait_replicas!r}")
         if self.idle_timeout > self.absolute_timeout:
             raise ValueError("idle_timeout must not be longer than absolute_timeout")
         if self.scope_key is not None and (not self.scope_key or self.scope_key == "asgi_cluster"):

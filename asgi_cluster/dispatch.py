@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from asgi_cluster.bus.bus import Bus
+from asgi_cluster.bus.bus import SUBSCRIBED_AGAIN, Bus
 from asgi_cluster.bus.messages import (
     Ack,
     Changed,
@@ -25,6 +25,7 @@ from asgi_cluster.realtime.hub import Hub
 from asgi_cluster.realtime.rooms import Rooms
 from asgi_cluster.sessions.cache import SessionCache
 from asgi_cluster.sessions.receipts import Acknowledgements
+from asgi_cluster.sessions.tombstones import Tombstones
 
 __all__ = ["Dispatch"]
 
@@ -43,6 +44,7 @@ class Dispatch:
         hub: Hub,
         rooms: Rooms,
         acks: Acknowledgements,
+        tombstones: Tombstones,
         bus: Bus,
         node: Callable[[], NodeId],
         verify: Callable[[], None],
@@ -51,6 +53,7 @@ class Dispatch:
         self._hub = hub
         self._rooms = rooms
         self._acks = acks
+        self._tombstones = tombstones
         self._bus = bus
         self._node = node
         self._verify = verify
@@ -74,7 +77,9 @@ class Dispatch:
             case Changed(handle=handle):
                 self._cache.drop(Handle(handle))
             case Ended():
-                self._cache.drop(Handle(message.handle))
+                handle = Handle(message.handle)
+                self._cache.drop(handle)
+                self._tombstones.remember(handle, self._bus.run_id(int(handle[:2], 16)))
                 if message.origin != self._node():
                     closed = self._hub.close_session(message.handle, message.code, message.reason)
                     self._acknowledge(message.origin, message.request, closed)
@@ -113,7 +118,8 @@ class Dispatch:
 
     def gap(self, reason: str, buckets: frozenset[int] | None) -> None:
         """Invalidations and logouts may have been missed."""
-        logger.warning("session messages may have been missed (%s): cache dropped", reason)
+        if reason != SUBSCRIBED_AGAIN:  # that is the end of an outage that has had its line
+            logger.warning("session messages may have been missed (%s): cache dropped", reason)
         self._cache.flush(buckets)
         self._verify()
 

@@ -23,6 +23,7 @@ def open_backend(
     rooms_url: str | None,
     ssl_context: SSLContext | None,
     credential_provider: Any,
+    wait_replicas: int = 0,
 ) -> Backend:
     """The backend for ``url``; connects to nothing yet.
 
@@ -44,4 +45,5 @@ def open_backend(
         rooms_url=rooms_url,
         ssl_context=ssl_context,
         credential_provider=credential_provider,
+        wait_replicas=wait_replicas,
     )

@@ -15,7 +15,10 @@ from typing import Protocol
 from asgi_cluster.bus.lease import Lease
 from asgi_cluster.ids import NodeId
 
-__all__ = ["Bus", "BusStats", "NodeInfo", "Receiver"]
+__all__ = ["SUBSCRIBED_AGAIN", "Bus", "BusStats", "NodeInfo", "Receiver"]
+
+SUBSCRIBED_AGAIN = "subscribed again"
+"""The reason of the second gap of an outage: what was read between the two must not be kept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,6 +105,12 @@ class Bus(Protocol):
 
     def lease(self, bucket: int) -> Lease:
         """The lease that vouches for cached sessions of this bucket."""
+        ...
+
+    def run_id(self, bucket: int) -> str:
+        """The server whose messages of this bucket are being received: what is told of has happened there,
+        and maybe only there. ``""``: one that loses nothing.
+        """
         ...
 
     def room_lease(self, room: str) -> Lease:

@@ -23,6 +23,10 @@ class CachedStore:
         self._store = store
         self.cache = cache
 
+    def run_id(self, bucket: int) -> str | None:
+        """See ``SessionStore.run_id``."""
+        return self._store.run_id(bucket)
+
     async def read(self, handle: Handle, *, timeout: float) -> Entry:
         """The record (or its absence), at most one lease old with respect to changes made through this
         library.

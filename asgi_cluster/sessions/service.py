@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol, TypeVar
 
+from asgi_cluster.bus.lease import boot_clock
 from asgi_cluster.bus.messages import Changed, Ended, UserEnded, encode
+from asgi_cluster.codes import CloseCode
 from asgi_cluster.config import SessionConfig
 from asgi_cluster.exceptions import StoreUnavailable
-from asgi_cluster.ids import Handle, NodeId, UserId, new_token
+from asgi_cluster.ids import Handle, NodeId, UserId, bucket_of, new_token
 from asgi_cluster.sessions.cached import CachedStore
 from asgi_cluster.sessions.cookies import Cookie
 from asgi_cluster.sessions.receipts import Acknowledgements, LogoutReceipt, PendingAck
 from asgi_cluster.sessions.store import Ending
+from asgi_cluster.sessions.tombstones import Tombstones
 
 __all__ = ["LocalSockets", "SessionService"]
 
@@ -53,6 +56,7 @@ class SessionService:
         self.deadline = deadline
         self.cookie = Cookie(config.cookie)
         self.acks = Acknowledgements()
+        self.tombstones = Tombstones(store, self._end_again, deadline=deadline, clock=boot_clock)
         self.ensure_started = ensure_started
         self._sockets = sockets
         self._node = node
@@ -72,7 +76,11 @@ class SessionService:
 
         async def commit(pending: PendingAck, budget: Budget) -> Ending:
             message = encode(Ended(handle, code, reason, self._node(), pending.id))
-            return await budget.spend(lambda left: self.store.end(handle, message=message, timeout=left))
+            # Asked before: whatever the server is replaced with afterwards, that is then another one.
+            run_id = self.store.run_id(int(handle[:2], 16))
+            ending = await budget.spend(lambda left: self.store.end(handle, message=message, timeout=left))
+            self._remember([handle], run_id)
+            return ending
 
         return await self._end(
             commit, lambda: self._sockets.close_session(handle, code, reason), timeout=timeout, budget=budget
@@ -92,11 +100,14 @@ class SessionService:
 
         async def commit(pending: PendingAck, budget: Budget) -> Ending:
             message = encode(UserEnded(user, keep, code, reason, self._node(), pending.id))
-            return await budget.spend(
+            run_id = self.store.run_id(bucket_of(user))
+            ending = await budget.spend(
                 lambda left: self.store.end_all(
                     user, keep=keep, epoch=new_token(), message=message, timeout=left
                 )
             )
+            self._remember(ending.handles, run_id)
+            return ending
 
         return await self._end(
             commit,
@@ -104,6 +115,15 @@ class SessionService:
             timeout=timeout,
             budget=budget,
         )
+
+    def _remember(self, handles: Iterable[Handle], run_id: str | None) -> None:
+        for handle in handles:
+            self.tombstones.remember(handle, "?" if run_id is None else run_id)
+
+    async def _end_again(self, handle: Handle) -> None:
+        message = encode(Ended(handle, CloseCode.SESSION_ENDED, "session ended", ""))
+        await self.store.end(handle, message=message, timeout=self.deadline)
+        self._sockets.close_session(handle, CloseCode.SESSION_ENDED, "session ended")
 
     async def _end(
         self,

@@ -98,10 +98,18 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True):
     """Nodes registered at the moment of the change: those that must answer. May hold ``UNKNOWN_NODES``."""
     replicas: int | None = None
     """Replicas that confirmed the write, when ``WAIT`` was asked for; else ``None``."""
+    handles: Sequence[Handle] = ()
+    """Of ``end_all``: the sessions that were ended, where the store could lose that again."""
 
 
 class SessionStore(Protocol):
     """Where sessions live."""
+
+    def run_id(self, bucket: int) -> str | None:
+        """Who answers for a bucket now: another one may lack the last changes. ``""``: one that loses
+        nothing; ``None``: not known.
+        """
+        ...
 
     async def read(self, handle: Handle, *, timeout: float) -> Record | None:
         """The record, or ``None`` when there is none, it has expired, or its user was logged out."""

@@ -51,6 +51,10 @@ class MemoryBus:
         """See ``Bus.lease``."""
         return self._lease
 
+    def run_id(self, bucket: int) -> str:
+        """See ``Bus.run_id``."""
+        return ""
+
     def room_lease(self, room: str) -> Lease:
         """See ``Bus.room_lease``."""
         return self._lease

@@ -53,6 +53,7 @@ class RedisBackend:
         rooms_url: str | None = None,
         ssl_context: SSLContext | None = None,
         credential_provider: Any = None,
+        wait_replicas: int = 0,
     ) -> None:
         target = parse_target(url, ssl_context=ssl_context, credential_provider=credential_provider)
         self._topology = make_topology(target)
@@ -66,7 +67,7 @@ class RedisBackend:
             rooms = (rooms_topology, rooms_names)
             self._topologies.append(rooms_topology)
         self.bus = RedisBus(self._topology, names, lease_duration=lease_duration, rooms=rooms)
-        self.store = RedisSessionStore(self._topology, names)
+        self.store = RedisSessionStore(self._topology, names, wait_replicas=wait_replicas)
         self.history = RedisHistory(rooms_topology, rooms_names)
         self.presence = RedisPresence(rooms_topology, rooms_names, self.bus)
 

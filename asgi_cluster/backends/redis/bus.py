@@ -96,6 +96,10 @@ class RedisBus:
         """See ``Bus.lease``."""
         return self._sessions.lease(self._sessions.names.sessions_channel(f"{bucket:02x}"))
 
+    def run_id(self, bucket: int) -> str:
+        """See ``Bus.run_id``."""
+        return self._sessions.run_id(self._sessions.names.sessions_channel(f"{bucket:02x}"))
+
     def room_lease(self, room: str) -> Lease:
         """See ``Bus.room_lease``."""
         return self._rooms.lease(self._rooms.names.room_channel(room))

@@ -15,7 +15,7 @@ from asgi_cluster.backends.redis.primary import Primary
 from asgi_cluster.backends.redis.registry import Registry, SideBeat
 from asgi_cluster.backends.redis.subscriber import Subscriber
 from asgi_cluster.backends.redis.topology import Topology
-from asgi_cluster.bus.bus import Receiver
+from asgi_cluster.bus.bus import SUBSCRIBED_AGAIN, Receiver
 from asgi_cluster.bus.lease import Lease
 from asgi_cluster.exceptions import NotStarted
 from asgi_cluster.ids import BUCKETS, NodeId
@@ -23,6 +23,8 @@ from asgi_cluster.ids import BUCKETS, NodeId
 __all__ = ["Feed"]
 
 logger = logging.getLogger("asgi_cluster.bus")
+
+_UNKNOWN = "?"
 
 
 class Feed:
@@ -156,6 +158,12 @@ class Feed:
         # A primary's lease says nothing of a channel that has yet to be subscribed there.
         return home.lease if home is not None and home.hears(channel) else self._nobodys
 
+    def run_id(self, channel: str) -> str:
+        """Of the server that ``channel`` is heard from."""
+        home = self._homes.get(channel)
+        # A message that comes from a channel's old home, on the way out, is nobody's: who asks will look.
+        return _UNKNOWN if home is None else home.run_id
+
     # Rooms
 
     async def subscribe(self, room: str) -> None:
@@ -226,7 +234,7 @@ class Feed:
         buckets, rooms = self._split(back)
         if buckets is None or buckets:
             # What was read between the gap and now may have changed unheard: it must not be kept.
-            self._receiver.gap("subscribed again", buckets)
+            self._receiver.gap(SUBSCRIBED_AGAIN, buckets)
         if rooms is None or rooms:
             self._receiver.rooms_restored(rooms)
 

@@ -7,6 +7,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.records import decode_record, field_pairs, milliseconds
 from asgi_cluster.backends.redis.scripts import load
@@ -43,6 +45,13 @@ class RedisSessionStore:
         self._publish = "SPUBLISH" if topology.sharded else "PUBLISH"
         self.corrupt = 0
         """Records that could not be understood, since start."""
+
+    def run_id(self, bucket: int) -> str | None:
+        """See ``SessionStore.run_id``."""
+        try:
+            return self._topology.run_id(self._names.bucket(f"{bucket:02x}")) or None
+        except StoreUnavailable:
+            return None
 
     async def read(self, handle: Handle, *, timeout: float) -> Record | None:
         """See ``SessionStore.read``. A record that cannot be understood is logged, counted and treated as
@@ -177,7 +186,10 @@ class RedisSessionStore:
         clock = asyncio.get_running_loop().time
         deadline = clock() + timeout
         reply = await self._topology.run(load("session_end_all"), keys, args, timeout=timeout)
-        return await self._ending(keys[0], reply, deadline - clock())
+        tokens, nodes = reply
+        ending = await self._ending(keys[0], [len(tokens), nodes], deadline - clock())
+        handles = [Handle(f"{bucket}.{token.decode()}") for token in tokens]
+        return msgspec.structs.replace(ending, handles=handles)
 
     async def lock(self, handle: Handle, *, token: str, hold: float, timeout: float) -> bool:
         """See ``SessionStore.lock`` (SET NX PX, given back by compare and delete: the pattern of the Redis

@@ -43,6 +43,7 @@ _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 0.5
 _RETRY_MOVED = 0.1
 _BATCH = 500
+_UNKNOWN = "?"
 _MOVED = frozenset(("MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN"))
 _DEMOTED = frozenset(("READONLY", "MASTERDOWN"))
 
@@ -80,6 +81,8 @@ class Subscriber:
         self._registered = False
         self.received = 0
         self.connections = 0
+        self.run_id = _UNKNOWN
+        """Of the server at the other end, or the last one."""
 
     @property
     def connected(self) -> bool:
@@ -251,7 +254,7 @@ class Subscriber:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(link.run(), name="asgi-cluster subscriber link")
                 async with asyncio.timeout(_SETUP):
-                    await self.primary.introduce(link)
+                    self.run_id = await self.primary.introduce(link) or _UNKNOWN
                     await self._register(link)
                     await self._subscribe_all(link)
                 self.connections += 1

@@ -3,6 +3,9 @@
 -- or {-3, user} unsure.
 local record, why = living(KEYS[1], ARGV[1], milliseconds())
 if type(why) == 'table' then return why end
+-- What is heard of the end has happened: nodes remember it, and act on it after a failover. So a server that
+-- refuses writes (a replica, too few replicas) is to say so now; memory that is full is no reason.
+redis.call('PEXPIRE', KEYS[1], record and record.left or 1000)
 -- Published even when there is none: a node may still have it cached, or sockets of it open.
 redis.call(ARGV[3], ARGV[4], ARGV[5])
 -- Also what is not alive: a corrupt record, or one that a lost epoch has revoked, is not left lying about.

@@ -1,16 +1,16 @@
 --! session
 -- KEYS: epoch, index; ARGV: prefix, user, kept token ('' none), publish command, channel, message, new epoch,
--- registry key ('' elsewhere). Reply: {ended, nodes}.
+-- registry key ('' elsewhere). Reply: {tokens that were ended, nodes}.
 local now = milliseconds()
 local kept_key, kept = ARGV[1] .. 's:' .. ARGV[3], nil
 if ARGV[3] ~= '' then kept = living(kept_key, ARGV[1], now) end
 if kept and kept.user ~= ARGV[2] then kept = nil end
 redis.call(ARGV[4], ARGV[5], ARGV[6])
-local ended = 0
+local ended = {}
 for _, token in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
   if not (kept and token == ARGV[3]) then
     local key = ARGV[1] .. 's:' .. token
-    if living(key, ARGV[1], now) then ended = ended + 1 end
+    if living(key, ARGV[1], now) then ended[#ended + 1] = token end
     elsewhere(redis.pcall('DEL', key))
   end
 end

@@ -1,0 +1,151 @@
+"""What this node knows to be over, for the case that the store forgets it.
+
+Replication is asynchronous: a primary that dies can take its last writes along, a logout among them, and then
+the session lives on the next one. Whoever has committed a logout, or has heard that one was committed,
+remembers for a while which server that was. When another one answers for that bucket, the store is asked
+about each of these sessions, and those that it still has are ended again. A handle is never used twice, so
+that nothing but the lost session can be hit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import Counter
+from collections.abc import Awaitable, Callable
+
+from asgi_cluster.exceptions import StoreUnavailable
+from asgi_cluster.ids import Handle
+from asgi_cluster.sessions.cached import CachedStore
+
+__all__ = ["Tombstones"]
+
+logger = logging.getLogger("asgi_cluster.sessions")
+
+_LIMIT = 10_000
+_KEPT = 600.0
+_LOOK_EVERY = 1.0
+_SPREAD = 1.0
+"""Seconds. All nodes that remember ask after a failover; spread, most find that another has done it."""
+_AT_ONCE = 64
+
+
+class Tombstones:
+    """Handles that were ended: at most ``limit``, for ``kept`` seconds, the oldest forgotten first.
+
+    ``end`` ends a session once more, everywhere; raises ``StoreUnavailable``.
+    """
+
+    def __init__(
+        self,
+        store: CachedStore,
+        end: Callable[[Handle], Awaitable[None]],
+        *,
+        deadline: float,
+        clock: Callable[[], float],
+        limit: int = _LIMIT,
+        kept: float = _KEPT,
+    ) -> None:
+        self._store = store
+        self._end = end
+        self._deadline = deadline
+        self._clock = clock
+        self._limit = limit
+        self._kept = kept
+        self._stones: dict[Handle, tuple[str, float]] = {}  # which server had it, until when; oldest first
+        self._servers: Counter[tuple[int, str]] = Counter()  # how many stones of a bucket each has
+
+    def __len__(self) -> int:
+        return len(self._stones)
+
+    def remember(self, handle: Handle, run_id: str) -> None:
+        """``handle`` was ended on the server ``run_id``; ``""``: one that loses nothing.
+
+        Only for what is known to be committed. One that is in doubt may be alive with every right to be.
+        """
+        if not run_id:
+            return
+        self._forget(handle)
+        self._stones[handle] = (run_id, self._clock() + self._kept)
+        self._servers[_bucket(handle), run_id] += 1
+        if len(self._stones) > self._limit:
+            self._forget(next(iter(self._stones)))
+
+    def _forget(self, handle: Handle) -> None:
+        stone = self._stones.pop(handle, None)
+        if stone is not None:
+            self._uncount(handle, stone[0])
+
+    def _uncount(self, handle: Handle, run_id: str) -> None:
+        server = _bucket(handle), run_id
+        self._servers[server] -= 1
+        if not self._servers[server]:
+            del self._servers[server]
+
+    async def run(self) -> None:
+        """For as long as the cluster is started."""
+        while True:
+            await asyncio.sleep(_LOOK_EVERY * random.uniform(0.5, 1.0))
+            self._expire()
+            if self._doubtful_servers():
+                await asyncio.sleep(random.uniform(0, _SPREAD))
+                await self._check()
+
+    def _expire(self) -> None:
+        now = self._clock()
+        while self._stones:
+            handle = next(iter(self._stones))
+            if self._stones[handle][1] > now:
+                return
+            self._forget(handle)
+
+    def _doubtful_servers(self) -> set[tuple[int, str]]:
+        """Those that do not answer for their bucket any more. Cheap: the buckets are counted, not walked."""
+        return {
+            (bucket, run_id)
+            for bucket, run_id in self._servers
+            if (current := self._store.run_id(bucket)) is not None and current != run_id
+        }
+
+    async def _check(self) -> None:
+        doubtful = self._doubtful_servers()
+        # The newest first: they are the likeliest to be lost.
+        handles = [
+            handle
+            for handle, (run_id, _) in reversed(self._stones.items())
+            if (_bucket(handle), run_id) in doubtful
+        ]
+        ended = 0
+        for start in range(0, len(handles), _AT_ONCE):
+            some = handles[start : start + _AT_ONCE]
+            outcomes = await asyncio.gather(*map(self._end_again, some))
+            ended += outcomes.count(True)
+            if None in outcomes:
+                break  # the rest at the next look: until then they are as doubtful as before
+        if ended:
+            logger.warning("%d ended sessions came back with another primary: ended again", ended)
+
+    async def _end_again(self, handle: Handle) -> bool | None:
+        """Whether it had to be; ``None``: not known."""
+        # Before the question: if the server changes again meanwhile, it will be asked again.
+        run_id = self._store.run_id(_bucket(handle))
+        if run_id is None:
+            return None
+        try:
+            found = await self._store.read_fresh(handle, timeout=self._deadline) is not None
+            if found:
+                await self._end(handle)
+        except StoreUnavailable:
+            return None
+        stone = self._stones.get(handle)
+        if stone is not None:
+            # In its old place, with its old time: it was not ended anew.
+            self._uncount(handle, stone[0])
+            self._servers[_bucket(handle), run_id] += 1
+            self._stones[handle] = (run_id, stone[1])
+        return found
+
+
+def _bucket(handle: Handle) -> int:
+    return int(handle[:2], 16)
