@@ -11,6 +11,7 @@ import secrets
 import socket as sockets
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack
+from dataclasses import replace
 from functools import partial
 from ssl import SSLContext
 from typing import Any, Self
@@ -362,7 +363,7 @@ class Cluster:
             node=self._node,
             ready=self.ready,
             cache=self.service.store.cache.stats(),
-            bus=self._backend.bus.stats(),
+            bus=replace(self._backend.bus.stats(), malformed=self._dispatch.malformed),
             realtime=self.hub.stats(),
         )
 
