@@ -13,7 +13,7 @@ from asgi_cluster.bus.messages import (
     Changed,
     Disconnect,
     Ended,
-    MalformedMessage,
+    Message,
     NodeDied,
     PersonalMessage,
     UserEnded,
@@ -62,8 +62,8 @@ class Dispatch:
     def session_message(self, payload: bytes) -> None:
         """Invalidations, logouts, messages to people, acknowledgements."""
         try:
-            message = decode(payload)
-        except MalformedMessage:
+            self._act_on(decode(payload))
+        except ValueError:  # MalformedMessage, or a handle that is none
             # It may have been an invalidation: whatever is cached may be stale now.
             self.malformed += 1
             if self.malformed == 1:
@@ -72,7 +72,8 @@ class Dispatch:
                 )
             self._cache.flush()
             self._verify()
-            return
+
+    def _act_on(self, message: Message) -> None:
         match message:
             case Changed(handle=handle):
                 self._cache.drop(Handle(handle))

@@ -12,7 +12,16 @@ from tests.support.waiting import eventually
 
 
 @pytest.mark.parametrize(
-    "payload", [b"", b"\xc1", b"hello", b"\x93\xa1z\x01\x02", b"\x92\xa1c", b"\x00" * 70_000]
+    "payload",
+    [
+        b"",
+        b"\xc1",
+        b"hello",
+        b"\x93\xa1z\x01\x02",
+        b"\x92\xa1c",
+        b"\x95\xa1e\xa0\x00\xa0\xa0",
+        b"\x00" * 70_000,
+    ],
 )
 async def test_undecodable_session_message_drops_the_cache_and_is_counted(
     valkey: Server, prefix: str, payload: bytes, caplog: pytest.LogCaptureFixture

@@ -90,8 +90,14 @@ async def test_a_churn_of_logins_leaves_nothing_behind(crowd: tuple[Server, Clus
             work.append(creation)
         await many(work)
         if turn % 2:
-            message = encode(Ended("", CloseCode.SESSION_ENDED, "", ""))
-            await many([store.end(handle, message=message, timeout=10) for handle in handles])
+            await many(
+                [
+                    store.end(
+                        handle, message=encode(Ended(handle, CloseCode.SESSION_ENDED, "", "")), timeout=10
+                    )
+                    for handle in handles
+                ]
+            )
         else:
             await many([cluster.user(f"user-{number}").logout(timeout=0) for number in range(500)], 100)
     left = set(raw.keys()) - before
