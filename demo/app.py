@@ -170,6 +170,8 @@ class _Api:
             nodes = await self._cluster.nodes()
         except StoreUnavailable:
             nodes = []  # what this node knows by itself is still worth showing
+        # A node that was killed and started again is registered twice until the others have seen it dead.
+        latest = {_label_of(node.id): node for node in sorted(nodes, key=lambda node: node.started_at)}
         return JSONResponse(
             {
                 "node": self._label,
@@ -178,13 +180,8 @@ class _Api:
                 "bus": asdict(stats.bus),
                 "realtime": {**asdict(stats.realtime), "fallback": dict(stats.realtime.fallback)},
                 "nodes": [
-                    {
-                        "node": _label_of(node.id),
-                        "sockets": node.sockets,
-                        "rooms": node.rooms,
-                        "lag": node.lag,
-                    }
-                    for node in nodes
+                    {"node": label, "sockets": node.sockets, "rooms": node.rooms, "lag": node.lag}
+                    for label, node in sorted(latest.items())
                 ],
             }
         )
