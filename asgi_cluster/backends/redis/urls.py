@@ -12,7 +12,9 @@ redis-py's ``ssl_…``.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from ssl import SSLContext
 from typing import Any, Literal, Self
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
@@ -36,6 +38,17 @@ _CONNECT_TIMEOUT = 1.0
 _OPTIONS = {"client_name", "db", "host", "password", "path", "port", "socket_connect_timeout", "username"}
 
 _ENCODE = " (in a password, / ? # and @ are written %2F %3F %23 and %40)"
+
+
+class _ContextConnection(SSLConnection):
+    """redis-py makes a TLS context of its own from file names; this one takes the application's."""
+
+    def __init__(self, context: SSLContext, **options: Any) -> None:
+        super().__init__(**options)
+        self._context = context
+
+    def _connection_arguments(self) -> Mapping[str, Any]:
+        return {**super()._connection_arguments(), "ssl": self._context}
 
 
 class Address:
@@ -63,7 +76,7 @@ class Address:
             options: dict[str, Any] = dict(parse_url(url))
         except ValueError as error:
             raise ValueError(f"not a Redis URL: {error}") from None
-        self._class: type[AbstractConnection] = options.pop("connection_class", Connection)
+        self._class: Callable[..., AbstractConnection] = options.pop("connection_class", Connection)
         for name in options:
             if name not in _OPTIONS and not name.startswith("ssl_"):
                 raise ValueError(f"a Redis URL does not take the option {name!r} here")
@@ -72,7 +85,7 @@ class Address:
         if ssl_context is not None:
             if self._class is not SSLConnection:
                 raise ValueError("ssl_context goes with rediss://")
-            options["ssl_context"] = ssl_context
+            self._class = partial(_ContextConnection, ssl_context)
         if credential_provider is not None:
             if "password" in options or "username" in options:
                 raise ValueError("give user and password in the URL, or a credential_provider, not both")
