@@ -28,7 +28,16 @@ class Reception:
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
         self._local_ids: OrderedDict[str, None] = OrderedDict()
+        self._followed: dict[str, bool] = {}
         self._complained: set[str] = set()
+
+    def follow(self, message_id: str) -> None:
+        """Note whether the bus brings this message until ``followed`` asks: its publisher may not hear."""
+        self._followed[message_id] = False
+
+    def followed(self, message_id: str) -> bool:
+        """Whether it came. It is not followed any longer."""
+        return self._followed.pop(message_id, False)
 
     def receive(self, room: str, payload: bytes) -> None:
         """What the bus brought for a room. Raises nothing: the bus's reader has others to serve."""
@@ -69,6 +78,8 @@ class Reception:
             return
         match message:
             case Published():
+                if message.id in self._followed:
+                    self._followed[message.id] = True
                 if message.id in self._local_ids:
                     del self._local_ids[message.id]
                     return

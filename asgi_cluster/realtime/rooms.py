@@ -143,6 +143,9 @@ class Rooms:
         if idempotency_key is not None and not history:
             raise ValueError(f"idempotency_key needs a room with history, and no rule gives one to {room!r}")
         payload = encode(message)
+        local = self._config.on_bus_error == "local"
+        if local:
+            self._reception.follow(message.id)
         try:
             if found is None or not history:
                 await self._bus.publish_room(room, seal_envelope(None, 0, payload), timeout=self._deadline)
@@ -157,10 +160,14 @@ class Rooms:
                 timeout=self._deadline,
             )
         except BusUnavailable:
-            if self._config.on_bus_error != "local":
+            if not local:
                 raise
-            self._reception.deliver_here(room, message)
+            if not self._reception.followed(message.id):
+                self._reception.deliver_here(room, message)
             return None
+        finally:
+            if local:
+                self._reception.followed(message.id)
 
     async def read(
         self, room: str, *, limit: int | None, since: Position | None, reverse: bool = False
