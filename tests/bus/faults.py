@@ -302,9 +302,8 @@ def replacement(how: str) -> Fault:
         old = cluster.primaries()[0]
         replica = cluster.replica_of(old)
         old.kill() if how == "kill" else old.pause()
-        with replica.client() as client:
-            while client.info("replication")["role"] != "master":
-                await asyncio.sleep(0.02)
+        while replica.role() != "master":
+            await asyncio.sleep(0.02)
         return time.monotonic()
 
     return fault

@@ -46,8 +46,7 @@ async def survives(servers: SentinelSet, node: Node, *, stopped: bool) -> None:
         old.pause()
     else:
         old.kill()
-    with new.client() as client:
-        await eventually(lambda: client.info("replication")["role"] == "master", timeout=20, interval=0.02)
+    await eventually(lambda: new.role() == "master", timeout=20, interval=0.02)
     promoted_at = time.monotonic()
     # Elected is what the sentinels say: until then nobody else can know.
     await eventually(lambda: servers.primary is new, timeout=5, interval=0.02)
@@ -64,8 +63,7 @@ async def survives(servers: SentinelSet, node: Node, *, stopped: bool) -> None:
     assert node.receiver.of("gap")
     assert str(new.port) in repr(node.backend._topology)
     old.resume() if stopped else old.restart(data=True)
-    with old.client() as client:
-        await eventually(lambda: client.info("replication")["role"] == "slave", timeout=20, interval=0.05)
+    await eventually(lambda: old.role() == "slave", timeout=20, interval=0.05)
     await eventually(lambda: node.live)
     await hears(node)
     with new.client() as client:

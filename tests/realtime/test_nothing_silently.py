@@ -56,6 +56,16 @@ async def test_every_subscriber_is_whole_or_told(capsys: pytest.CaptureFixture[s
                 number, sent = sent, sent + 1
                 await asyncio.gather(*(broadcast(publisher, room, number) for room in _ROOMS))
 
+        async def there() -> bool:
+            """Everybody stands where the rooms stand: has what there is, or was told that it has not."""
+            pages = await asyncio.gather(*(publisher.room(room).history(limit=0) for room in _ROOMS))
+            top = {room: (page.epoch, page.offset) for room, page in zip(_ROOMS, pages, strict=True)}
+            return all(
+                follower.settled
+                and all((seen.epoch, seen.offset) == top[room] for room, seen in follower.rooms.items())
+                for follower in followers
+            )
+
         def arrived() -> bool:
             return all(
                 follower.settled and all(seen.last == sent - 1 for seen in follower.rooms.values())
@@ -73,9 +83,7 @@ async def test_every_subscriber_is_whole_or_told(capsys: pytest.CaptureFixture[s
             await publishing
             healed = loop.time()
             # One more when everybody is back, so that nobody is whole only for want of a message.
-            await eventually(
-                lambda: all(follower.settled for follower in followers), timeout=30, interval=0.1
-            )
+            await eventually(there, timeout=30, interval=0.1, message=f"{name}: not all are back")
             await publish(1)
             await eventually(arrived, timeout=30, interval=0.1, message=f"{name}: not all have the last")
             count: Counter[str] = Counter()

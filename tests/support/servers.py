@@ -83,6 +83,14 @@ class Server:
         self._clients.append(client)
         return client
 
+    def role(self) -> str | None:
+        """``master`` or ``slave``; ``None`` while it does not answer (a change of role ends clients)."""
+        with self.client() as client:
+            try:
+                return str(client.info("replication")["role"])
+            except (redis.ConnectionError, redis.TimeoutError):
+                return None
+
     # Life
 
     def start(self, *, timeout: float = 10.0) -> Self:
