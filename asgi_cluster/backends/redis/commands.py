@@ -19,6 +19,7 @@ from asgi_cluster.backends.redis.errors import (
     reason_of,
     unavailable,
 )
+from asgi_cluster.backends.redis.lifetime import stop_if_cancelled
 from asgi_cluster.backends.redis.link import Link
 from asgi_cluster.backends.redis.primary import Primary
 from asgi_cluster.exceptions import StoreUnavailable
@@ -76,6 +77,7 @@ class CommandLink:
                     started.set_exception(StoreUnavailable(f"{self._primary.name}: {reason_of(error)}"))
             finally:
                 self._link = None
+            stop_if_cancelled()
             await self._rest(random.uniform(0, pause))
             pause = min(pause * 2, _LONGEST_PAUSE)
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
-__all__ = ["Background", "background"]
+__all__ = ["Background", "background", "stop_if_cancelled"]
 
 
 class Background:
@@ -49,3 +49,17 @@ async def background() -> AsyncIterator[Background]:
             tasks.cancel()
     if failure is not None:
         raise failure
+
+
+def stop_if_cancelled() -> None:
+    """For a loop that goes on after a ``TaskGroup`` of its own has failed.
+
+    When a child fails and the task is cancelled in the same moment, Python before 3.13 raises the child's
+    error and the cancellation is lost: whoever waits for the loop's end waits for ever.
+
+    Raises:
+        asyncio.CancelledError: the task has been cancelled.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError

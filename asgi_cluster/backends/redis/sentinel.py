@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 from redis.exceptions import RedisError
 
 from asgi_cluster.backends.redis.errors import LinkBroken, first_of, reason_of
-from asgi_cluster.backends.redis.lifetime import background
+from asgi_cluster.backends.redis.lifetime import background, stop_if_cancelled
 from asgi_cluster.backends.redis.link import Link, OnPush
 from asgi_cluster.backends.redis.primary import Primary
 from asgi_cluster.backends.redis.topology import OnePrimary
@@ -61,6 +61,7 @@ class _Sentinel:
                 pause = _FIRST_PAUSE if self.link is not None else min(pause * 2, _LONGEST_PAUSE)
                 self.link = None
                 self._topology.heard_of_sentinels()
+            stop_if_cancelled()
             await asyncio.sleep(random.uniform(0, pause))
 
     async def _one_connection(self) -> None:

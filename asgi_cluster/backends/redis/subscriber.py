@@ -25,6 +25,7 @@ from asgi_cluster.backends.redis.errors import (
     is_timeout,
     reason_of,
 )
+from asgi_cluster.backends.redis.lifetime import stop_if_cancelled
 from asgi_cluster.backends.redis.link import Link, Refusals
 from asgi_cluster.backends.redis.listener import Heartbeat, Listener
 from asgi_cluster.backends.redis.primary import Primary
@@ -232,6 +233,7 @@ class Subscriber:
             finally:
                 pause = _FIRST_PAUSE if self.connected else min(pause * 2, _LONGEST_PAUSE)
                 self._lost(reason)
+            stop_if_cancelled()
             await asyncio.sleep(random.uniform(0, pause))
 
     def _lost(self, reason: str | None) -> None:

@@ -1,0 +1,40 @@
+"""A node stops when it is told to, whatever happens to its connections meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from asgi_cluster.backends.redis.link import Link
+from tests.bus.nodes import opened, our_tasks
+from tests.support.topologies import SentinelSet
+
+LINKS: dict[str, Callable[[Any], Link]] = {
+    "commands": lambda backend: backend._topology._commands._link,
+    "subscriber": lambda backend: next(iter(backend.bus._sessions._subscribers.values()))._link,
+    "sentinel": lambda backend: backend._topology._sentinels[0].link,
+}
+
+
+@pytest.mark.parametrize("name", LINKS)
+async def test_a_connection_that_breaks_while_its_task_is_stopped(
+    sentinel_set: SentinelSet, prefix: str, name: str
+) -> None:
+    """Whichever of the two comes first, by however many ticks of the loop: the task ends."""
+    for ticks in range(10):
+        async with opened(sentinel_set.url, prefix) as node:
+            link = LINKS[name](node.backend)
+            tasks = [task for task in asyncio.all_tasks() if task.get_name() == f"asgi-cluster {name}"]
+            link.abort("broken by the test")
+            for _ in range(ticks):
+                await asyncio.sleep(0)
+            for task in tasks:
+                task.cancel()
+            _, running = await asyncio.wait(tasks, timeout=2)
+            for task in running:
+                task.cancel()
+            assert not running, f"cancelled {ticks} ticks after the connection broke"
+        assert our_tasks() == []
