@@ -47,6 +47,11 @@ class Audience:
         members = self.pushed if connection.speaks_protocol else self.bare
         return members.pop(connection.id, None) is not None
 
+    def clear(self) -> None:
+        """Nobody gets anything any more."""
+        self.pushed.clear()
+        self.bare.clear()
+
     def deliver(
         self, bare: Packet | None, push: Packet | None, *, key: Hashable = None, exclude: str | None = None
     ) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from time import perf_counter
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -15,11 +19,15 @@ from asgi_cluster.realtime.packet import Packet
 from asgi_cluster.realtime.protocol import encode_push
 from asgi_cluster.realtime.publications import encode_publication
 
+if TYPE_CHECKING:
+    from asgi_cluster.realtime.connection import Connection
+
 __all__ = ["Reception"]
 
 logger = logging.getLogger("asgi_cluster.realtime")
 
 _IDS_KEPT = 1024
+_SLICE = 0.01  # seconds that may hold the loop
 
 
 class Reception:
@@ -89,9 +97,14 @@ class Reception:
                 push = Packet(encode_push(name, {"info": msgspec.Raw(message.info)}, channel=audience.name))
                 audience.deliver(None, push)
             case Disconnect():
-                for member in self._hub.members(audience):
-                    if message.user is None or member.user_id == message.user:
-                        member.socket.call(member.expelled, audience.name, message.code, message.reason)
+                self._for_each(
+                    (
+                        member
+                        for member in self._hub.members(audience)
+                        if message.user is None or member.user_id == message.user
+                    ),
+                    lambda member: member.expelled(audience.name, message.code, message.reason),
+                )
             case _:
                 self._complain("a message arrived in a room that does not belong in one")
 
@@ -115,9 +128,23 @@ class Reception:
 
     def lost(self, audience: Audience) -> None:
         """Publications are lost for the members here: they are told, and come back for what there is."""
+        # Out at once, told in slices: nothing that comes after the loss may reach somebody who does not know
+        # of it, because he would go on from there.
         members = self._hub.members(audience)
+        audience.clear()
         logger.warning(
             "publications of a room were lost for its %d members here: they are told", len(members)
         )
+        self._for_each(iter(members), lambda member: member.lost(audience.name))
+
+    def _for_each(self, members: Iterator[Connection], act: Callable[[Connection], None]) -> None:
+        """Each on its own loop, in slices: a room of ten thousand must not hold this one."""
+        until = perf_counter() + _SLICE
         for member in members:
-            member.socket.call(member.lost, audience.name)
+            try:
+                member.socket.call(act, member)
+            except Exception:
+                logger.exception("a member could not be told")  # the others still are
+            if perf_counter() > until:
+                asyncio.get_running_loop().call_soon(self._for_each, members, act)
+                return

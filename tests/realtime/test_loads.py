@@ -15,6 +15,7 @@ from time import perf_counter, process_time, thread_time
 from typing import Any
 
 import pytest
+import redis
 
 from asgi_cluster import RoomRule
 from tests.realtime.site import Node, Site
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.faults
 
 _HELD = 0.05  # seconds: the longest that a room of 10 000 may hold the loop
 OPEN = RoomRule("open:{name}", subscribe=True)
+KEPT = RoomRule("kept:{name}", subscribe=True, history=10)
 
 
 @asynccontextmanager
@@ -117,6 +119,37 @@ async def test_room_of_ten_thousand(redis_site: Site, capsys: pytest.CaptureFixt
         shown = ", ".join(f"{name} {took * 1000:.0f} ms" for name, (took, _) in report.items())
         print(f"\n  {count} members, longest callback: {shown}", end="")
     assert {name: found for name, found in report.items() if found[0] > _HELD} == {}
+
+
+@pytest.mark.timeout(120)
+async def test_ten_thousand_are_told_of_a_loss(
+    redis_site: Site, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """When a large room's history is gone all members are told, none gets what comes after before that, and
+    the loop is never held for 50 ms.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    count = min(10_000, soft - 200)
+    node = await redis_site.node(rules=[KEPT])
+    room = node.cluster.room("kept:big")
+    await room.broadcast("before")
+    async with crowd(node, "kept:big", count):
+        hub = node.cluster.stats
+        sent = hub().realtime.sent
+        with redis.Redis.from_url(redis_url) as raw:
+            gone = raw.keys(f"{redis_site.prefix}:{{room:kept:big}}:*")
+            assert raw.delete(*gone) >= 2
+        with callbacks() as seen:
+            await room.broadcast("of another epoch")
+            await eventually(lambda: hub().realtime.rooms == 0, timeout=30)
+            await room.broadcast("to nobody")
+            await eventually(lambda: hub().realtime.sent >= sent + count, timeout=30)
+        took, what = longest(seen)
+        assert hub().realtime.connections == count
+        assert hub().realtime.sent == sent + count, "told, and nothing else"
+    with capsys.disabled():
+        print(f"\n  {count} members told of a loss, longest callback {took * 1000:.0f} ms", end="")
+    assert took <= _HELD, what
 
 
 @pytest.mark.timeout(120)
