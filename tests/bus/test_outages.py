@@ -221,6 +221,15 @@ async def test_a_command_waits_for_the_reconnect(valkey: Server, prefix: str) ->
         assert await node.backend._topology.call("k", "ECHO", "x", timeout=1) == b"x"
 
 
+async def test_a_command_that_comes_at_once_waits_too(valkey: Server, prefix: str) -> None:
+    """Whoever was just told that the connection broke may come again in the same breath."""
+    async with Proxy(valkey.url) as proxy, opened(proxy.url, prefix) as node:
+        proxy.lose(b"ECHO")
+        with pytest.raises(StoreUnavailable):
+            await node.backend._topology.call("k", "ECHO", "x", timeout=1)
+        assert await node.backend._topology.call("k", "ECHO", "x", timeout=1) == b"x"
+
+
 async def test_a_script_that_the_server_forgot_is_sent_again(valkey: Server, prefix: str) -> None:
     """NOSCRIPT proves that nothing ran."""
     async with opened(valkey.url, prefix) as node:

@@ -139,7 +139,9 @@ class CommandLink:
     @property
     def answering(self) -> bool:
         """Whether the server is connected and has answered lately."""
-        return self._link is not None and self._failing_since is None
+        # A link knows that it is broken some ticks before its task has cleared up, and whoever was told so
+        # may come again at once.
+        return self._link is not None and self._link.up and self._failing_since is None
 
     async def drained(self, timeout: float) -> None:
         """Returns when everything that was sent is answered.
@@ -199,11 +201,12 @@ class CommandLink:
     async def _answering(self) -> Link:
         # A reconnect in progress is worth waiting for; a server that has been away for a second is not.
         loop = asyncio.get_running_loop()
-        while self._link is None or self._failing_since is not None:
+        while not self.answering:
             since = self._failing_since
             if since is not None and loop.time() - since >= _SILENT_AFTER:
                 raise LinkBroken(self._reason, sent=False)
             await self._changed.wait()
+        assert self._link is not None
         return self._link
 
     def __repr__(self) -> str:
