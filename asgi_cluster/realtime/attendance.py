@@ -42,7 +42,7 @@ class Attendance:
 
     async def appear(self, connection: Connection, room: str) -> None:
         """The connection is in ``room``. Raises ``BusUnavailable``; ``vanish`` is due then, too."""
-        connection.present.add(room)  # before: an entry whose reply was lost has to go, too
+        connection.present[room] = None  # before: an entry whose reply was lost has to go, too
         if self._incarnation is None:
             self._incarnation = self._bus.incarnation
         await self._store.enter(room, connection.id, self._info(connection), timeout=self._timeout)
@@ -51,7 +51,7 @@ class Attendance:
         """It is not (any more). What the store cannot be told now it is told when it is back."""
         if room not in connection.present:
             return
-        connection.present.discard(room)
+        connection.present.pop(room, None)
         try:
             await self._store.leave(room, connection.id, timeout=self._timeout)
         except ClusterError:

@@ -80,8 +80,8 @@ class Client(Connection):
         self._awaits_pong = False
         self._timer: asyncio.TimerHandle | None = None
         self._expiry: asyncio.TimerHandle | None = None
-        self.entering: set[str] = set()
-        self.server_side: set[str] = set()
+        self.entering: list[str] = []
+        self.server_side: dict[str, None] = {}
         self._tokens = self.config.max_commands_per_second * _BURST
         self._spent_at = self.socket.loop.time()
 
@@ -310,7 +310,7 @@ class Client(Connection):
 
     async def leave(self, room: str) -> None:
         """End a subscription and tell the client."""
-        self.server_side.discard(room)
+        self.server_side.pop(room, None)
         if await self.cluster.rooms.leave(self, room):
             self._tell_unsubscribed(room, UnsubscribeCode.SERVER, "server unsubscribe")
 

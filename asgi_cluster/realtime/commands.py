@@ -66,13 +66,13 @@ async def subscribe(client: Client, request: SubscribeCommand) -> Result:
         raise ReplyError(ErrorCode.ALREADY_SUBSCRIBED)
     if len(client.rooms) + len(client.entering) >= client.config.max_rooms:
         raise ReplyError(ErrorCode.LIMIT_EXCEEDED)
-    client.entering.add(channel)
+    client.entering.append(channel)
     try:
         await _permit(client, rule.subscribe, channel, params, request.data)
         since = Position(request.offset, request.epoch) if request.recover and rule.history else None
         entered = await client.cluster.rooms.enter(client, channel, since=since)
     finally:
-        client.entering.discard(channel)
+        client.entering.remove(channel)
     result = _subscribed(entered, request)
     if request.rejects_unrecovered and result.was_recovering and not result.recovered:
         await client.cluster.rooms.leave(client, channel)
@@ -84,7 +84,7 @@ async def subscribe_here(client: Client, room: str, request: SubscribeCommand | 
     """A server-side subscription; ``request`` is what the client said of it when it connected."""
     since = None if request is None or not request.recover else Position(request.offset, request.epoch)
     entered = await client.cluster.rooms.enter(client, check_room(room), since=since)
-    client.server_side.add(room)
+    client.server_side[room] = None
     return _subscribed(entered, request or SubscribeCommand())
 
 
@@ -108,7 +108,7 @@ def _subscribed(entered: Entered, request: SubscribeCommand) -> SubscribeResult:
 
 async def unsubscribe(client: Client, request: RoomCommand) -> Result:
     """Harmless when there is no such subscription."""
-    client.server_side.discard(request.channel)
+    client.server_side.pop(request.channel, None)
     await client.cluster.rooms.leave(client, request.channel)
     return _EMPTY
 

@@ -261,7 +261,7 @@ class Rooms:
             connection.rooms[room] = audience
             audience.attach(connection)
             if rule is not None and rule.join_leave:
-                connection.announced.add(room)
+                connection.announced[room] = None
                 self._tell(connection, room, Joined(connection.id, self.client_info(connection)))
         return Entered(position, missed)
 
@@ -281,7 +281,7 @@ class Rooms:
         if room in connection.announced:
             # Also when the hub has taken the connection out already: who was told of a join is told of the
             # leave.
-            connection.announced.discard(room)
+            connection.announced.pop(room, None)
             self._tell(connection, room, Left(connection.id, self.client_info(connection)))
         audience = connection.rooms.pop(room, None)
         if audience is None:
