@@ -81,17 +81,16 @@ class Dispatch:
                 handle = Handle(message.handle)
                 self._cache.drop(handle)
                 self._tombstones.remember(handle, self._bus.run_id(int(handle[:2], 16)))
-                if message.origin != self._node():
-                    closed = self._hub.close_session(message.handle, message.code, message.reason)
-                    self._acknowledge(message.origin, message.request, closed)
+                # This node's own too: if the reply to it was lost, this is how it learns that it happened.
+                closed = self._hub.close_session(message.handle, message.code, message.reason)
+                self._acknowledge(message.origin, message.request, closed)
             case UserEnded():
                 keep = None if message.keep is None else Handle(message.keep)
                 self._cache.drop_user(UserId(message.user), keep=keep)
-                if message.origin != self._node():
-                    closed = self._hub.close_user(
-                        message.user, keep=message.keep, code=message.code, reason=message.reason
-                    )
-                    self._acknowledge(message.origin, message.request, closed)
+                closed = self._hub.close_user(
+                    message.user, keep=message.keep, code=message.code, reason=message.reason
+                )
+                self._acknowledge(message.origin, message.request, closed)
             case Ack():
                 self._acks.answer(message.request, message.node, message.sockets)
             case PersonalMessage():
@@ -110,7 +109,9 @@ class Dispatch:
                 logger.debug("%s does not belong on a session channel", type(message).__name__)
 
     def _acknowledge(self, origin: str, request: str, sockets: int) -> None:
-        if request:
+        if origin == self._node():
+            self._acks.answer(request, origin, sockets)
+        elif request:
             self._bus.post(origin, encode(Ack(request, self._node(), sockets)))
 
     def room_message(self, room: str, payload: bytes) -> None:
