@@ -20,7 +20,7 @@ from asgi_cluster.bus.messages import (
     decode,
     encode,
 )
-from asgi_cluster.ids import Handle, NodeId, UserId
+from asgi_cluster.ids import Handle, NodeId, UserId, bucket_of
 from asgi_cluster.realtime.hub import Hub
 from asgi_cluster.realtime.rooms import Rooms
 from asgi_cluster.sessions.cache import SessionCache
@@ -87,6 +87,10 @@ class Dispatch:
             case UserEnded():
                 keep = None if message.keep is None else Handle(message.keep)
                 self._cache.drop_user(UserId(message.user), keep=keep)
+                bucket = bucket_of(message.user)
+                run_id = self._bus.run_id(bucket)
+                for token in message.ended:
+                    self._tombstones.remember(Handle(f"{bucket:02x}.{token}"), run_id)
                 closed = self._hub.close_user(
                     message.user, keep=message.keep, code=message.code, reason=message.reason
                 )

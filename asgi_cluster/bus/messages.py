@@ -58,7 +58,11 @@ class Ended(msgspec.Struct, frozen=True, array_like=True, tag="e"):
 
 
 class UserEnded(msgspec.Struct, frozen=True, array_like=True, tag="u"):
-    """Every session of a user is over, but ``keep``: drop them, close their sockets, answer with ``Ack``."""
+    """Every session of a user is over, but ``keep``: drop them, close their sockets, answer with ``Ack``.
+
+    ``ended`` are the tokens (handles without their bucket) of those that were living. Its place is the last,
+    because a store that could lose their end again fills it in when it publishes the message.
+    """
 
     user: str
     keep: str | None
@@ -66,6 +70,7 @@ class UserEnded(msgspec.Struct, frozen=True, array_like=True, tag="u"):
     reason: str
     origin: str
     request: str = ""
+    ended: tuple[str, ...] = ()
 
 
 class Ack(msgspec.Struct, frozen=True, array_like=True, tag="a"):

@@ -5,6 +5,9 @@ the session lives on the next one. Whoever has committed a logout, or has heard 
 remembers for a while which server that was. When another one answers for that bucket, the store is asked
 about each of these sessions, and those that it still has are ended again. A handle is never used twice, so
 that nothing but the lost session can be hit.
+
+A logout of all sessions of a user is remembered in the same way, as the handles that it ended, and not by the
+epoch that it replaced: who signs in after the failover gets that epoch again.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import asyncio
 import logging
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import Handle
@@ -58,6 +61,9 @@ class Tombstones:
 
     def __len__(self) -> int:
         return len(self._stones)
+
+    def __iter__(self) -> Iterator[Handle]:
+        return iter(self._stones)
 
     def remember(self, handle: Handle, run_id: str) -> None:
         """``handle`` was ended on the server ``run_id``; ``""``: one that loses nothing.

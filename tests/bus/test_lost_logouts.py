@@ -13,9 +13,10 @@ import websockets
 from asgi_cluster import Cluster, ClusterMiddleware, CookieConfig, SessionConfig, StoreUnavailable
 from asgi_cluster.ids import Handle, new_handle
 from asgi_cluster.sessions.cached import CachedStore
+from asgi_cluster.sessions.store import Ending
 from asgi_cluster.sessions.tombstones import Tombstones
 from tests.bus.nodes import opened
-from tests.contract.drafts import create, end
+from tests.contract.drafts import create, end, end_all
 from tests.sessions.app import make_app
 from tests.support.machine import LOCAL
 from tests.support.nodes import serve
@@ -92,11 +93,12 @@ FAULTS = pytest.mark.faults
         "by the session",
         pytest.param("by another node", marks=FAULTS),
         pytest.param("all of the user", marks=FAULTS),
+        pytest.param("all of the user, by another node", marks=FAULTS),
     ],
 )
 async def test_a_logout_that_a_failover_lost(prefix: str, way: str) -> None:
     """The session is back on the new primary, a node that knows nothing serves it; when those that remember
-    arrive it ends again, everywhere, with its sockets.
+    arrive it ends again, everywhere, with its sockets. What the user began meanwhile goes on.
     """
     visitor = Visitor()
     with start_valkey() as old, replica_of(old) as new:
@@ -104,7 +106,7 @@ async def test_a_logout_that_a_failover_lost(prefix: str, way: str) -> None:
         async with Proxy(old.url) as proxy, AsyncExitStack() as stack:
             first, second = node(proxy.url, prefix), node(proxy.url, prefix)
             there = await stack.enter_async_context(serve(ClusterMiddleware(make_app(), first)))
-            if way == "by another node":
+            if way.endswith("by another node"):
                 origin = await stack.enter_async_context(AsyncExitStack())
                 await origin.enter_async_context(second)
             handle = await visitor.login(there.url)
@@ -121,6 +123,9 @@ async def test_a_logout_that_a_failover_lost(prefix: str, way: str) -> None:
                     await origin.aclose()
                 case "all of the user":
                     await first.user("ada").logout()
+                case "all of the user, by another node":
+                    await second.user("ada").logout()
+                    await origin.aclose()
             assert await visitor.user(there.url) is None
             old.kill()
             proxy.cut()
@@ -131,6 +136,8 @@ async def test_a_logout_that_a_failover_lost(prefix: str, way: str) -> None:
                 serve(ClusterMiddleware(make_app(), node(new.url, prefix)))
             )
             assert await visitor.user(late.url) == "ada", "the logout was not lost: nothing is tested"
+            meanwhile = Visitor()
+            await meanwhile.login(late.url)
             async with visitor.socket(late.ws_url) as socket:
                 proxy.target = (LOCAL, new.port)
                 proxy.heal()
@@ -140,6 +147,7 @@ async def test_a_logout_that_a_failover_lost(prefix: str, way: str) -> None:
             assert await visitor.user(late.url) is None
             assert await visitor.user(there.url) is None
             assert await other.user(there.url) == "bob"
+            assert await meanwhile.user(there.url) == "ada"
 
 
 async def test_the_receipt_says_how_many_replicas_have_it(prefix: str) -> None:
@@ -159,21 +167,41 @@ async def test_the_receipt_says_how_many_replicas_have_it(prefix: str) -> None:
                 replica.resume()
 
 
-async def test_a_logout_that_is_refused_is_not_heard_of(prefix: str) -> None:
+@pytest.mark.parametrize("kind", ["end", "end_all"])
+async def test_a_logout_that_is_refused_is_not_heard_of(prefix: str, kind: str) -> None:
     """A demoted primary takes no writes and carries messages: nobody may remember what did not happen."""
     with start_valkey() as server:
         async with opened(server.url, prefix) as node:
             heard: list[bytes] = []
             node.receiver.session_message = heard.append  # type: ignore[method-assign]
-            made = await create(node.backend.store)
+            store = node.backend.store
+            made = await create(store, "ada")
+
+            async def logout() -> Ending:
+                return await (end(store, made.handle) if kind == "end" else end_all(store, "ada"))
+
             with server.client() as client:
                 client.config_set("min-replicas-to-write", "1")
                 with pytest.raises(StoreUnavailable, match="NOREPLICAS"):
-                    await end(node.backend.store, made.handle)
+                    await logout()
                 client.config_set("min-replicas-to-write", "0")
             assert heard == []
-            assert (await end(node.backend.store, made.handle)).sessions == 1
+            assert (await logout()).sessions == 1
             await eventually(lambda: heard)
+
+
+async def test_a_logout_everywhere_says_what_it_ended(valkey: Server, prefix: str) -> None:
+    """Those that were living, by their handles; not the one that is kept, and nobody else's."""
+    async with node(valkey.url, prefix) as one, node(valkey.url, prefix) as two:
+        store = one.service.store
+        kept, *ended = [await create(store, "ada") for _ in range(20)]
+        await create(store, "bob")
+        assert (await one.user("ada").logout(exclude=kept.handle)).complete
+        for cluster in (one, two):
+            assert set(cluster.service.tombstones) == {made.handle for made in ended}
+        assert (await one.user("ada").logout()).sessions == 1
+        assert kept.handle in set(two.service.tombstones)
+        assert (await one.user("nobody").logout()).sessions == 0
 
 
 async def test_a_logout_in_doubt_is_not_remembered(valkey: Server, prefix: str) -> None:

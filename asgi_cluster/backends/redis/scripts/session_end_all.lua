@@ -5,15 +5,26 @@ local now = milliseconds()
 local kept_key, kept = ARGV[1] .. 's:' .. ARGV[3], nil
 if ARGV[3] ~= '' then kept = living(kept_key, ARGV[1], now) end
 if kept and kept.user ~= ARGV[2] then kept = nil end
-redis.call(ARGV[4], ARGV[5], ARGV[6])
-local ended = {}
+-- What is heard of the end has happened, as in session_end: a server that refuses writes is to say so now, with
+-- one that changes nothing; and a slot that is moving, when the records are looked at.
+redis.call('ZREM', KEYS[2], '')
+local keys, ended = {}, {}
 for _, token in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
   if not (kept and token == ARGV[3]) then
     local key = ARGV[1] .. 's:' .. token
+    keys[#keys + 1] = key
     if living(key, ARGV[1], now) then ended[#ended + 1] = token end
-    elsewhere(redis.pcall('DEL', key))
   end
 end
+-- A message that ends in an empty list (0x90 in msgpack) tells everybody what was ended, and so what to
+-- remember: those that would have lived longest, if they are very many.
+local message = ARGV[6]
+if string.byte(message, -1) == 0x90 then
+  local told = #ended > 1000 and {unpack(ended, #ended - 999)} or ended
+  message = string.sub(message, 1, -2) .. cmsgpack.pack(told)
+end
+redis.call(ARGV[4], ARGV[5], message)
+for _, key in ipairs(keys) do elsewhere(redis.pcall('DEL', key)) end
 -- First what passes when memory is full. Missing means revoked, so that without a session left no nonce is
 -- needed; and a session that the index has lost is dead as well.
 redis.call('DEL', KEYS[1], KEYS[2])
