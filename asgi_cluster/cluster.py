@@ -10,7 +10,7 @@ import re
 import secrets
 import socket as sockets
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from ssl import SSLContext
@@ -26,7 +26,7 @@ from asgi_cluster.dispatch import Dispatch
 from asgi_cluster.draining import draining_on_sigterm
 from asgi_cluster.exceptions import NotStarted
 from asgi_cluster.ids import NodeId, UserId
-from asgi_cluster.realtime.connection import Connection, accept
+from asgi_cluster.realtime.acceptance import Acceptance
 from asgi_cluster.realtime.endpoint import Endpoint
 from asgi_cluster.realtime.hub import Hub
 from asgi_cluster.realtime.payload import encode_payload
@@ -201,7 +201,7 @@ class Cluster:
         subprotocol: str | None = None,
         headers: Iterable[tuple[bytes, bytes]] = (),
         user_id: str | None = None,
-    ) -> AbstractAsyncContextManager[Connection]:
+    ) -> Acceptance:
         """Accept a WebSocket of the app's own and make it a member of the cluster: ``async with
         cluster.accept(ws) as connection``.
 
@@ -212,7 +212,7 @@ class Cluster:
         Raises:
             RuntimeError: no ``ClusterMiddleware`` with this cluster is around the app.
         """
-        return accept(websocket, self, subprotocol=subprotocol, headers=tuple(headers), user_id=user_id)
+        return Acceptance(websocket, self, subprotocol=subprotocol, headers=tuple(headers), user_id=user_id)
 
     # Lifetime
 

@@ -86,7 +86,12 @@ class ClusterMiddleware:
         if endpoint is not None and endpoint in scope["path"] and _route(scope).startswith(endpoint):
             app = self.cluster.endpoint
         if kind == "websocket":
-            await self._websocket(app, scope, receive, send, state)
+            # As few coroutines as can be: each that an idle socket waits in takes a quarter of a kilobyte.
+            tasks = self.cluster.tasks
+            if tasks is not None and self.cluster.loop is asyncio.get_running_loop():
+                await self._serve_socket(app, scope, receive, send, state, tasks)
+            else:
+                await self._serve_elsewhere(app, scope, receive, send, state)
             return
         response = Response(self._headers, scope, send, session)
         try:
@@ -101,17 +106,13 @@ class ClusterMiddleware:
         if session.exposed and response.saved:
             session.check_sealed()
 
-    async def _websocket(
+    async def _serve_elsewhere(
         self, app: ASGIApp, scope: Scope, receive: Receive, send: Send, state: ScopeState
     ) -> None:
-        tasks = self.cluster.tasks
-        if tasks is None or self.cluster.loop is not asyncio.get_running_loop():
-            # memory:// needs no start, and may be used from other loops than the one that started it
-            # (Starlette's TestClient): then the socket's own call owns what it needs to have done.
-            async with asyncio.TaskGroup() as own:
-                await self._serve_socket(app, scope, receive, send, state, own)
-        else:
-            await self._serve_socket(app, scope, receive, send, state, tasks)
+        # memory:// needs no start, and may be used from other loops than the one that started it (Starlette's
+        # TestClient): then the socket's own call owns what it needs to have done.
+        async with asyncio.TaskGroup() as own:
+            await self._serve_socket(app, scope, receive, send, state, own)
 
     async def _serve_socket(
         self,

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 from asgi_cluster.ids import ConnectionId
@@ -16,8 +14,7 @@ from asgi_cluster.realtime.packet import Packet
 from asgi_cluster.realtime.payload import encode_payload
 from asgi_cluster.realtime.protocol import DisconnectCode
 from asgi_cluster.realtime.rules import check_room
-from asgi_cluster.realtime.socket import Message, Receive, Send, Socket
-from asgi_cluster.scope import ScopeState
+from asgi_cluster.realtime.socket import Message, Receive, Socket
 from asgi_cluster.tasks import spawn
 
 if TYPE_CHECKING:
@@ -25,7 +22,7 @@ if TYPE_CHECKING:
     from asgi_cluster.realtime.audience import Audience
     from asgi_cluster.sessions.session import Session
 
-__all__ = ["Connection", "accept"]
+__all__ = ["Connection"]
 
 _IDLE = 1.0  # seconds without anybody reading, after which we do
 _QUEUE = 64
@@ -237,67 +234,3 @@ class Connection:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id} in {len(self.rooms)} rooms>"
-
-
-@asynccontextmanager
-async def accept(
-    websocket: Any,
-    cluster: Cluster,
-    *,
-    subprotocol: str | None = None,
-    headers: Iterable[tuple[bytes, bytes]] = (),
-    user_id: str | None = None,
-) -> AsyncIterator[Connection]:
-    """See ``Cluster.accept``."""
-    scope, receive, send = _parts(websocket)
-    state = ScopeState.of(scope)
-    if state is None or state.socket is None or state.cluster is not cluster:
-        raise RuntimeError(
-            "cluster.accept needs ClusterMiddleware(app, cluster), with this cluster, around the app"
-        )
-    socket, hub = state.socket, cluster.hub
-    if socket.connection is not None:
-        raise RuntimeError("this WebSocket is accepted by the cluster already")
-    if socket.state == "connecting":
-        if _waits_for_connect(websocket):
-            await receive()
-        await send({"type": "websocket.accept", "subprotocol": subprotocol, "headers": list(headers)})
-    if user_id is not None:
-        hub.set_user(socket, user_id)
-    connection = Connection(socket, cluster, state.session, hub.outbox(socket, joins=False))
-    socket.connection = connection
-    connection.read_with(receive)
-    code, reason = 1000, ""
-    try:
-        yield connection
-    except BaseException as error:
-        if not isinstance(error, OSError):
-            code, reason = 1011, "internal error"
-        raise
-    finally:
-        connection.stop_reading()
-        try:
-            await cluster.rooms.leave_all(connection)
-        finally:
-            await connection.outbox.drained()
-            socket.close(code, reason)
-            socket.connection = None
-
-
-def _parts(websocket: Any) -> tuple[Any, Receive, Send]:
-    if isinstance(websocket, tuple):
-        scope, receive, send = websocket
-        return scope, receive, send
-    try:
-        return websocket.scope, websocket.receive, websocket.send
-    except AttributeError:
-        raise TypeError(
-            "cluster.accept takes a WebSocket with scope, receive and send, or these three, "
-            f"not {type(websocket).__name__}"
-        ) from None
-
-
-def _waits_for_connect(websocket: Any) -> bool:
-    # Starlette and Litestar remember whether the app has already taken websocket.connect.
-    state = getattr(websocket, "client_state", None) or getattr(websocket, "connection_state", None)
-    return state is None or getattr(state, "name", state) in ("CONNECTING", "init")

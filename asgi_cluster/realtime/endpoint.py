@@ -42,8 +42,10 @@ class Endpoint:
         name = scope["path"].rpartition(f"{self._config.path}/")[2]
         if scope["type"] == "http":
             await self._http(name, scope, send)
-        else:
-            await self._websocket(name, scope, receive, send)
+            return
+        client = await self._accept(name, scope, receive, send)
+        if client is not None:
+            await client.run(receive)
 
     async def _http(self, name: str, scope: Mapping[str, Any], send: Send) -> None:
         if name == "websocket":
@@ -71,12 +73,14 @@ class Endpoint:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
 
-    async def _websocket(self, name: str, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+    async def _accept(
+        self, name: str, scope: Mapping[str, Any], receive: Receive, send: Send
+    ) -> Client | None:
         await receive()  # websocket.connect
         refused = 404 if name != "websocket" else 403 if not self._origin_allowed(scope) else None
         if refused is not None:
             await _refuse(scope, send, refused)
-            return
+            return None
         state = ScopeState.of(scope)
         assert state is not None
         assert state.socket is not None
@@ -85,7 +89,7 @@ class Endpoint:
         await send({"type": "websocket.accept", "subprotocol": subprotocol, "headers": []})
         client = Client(socket, self._cluster, state.session, hub.outbox(socket, joins=True))
         socket.connection = client
-        await client.run(receive)
+        return client
 
     def _origin_allowed(self, scope: Mapping[str, Any]) -> bool:
         """Browsers always send Origin, native SDKs do not: an absent one cannot be somebody's browser (RFC

@@ -7,7 +7,7 @@ import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any
 
-__all__ = ["discard", "drive", "known_server"]
+__all__ = ["discard", "drive", "forget_handshake", "known_server"]
 
 _UVICORN_SOCKETS = "uvicorn.protocols.websockets."
 _TESTED_UVICORN = ("0.54.",)
@@ -27,6 +27,14 @@ def known_server(send: Callable[..., Any]) -> tuple[Any, str]:
     if type(owner).__name__ != "WebSocketsSansIOProtocol":
         return owner, f"uvicorn's {type(owner).__name__}"
     return owner, ""
+
+
+def forget_handshake(server: Any) -> None:
+    """Let go of the request and the response of a handshake that has been answered.
+
+    A known server keeps their headers as long as the socket lives, and never looks at them again.
+    """
+    server.request = server.response = None
 
 
 def drive(awaitable: Awaitable[None]) -> Awaitable[None] | None:

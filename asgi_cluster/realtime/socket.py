@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from asgi_cluster.ids import ConnectionId, new_token
-from asgi_cluster.realtime.server import discard, drive, known_server
+from asgi_cluster.realtime.server import discard, drive, forget_handshake, known_server
 from asgi_cluster.tasks import spawn
 
 if TYPE_CHECKING:
@@ -111,6 +111,8 @@ class Socket:
         """The handshake was answered: a close that came meanwhile goes out now."""
         if self.state == "connecting":
             self.state = "open"
+            if not self.why_not_direct:
+                forget_handshake(self.server)
             if self.close_code is not None:
                 self._close_now()
 

@@ -1,0 +1,99 @@
+"""A WebSocket of the app, accepted with ``cluster.accept``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from asgi_cluster.realtime.connection import Connection
+from asgi_cluster.realtime.socket import Receive, Send
+from asgi_cluster.scope import ScopeState
+
+if TYPE_CHECKING:
+    from asgi_cluster.cluster import Cluster
+
+__all__ = ["Acceptance"]
+
+
+class Acceptance:
+    """``async with``: accepts the WebSocket, gives its ``Connection``, and closes it. See ``Cluster.accept``.
+
+    A class of its own, because a generator in a context manager takes half a kilobyte more for each socket.
+    """
+
+    __slots__ = ("_cluster", "_connection", "_headers", "_subprotocol", "_user", "_websocket")
+
+    def __init__(
+        self,
+        websocket: Any,
+        cluster: Cluster,
+        *,
+        subprotocol: str | None,
+        headers: Sequence[tuple[bytes, bytes]],
+        user_id: str | None,
+    ) -> None:
+        self._websocket = websocket
+        self._cluster = cluster
+        self._subprotocol = subprotocol
+        self._headers = headers
+        self._user = user_id
+        self._connection: Connection | None = None
+
+    async def __aenter__(self) -> Connection:
+        cluster = self._cluster
+        scope, receive, send = _parts(self._websocket)
+        state = ScopeState.of(scope)
+        if state is None or state.socket is None or state.cluster is not cluster:
+            raise RuntimeError(
+                "cluster.accept needs ClusterMiddleware(app, cluster), with this cluster, around the app"
+            )
+        socket = state.socket
+        if socket.connection is not None:
+            raise RuntimeError("this WebSocket is accepted by the cluster already")
+        if socket.state == "connecting":
+            if _waits_for_connect(self._websocket):
+                await receive()
+            headers = list(self._headers)
+            await send({"type": "websocket.accept", "subprotocol": self._subprotocol, "headers": headers})
+        if self._user is not None:
+            cluster.hub.set_user(socket, self._user)
+        outbox = cluster.hub.outbox(socket, joins=False)
+        connection = self._connection = socket.connection = Connection(socket, cluster, state.session, outbox)
+        connection.read_with(receive)
+        return connection
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        failed = error is not None and not isinstance(error, OSError)
+        code, reason = (1011, "internal error") if failed else (1000, "")
+        connection.stop_reading()
+        try:
+            await self._cluster.rooms.leave_all(connection)
+        finally:
+            await connection.outbox.drained()
+            connection.socket.close(code, reason)
+            connection.socket.connection = None
+
+
+def _parts(websocket: Any) -> tuple[Any, Receive, Send]:
+    if isinstance(websocket, tuple):
+        scope, receive, send = websocket
+        return scope, receive, send
+    try:
+        return websocket.scope, websocket.receive, websocket.send
+    except AttributeError:
+        raise TypeError(
+            "cluster.accept takes a WebSocket with scope, receive and send, or these three, "
+            f"not {type(websocket).__name__}"
+        ) from None
+
+
+def _waits_for_connect(websocket: Any) -> bool:
+    # Starlette and Litestar remember whether the app has already taken websocket.connect.
+    state = getattr(websocket, "client_state", None) or getattr(websocket, "connection_state", None)
+    return state is None or getattr(state, "name", state) in ("CONNECTING", "init")
