@@ -18,6 +18,9 @@ from urllib.parse import parse_qsl
 
 import uvicorn
 
+from loadtest.allocations import by_package
+
+_PATHS = ("/health", "/publish", "/published", "/collect", "/held")
 MARK = "@@"
 """Occurs once in every message, and nowhere else."""
 KINDS = {
@@ -56,7 +59,7 @@ class Driver:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         path = scope.get("path")
-        if scope["type"] != "http" or path not in ("/health", "/publish", "/published", "/collect"):
+        if scope["type"] != "http" or path not in _PATHS:
             await self._app(scope, receive, send)
             return
         if path == "/publish":
@@ -65,7 +68,10 @@ class Driver:
         if path == "/collect":
             gc.collect()
         busy = any(not task.done() for task in self._tasks)
-        body = json.dumps({"published": self._published, "busy": busy}).encode()
+        answer: dict[str, Any] = {"published": self._published, "busy": busy}
+        if path == "/held":
+            answer["held"] = by_package()
+        body = json.dumps(answer).encode()
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": body})
 

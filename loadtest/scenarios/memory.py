@@ -10,6 +10,7 @@ from loadtest.generator import APP, ENDPOINT, Plan, Wire, crowd
 from loadtest.processes import Target, redis_server, targets
 from loadtest.results import Result
 
+_TRACED = 500  # sockets, of which each allocation is traced
 ABOUT = "resident memory of idle sockets"
 
 
@@ -29,6 +30,9 @@ def run(options: argparse.Namespace, say: Say) -> Result:
             result.row(name, sockets, per_socket, after / 1e6, before / 1e6)
             if budget is not None:
                 result.budget(f"{name}: {per_socket:.1f} KB, budget {budget:g}", per_socket <= budget)
+        say("built-in endpoint: what it is made of")
+        with targets("endpoint", url, prefix="memory", env={"PYTHONTRACEMALLOC": "1"}) as (target,):
+            result.notes.append(f"bytes per socket on the endpoint, by package: {_made_of(target)}")
     result.notes.append("without permessage-deflate: the clients do not ask for it")
     return result
 
@@ -50,3 +54,16 @@ def _hold(target: Target, wire: Wire, sockets: int) -> tuple[float, int, int]:
         time.sleep(1)
         target.ask("/collect")
         return (held - before) / sockets / 1024, before, target.resident()
+
+
+def _made_of(target: Target) -> str:
+    with crowd(Plan(ENDPOINT, [target.port], 100)) as first:
+        first.wait_ready()
+        before = target.ask("/held")["held"]
+        with crowd(Plan(ENDPOINT, [target.port], _TRACED)) as clients:
+            clients.wait_ready()
+            time.sleep(1)
+            after = target.ask("/held")["held"]
+    grown = {name: round((size - before.get(name, 0)) / _TRACED) for name, size in after.items()}
+    parts = sorted(((size, name) for name, size in grown.items() if size >= 50), reverse=True)
+    return ", ".join(f"{name} {size:,}" for size, name in parts)
