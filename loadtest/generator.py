@@ -141,6 +141,8 @@ class Crowd:
                 if fail:
                     raise RuntimeError(f"generator: {list(self._counters)} after {timeout:g} s")
                 return False
+            if self._pipe.poll():  # it says nothing before it is asked to: this is the end of its pipe
+                raise RuntimeError("the generator ended before its time: see above")
             time.sleep(0.002)
         return True
 
