@@ -22,7 +22,7 @@ from tests.support.machine import LOCAL
 from tests.support.nodes import serve
 from tests.support.proxy import Proxy
 from tests.support.servers import Server, start_valkey
-from tests.support.topologies import start_sentinel_set
+from tests.support.topologies import start_redis_cluster, start_sentinel_set
 from tests.support.waiting import eventually
 
 SESSIONS = SessionConfig(cookie=CookieConfig(secure=False))
@@ -254,22 +254,69 @@ async def test_what_is_remembered_is_bounded(valkey: Server, prefix: str) -> Non
 
 
 @pytest.mark.faults
-async def test_a_logout_that_sentinel_lost(prefix: str) -> None:
-    """The same with a failover by the sentinels: dead again some seconds after the election."""
-    visitor = Visitor()
+@pytest.mark.parametrize("way", ["by the session", "all of the user"])
+async def test_a_logout_that_sentinel_lost(prefix: str, way: str) -> None:
+    """The same with a failover by the sentinels: dead again some seconds after the election, also when the
+    node that did it is gone.
+    """
+    visitor, other = Visitor(), Visitor()
     with start_sentinel_set() as servers:
         old = servers.primary
         new = next(server for server in servers.servers if server is not old)
         async with serve(ClusterMiddleware(make_app(), node(servers.url, prefix))) as there:
-            handle = await visitor.login(there.url)
-            await in_sync(old, new)
-            cut_off(old, new)
-            await visitor.post(there.url, "/logout")
+            handles = [await visitor.login(there.url) for _ in range(3 if way == "all of the user" else 1)]
+            await other.login(there.url, "bob")
+            async with node(servers.url, prefix) as origin:
+                await in_sync(old, new)
+                cut_off(old, new)
+                if way == "by the session":
+                    await visitor.post(there.url, "/logout")
+                else:
+                    assert (await origin.user("ada").logout()).sessions == len(handles)
             old.kill()
             new.resume()
-            key = f"{prefix}:{{{handle[:2]}}}:s:{handle[3:]}"
+            keys = [record_key(prefix, handle) for handle in handles]
             with new.client() as client:
-                assert client.exists(key), "the logout was not lost: nothing is tested"
+                assert client.exists(*keys) == len(keys), "the logout was not lost: nothing is tested"
                 await eventually(lambda: servers.primary is new, timeout=20, interval=0.05)
-                await eventually(lambda: not client.exists(key), timeout=5)
+                await eventually(lambda: not client.exists(*keys), timeout=5)
             assert await visitor.user(there.url) is None
+            assert await other.user(there.url) == "bob"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("way", ["by the session", "all of the user"])
+async def test_a_logout_that_a_redis_cluster_lost(prefix: str, way: str) -> None:
+    """Whoever did it goes with the primary of that session; the replica that is elected does not know of it,
+    the nodes that are left do.
+    """
+    visitor, other = Visitor(), Visitor()
+    with start_redis_cluster() as servers:
+        async with serve(ClusterMiddleware(make_app(), node(servers.url, prefix))) as there:
+            handle = await visitor.login(there.url)
+            await other.login(there.url, "bob")
+            key = record_key(prefix, handle)
+            old = servers.primary_of(servers.slot(key))
+            new = servers.replica_of(old)
+            async with node(servers.url, prefix) as origin:
+                await in_sync(old, new)
+                cut_off(old, new)
+                if way == "by the session":
+                    receipt = await origin.session(handle).logout()
+                else:
+                    receipt = await origin.user("ada").logout()
+                assert receipt.sessions == 1
+            assert await visitor.user(there.url) is None
+            old.kill()
+            new.resume()
+            with new.client() as client:
+                client.execute_command("READONLY")
+                assert client.exists(key), "the logout was not lost: nothing is tested"
+                await eventually(lambda: new.role() == "master", timeout=20, interval=0.05)
+                await eventually(lambda: not client.exists(key), timeout=8)
+            assert await visitor.user(there.url) is None
+            assert await other.user(there.url) == "bob"
+
+
+def record_key(prefix: str, handle: str) -> str:
+    return f"{prefix}:{{{handle[:2]}}}:s:{handle[3:]}"
