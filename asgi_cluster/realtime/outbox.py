@@ -155,7 +155,7 @@ class Outbox:
                     server.handshake_complete
                     and not server.close_sent
                     and not transport.is_closing()
-                    and server.writable.is_set()
+                    and not transport.get_write_buffer_size()
                 ):
                     self._counters.sent += len(pending)
                     if len(pending) == 1:
