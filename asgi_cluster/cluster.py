@@ -38,6 +38,7 @@ from asgi_cluster.sessions.cached import CachedStore
 from asgi_cluster.sessions.service import SessionService
 from asgi_cluster.sessions.session import Session
 from asgi_cluster.stats import ClusterStats
+from asgi_cluster.tasks import check_loop
 from asgi_cluster.verification import Verifier
 
 __all__ = ["Cluster", "get_session"]
@@ -318,10 +319,12 @@ class Cluster:
         return self._backend.crosses_loops
 
     def ensure_started(self, action: str) -> None:
-        """Raises ``NotStarted`` when ``action`` needs a start. Attaches a ``memory://`` node that nobody
-        started.
+        """Raises ``NotStarted`` when ``action`` needs a start, ``RuntimeError`` on another loop than the one
+        that did it. Attaches a ``memory://`` node that nobody started.
         """
         if self.tasks is not None:
+            if not self.crosses_loops:
+                check_loop(self.loop)
             return
         if self._backend.needs_start:
             raise NotStarted(action)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Coroutine
 from typing import Any
 
-__all__ = ["spawn"]
+__all__ = ["check_loop", "spawn"]
 
 logger = logging.getLogger("asgi_cluster.tasks")
 
@@ -34,3 +34,12 @@ def spawn(
     except BaseException:
         coroutine.close()
         raise
+
+
+def check_loop(owner: asyncio.AbstractEventLoop | None) -> None:
+    """Raises ``RuntimeError`` on another event loop than ``owner``; ``None``: there is none yet."""
+    if owner is not None and asyncio.get_running_loop() is not owner:
+        raise RuntimeError(
+            "this cluster was started on another event loop. Call it there, from other threads with "
+            "asyncio.run_coroutine_threadsafe(..., cluster.loop)"
+        )

@@ -23,6 +23,7 @@ from asgi_cluster.backends.redis.lifetime import stop_if_cancelled
 from asgi_cluster.backends.redis.link import Link
 from asgi_cluster.backends.redis.primary import Primary
 from asgi_cluster.exceptions import StoreUnavailable
+from asgi_cluster.tasks import check_loop
 
 __all__ = ["CommandLink"]
 
@@ -45,6 +46,7 @@ class CommandLink:
 
     def __init__(self, primary: Primary) -> None:
         self._primary = primary
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._link: Link | None = None
         self._changed = asyncio.Event()
         self._hurried = asyncio.Event()
@@ -58,7 +60,8 @@ class CommandLink:
         ``started`` gets the outcome of the first.
         """
         pause = _FIRST_PAUSE
-        began = asyncio.get_running_loop().time()
+        self._loop = asyncio.get_running_loop()
+        began = self._loop.time()
         while True:
             try:
                 await self._one_connection(started)
@@ -164,7 +167,9 @@ class CommandLink:
         Raises:
             StoreUnavailable: no reply within ``timeout`` seconds, or the server refused.
             RedisError: an error reply which proves that it did nothing (``errors.NOT_EXECUTED``).
+            RuntimeError: called on another event loop than the one that the link is on.
         """
+        check_loop(self._loop)
         sent = False
         try:
             async with asyncio.timeout(timeout):
