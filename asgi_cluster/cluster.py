@@ -55,14 +55,16 @@ class Cluster:
 
     Args:
         url: ``memory://``, ``redis://``, ``rediss://``, ``unix://``, ``redis+sentinel://`` or
-        ``redis+cluster://``. ``None``: the
-            environment variable ``ASGI_CLUSTER_URL``, else ``memory://``.
+            ``redis+cluster://``. ``None``: the environment variable ``ASGI_CLUSTER_URL``, else ``memory://``.
         prefix: starts every key and channel name; clusters with different prefixes do not see each other.
-        node_label: readable part of the node id (``label-pid-random``); ``None``: the host name. listen:
-        False for a publisher outside the web: no subscriber, no registration, no sockets. deadline: seconds
-        of Redis work per request, in all; at most ``sessions.cache.lease``. rooms_url: a Redis of its own for
-        rooms; ``None``: the same one. identify: ``(scope) -> str | None``, sync or async: names the user of a
-        socket when the session does not. sessions: see ``SessionConfig``. realtime: see ``RealtimeConfig``.
+        node_label: readable part of the node id (``label-pid-random``); ``None``: the host name.
+        listen: ``False`` for a publisher outside the web: no subscriber, no registration, no sockets.
+        deadline: seconds of Redis work per request, in all; at most ``sessions.cache.lease``.
+        rooms_url: a Redis of its own for rooms; ``None``: the same one.
+        identify: ``(scope) -> str | None``, sync or async: names the user of a socket when the session does
+            not.
+        sessions: see ``SessionConfig``; ``None``: its defaults.
+        realtime: see ``RealtimeConfig``; ``None``: its defaults.
         ssl_context: for ``rediss://`` and its relatives; ``None``: the system's defaults.
         credential_provider: a redis-py ``CredentialProvider``, in place of user and password in the URL.
 
@@ -222,7 +224,8 @@ class Cluster:
 
         Raises:
             StoreUnavailable, BusUnavailable: Redis cannot be reached, refuses us or is too old; says what and
-            where. RuntimeError: already started, or not on asyncio.
+                where.
+            RuntimeError: already started, or not on asyncio.
         """
         try:
             loop = asyncio.get_running_loop()
