@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol
@@ -100,12 +101,12 @@ class Topology(Protocol):
         ...
 
 
-class Routed:
+class Routed(ABC):
     """What topologies share: scripts by their hash."""
 
+    @abstractmethod
     async def call(self, key: str, *args: str | bytes | int, timeout: float) -> Any:
         """See ``Topology.call``."""
-        raise NotImplementedError
 
     async def run(
         self, script: Script, keys: Sequence[str], args: Sequence[str | bytes | int], *, timeout: float
