@@ -253,6 +253,17 @@ async def test_what_is_remembered_is_bounded(valkey: Server, prefix: str) -> Non
             await asyncio.wait([running])
 
 
+async def test_a_logout_of_very_many_sessions_says_a_thousand(valkey: Server, prefix: str) -> None:
+    """Those that would have lived longest; whoever asked for it knows them all."""
+    async with node(valkey.url, prefix) as one, node(valkey.url, prefix) as two:
+        store = one.service.store
+        short = [await create(store, "ada", idle=50.0) for _ in range(20)]
+        long = [await create(store, "ada") for _ in range(1000)]
+        assert (await one.user("ada").logout()).sessions == 1020
+        assert set(two.service.tombstones) == {made.handle for made in long}
+        assert set(one.service.tombstones) == {made.handle for made in short + long}
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("way", ["by the session", "all of the user"])
 async def test_a_logout_that_sentinel_lost(prefix: str, way: str) -> None:
