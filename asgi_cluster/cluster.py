@@ -160,6 +160,7 @@ class Cluster:
             bus=bus,
             node=self._current_node,
             verify=self.verifier.wake,
+            recheck=self.verifier.recheck,
         )
         self._reach = Reach(
             service=self.service, bus=bus, node=self._current_node, encode_payload=encode_payload

@@ -5,7 +5,7 @@ acknowledgement.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from asgi_cluster.bus.bus import SUBSCRIBED_AGAIN, Bus
 from asgi_cluster.bus.messages import (
@@ -23,6 +23,7 @@ from asgi_cluster.bus.messages import (
 from asgi_cluster.ids import Handle, NodeId, UserId, bucket_of
 from asgi_cluster.realtime.hub import Hub
 from asgi_cluster.realtime.rooms import Rooms
+from asgi_cluster.realtime.socket import Socket
 from asgi_cluster.sessions.cache import SessionCache
 from asgi_cluster.sessions.receipts import Acknowledgements
 from asgi_cluster.sessions.tombstones import Tombstones
@@ -48,6 +49,7 @@ class Dispatch:
         bus: Bus,
         node: Callable[[], NodeId],
         verify: Callable[[], None],
+        recheck: Callable[[Iterable[Socket]], None],
     ) -> None:
         self._cache = cache
         self._hub = hub
@@ -57,6 +59,7 @@ class Dispatch:
         self._bus = bus
         self._node = node
         self._verify = verify
+        self._recheck = recheck
         self.malformed = 0
 
     def session_message(self, payload: bytes) -> None:
@@ -89,11 +92,14 @@ class Dispatch:
                 self._cache.drop_user(UserId(message.user), keep=keep)
                 bucket = bucket_of(message.user)
                 run_id = self._bus.run_id(bucket)
-                for token in message.ended:
-                    self._tombstones.remember(Handle(f"{bucket:02x}.{token}"), run_id)
+                ended = {Handle(f"{bucket:02x}.{token}") for token in message.ended}
+                for handle in ended:
+                    self._tombstones.remember(handle, run_id)
                 closed = self._hub.close_user(
-                    message.user, keep=message.keep, code=message.code, reason=message.reason
+                    message.user, keep=message.keep, code=message.code, reason=message.reason, ended=ended
                 )
+                # The others began after it, if this was long under way; or the store had lost sight of them.
+                self._recheck(self._hub.sockets_of(message.user, keep=message.keep))
                 self._acknowledge(message.origin, message.request, closed)
             case Ack():
                 self._acks.answer(message.request, message.node, message.sockets)

@@ -67,6 +67,23 @@ class Verifier:
         if self._wake is not None:
             self._wake.set()
 
+    def recheck(self, sockets: Iterable[Socket]) -> None:
+        """Ask about the sessions of these sockets now. From any thread."""
+        for socket in sockets:
+            socket.call(self._recheck_soon, socket)
+
+    def _recheck_soon(self, socket: Socket) -> None:
+        if socket.handle is not None:
+            work = self._recheck(Handle(socket.handle))
+            spawn(socket.tasks, work, name="asgi-cluster session check")
+
+    async def _recheck(self, handle: Handle) -> None:
+        over = await self._is_over(handle)
+        if over is None:
+            self.wake()
+        elif over:
+            self._sockets.close_session(handle, CloseCode.SESSION_ENDED, "session ended")
+
     async def run(self) -> None:
         """For as long as the cluster is started."""
         self._wake = asyncio.Event()

@@ -11,6 +11,7 @@ malformed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -30,6 +31,7 @@ __all__ = [
     "UserEnded",
     "decode",
     "encode",
+    "name_ended",
 ]
 
 PayloadKind = Literal["t", "j", "b"]
@@ -61,7 +63,8 @@ class UserEnded(msgspec.Struct, frozen=True, array_like=True, tag="u"):
     """Every session of a user is over, but ``keep``: drop them, close their sockets, answer with ``Ack``.
 
     ``ended`` are the tokens (handles without their bucket) of those that were living. Its place is the last,
-    because a store that could lose their end again fills it in when it publishes the message.
+    because the store fills it in when it publishes the message (``name_ended``): sockets of other sessions
+    may have been opened since.
     """
 
     user: str
@@ -158,6 +161,12 @@ _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Message)
 def encode(message: Message) -> bytes:
     """The message as it travels."""
     return _encoder.encode(message)
+
+
+def name_ended(message: bytes, tokens: Sequence[str]) -> bytes:
+    """An encoded ``UserEnded`` whose list was empty, with ``tokens`` in it. Anything else stays as it is."""
+    empty = _encoder.encode(())
+    return message.removesuffix(empty) + _encoder.encode(tokens) if message.endswith(empty) else message
 
 
 def decode(data: bytes) -> Message:

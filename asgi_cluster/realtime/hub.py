@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -131,10 +131,31 @@ class Hub:
         """Close a session's sockets; how many there were."""
         return sum(socket.close(code, reason) for socket in tuple(self._by_handle.get(handle, ())))
 
-    def close_user(self, user: str, *, keep: str | None, code: int, reason: str) -> int:
-        """Close a user's sockets but those of the session ``keep``; how many there were."""
-        sockets = tuple(self._by_user.get(user, ()))
-        return sum(socket.close(code, reason) for socket in sockets if keep is None or socket.handle != keep)
+    def close_user(
+        self,
+        user: str,
+        *,
+        keep: str | None,
+        code: int,
+        reason: str,
+        ended: Container[str] | None = None,
+    ) -> int:
+        """Close a user's sockets but those of the session ``keep``; how many there were. With ``ended`` only
+        those of these sessions, and those without one.
+        """
+        return sum(
+            socket.close(code, reason)
+            for socket in tuple(self._by_user.get(user, ()))
+            if socket.handle is None or (socket.handle != keep and (ended is None or socket.handle in ended))
+        )
+
+    def sockets_of(self, user: str, *, keep: str | None) -> tuple[Socket, ...]:
+        """A user's open sockets that belong to a session other than ``keep``."""
+        return tuple(
+            socket
+            for socket in tuple(self._by_user.get(user, ()))
+            if socket.handle not in (None, keep) and socket.close_code is None
+        )
 
     def send_session(self, handle: str, message: PersonalMessage) -> int:
         """Send to a session's sockets that the cluster serves; to how many."""

@@ -172,7 +172,7 @@ class SessionStore(Protocol):
         self, user: UserId, *, keep: Handle | None, epoch: str, message: bytes, timeout: float
     ) -> Ending:
         """Give the user a new epoch, so that every session but ``keep`` is dead at once, and remove their
-        records. Where the store could lose that again, it fills in the empty list at the end of ``message``.
+        records. ``messages.name_ended`` says which in the message.
         """
         ...
 

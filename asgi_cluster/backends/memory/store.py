@@ -8,6 +8,7 @@ import msgspec
 
 from asgi_cluster.backends.memory.expiring import Expiring
 from asgi_cluster.backends.memory.world import World
+from asgi_cluster.bus.messages import name_ended
 from asgi_cluster.ids import Handle, UserId
 from asgi_cluster.sessions.store import Device, Draft, Ending, Record, WriteOutcome
 
@@ -218,8 +219,8 @@ class MemorySessionStore:
         """
         with self._world.lock:
             nodes = [seat.node for seat in self._world.living()]
-            self._world.tell_sessions(message)
             ended = sorted(self._sessions.of_user.get(user, set()) - {keep})
+            self._world.tell_sessions(name_ended(message, [handle[3:] for handle in ended]))
             return Ending(sessions=sum(self._sessions.remove(handle) for handle in ended), nodes=nodes)
 
     async def lock(self, handle: Handle, *, token: str, hold: float, timeout: float) -> bool:
