@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.bus.faults import CLUSTER, SENTINEL, SINGLE, CacheReceiver, Scene, many, nothing, play, single
+from tests.bus.faults import CLUSTER, SENTINEL, SINGLE, Scene, many, nothing, play, single
+from tests.bus.partition import LAGS, partition
+from tests.bus.traffic import CacheReceiver
 from tests.support.servers import start_valkey
 
 
@@ -25,3 +27,15 @@ async def test_a_node_that_ignores_invalidations_is_found_out(monkeypatch: pytes
         row = await play("nothing", nothing, server.url, Scene(server, None))
     assert row.stale > 0
     assert not row.met
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("lag", LAGS)
+async def test_a_partition_in_which_the_old_primary_answers(lag: int | None) -> None:
+    """What the cache serves there is bounded when the server is told to be; without, it is not, and this says
+    so. Afterwards the node follows the new primary as soon as it hears a sentinel again.
+    """
+    limit = await partition(lag)
+    assert limit.met, " | ".join(limit.cells())
+    assert limit.cached or limit.stored, "nothing was stale: there was no partition"
+    assert (limit.refused is None) == (lag is None)

@@ -49,6 +49,8 @@ class Link:
             while True:
                 due, chunk = await held.get()
                 await asyncio.sleep(max(0.0, due - clock()))
+                if way == "up":
+                    self._note(chunk)
                 await self.open[way].wait()
                 if not chunk:
                     raise ConnectionResetError("end of stream")
@@ -67,11 +69,20 @@ class Link:
             tasks.create_task(deliver())
             tasks.create_task(collect())
 
+    def _note(self, chunk: bytes) -> None:
+        if len(self.said) < 16384:
+            self.said += chunk
+        if any(mark in self.said for mark in self._proxy.isolated):
+            self.hold("up", "down")
+
+    def hold(self, *ways: Direction) -> None:
+        """Nothing gets through in these directions, until the proxy heals."""
+        for way in ways:
+            self.open[way].clear()
+
     def _passes(self, way: Direction, chunk: bytes) -> bool:
         proxy = self._proxy
         if way == "up":
-            if len(self.said) < 16384:
-                self.said += chunk
             if proxy.lose_command is not None and proxy.lose_command in chunk:
                 proxy.lose_command = None
                 proxy.swallowed += 1
@@ -123,6 +134,7 @@ class Proxy:
         self.lose_command: bytes | None = None
         self.swallow_reply_to: bytes | None = None
         self.cut_after_swallow = True
+        self.isolated: tuple[bytes, ...] = ()
         self._refusing = False
         self._holding: frozenset[Direction] = frozenset()
         self._server: asyncio.Server | None = None
@@ -154,7 +166,14 @@ class Proxy:
         if only is None:
             self._holding |= {way}
         for link in self._chosen(only):
-            link.open[way].clear()
+            link.hold(way)
+
+    def isolate(self, *marks: bytes) -> None:
+        """As ``blackhole``, for the connections that have sent one of ``marks``, and for those that will."""
+        self.isolated = marks
+        for link in self.links:
+            if any(mark in link.said for mark in marks):
+                link.hold("up", "down")
 
     def delay(self, seconds: float) -> None:
         """Every chunk takes that much longer, in each direction; order stays."""
@@ -171,6 +190,7 @@ class Proxy:
     def heal(self) -> None:
         """No more faults; what was held back is delivered."""
         self.lose_command = self.swallow_reply_to = None
+        self.isolated = ()
         self.latency, self._refusing, self._holding = 0.0, False, frozenset()
         for link in self.links:
             for gate in link.open.values():
@@ -187,8 +207,7 @@ class Proxy:
         if self._refusing:
             link.abort()
             return
-        for way in self._holding:
-            link.open[way].clear()
+        link.hold(*self._holding)
         self.links.add(link)
         try:
             await link.run()

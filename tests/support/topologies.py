@@ -38,11 +38,11 @@ def _in_sync(replica: redis.Redis) -> bool:
 
 
 class _Sentinel(Server):
-    def __init__(self, primary: Server, name: str, down_after: float) -> None:
+    def __init__(self, primary: Server, name: str, down_after: float, port: int) -> None:
         super().__init__(binary=primary.binary)
         secret = f"sentinel auth-pass {name} {primary.password}\n" if primary.password else ""
         (self.directory / "sentinel.conf").write_text(
-            f"sentinel monitor {name} {LOCAL} {primary.port} 2\n"
+            f"sentinel monitor {name} {LOCAL} {port} 2\n"
             f"sentinel down-after-milliseconds {name} {int(down_after * 1000)}\n"
             f"sentinel failover-timeout {name} 3000\n"
             f"{secret}"
@@ -118,17 +118,39 @@ def start_sentinel_set(
                 with follower.client() as known:
                     _until("replica in sync", _in_sync, known)
             _until("replica", lambda: client.info("replication")["connected_slaves"] == replicas)
-        sentinels = [launch(_Sentinel(primary, name, down_after)) for _ in range(3)]
+        watched = start_sentinels(primary, followers, name=name, down_after=down_after)
+        watched._stack.push(stack.pop_all())
+        return watched
+
+
+def start_sentinels(
+    primary: Server,
+    replicas: Sequence[Server],
+    *,
+    name: str = "mymaster",
+    down_after: float = 1.0,
+    port: int | None = None,
+) -> SentinelSet:
+    """Three sentinels around servers that run already, which stay their owner's; returns when each knows all.
+
+    ``port``: where they find the primary, if not at its own.
+    """
+    with ExitStack() as stack:
+        sentinels = []
+        for _ in range(3):
+            sentinel = _Sentinel(primary, name, down_after, port or primary.port)
+            stack.callback(sentinel.stop)
+            sentinels.append(sentinel.start())
 
         def informed(sentinel: Server) -> bool:
             with _raw(sentinel) as client:
                 fields = client.execute_command("SENTINEL", "MASTER", name)
             state = dict(zip(fields[::2], fields[1::2], strict=True))
-            return int(state["num-other-sentinels"]) == 2 and int(state["num-slaves"]) == replicas
+            return int(state["num-other-sentinels"]) == 2 and int(state["num-slaves"]) == len(replicas)
 
         for sentinel in sentinels:
             _until("agreement of the sentinels", informed, sentinel)
-        return SentinelSet(name, [primary, *followers], sentinels, stack.pop_all())
+        return SentinelSet(name, [primary, *replicas], sentinels, stack.pop_all())
 
 
 @dataclass

@@ -75,6 +75,7 @@ class _Sentinel:
                     raise error
                 self.link = link
                 self._topology.heard_of_sentinels()
+                await self._topology.compare()
                 while True:  # a sentinel that is stopped is not one to wait for
                     await asyncio.sleep(_PROBE_EVERY)
                     async with asyncio.timeout(_PATIENCE):
@@ -116,6 +117,7 @@ class SentinelTopology(OnePrimary):
         self._sentinels = [_Sentinel(address, self) for address in target.addresses]
         self._heard = asyncio.Event()
         self._place: Place | None = None
+        self._epoch = -1
         self._places: WeakKeyDictionary[Link, Place] = WeakKeyDictionary()
         self._dialing: dict[asyncio.Timeout, Place] = {}
         super().__init__(Primary(self._dial, lambda: self._name))
@@ -174,6 +176,7 @@ class SentinelTopology(OnePrimary):
             answers = await asyncio.gather(*[sentinel.ask(self._service) for sentinel in self._sentinels])
             known = sorted(filter(None, answers), reverse=True)
             if known:
+                self._epoch = known[0][0]
                 return list(dict.fromkeys(place for _, place in known))
             try:
                 async with asyncio.timeout_at(deadline):
@@ -188,6 +191,14 @@ class SentinelTopology(OnePrimary):
         """One of them is there, or gone."""
         self._heard.set()
         self._heard = asyncio.Event()
+
+    async def compare(self) -> None:
+        """A sentinel is back: it may know of a failover that was not heard of while it was away."""
+        answers = await asyncio.gather(*[sentinel.ask(self._service) for sentinel in self._sentinels])
+        epoch, place = max(filter(None, answers), default=(-1, ("", 0)))
+        if self._epoch < epoch and self._place not in (None, place):
+            self._epoch = epoch
+            self.switched(self._service, place)
 
     def switched(self, service: str, place: Place) -> None:
         """A sentinel says that the primary is there now."""
