@@ -19,7 +19,7 @@ from rich.table import Table
 from loadtest.page import render
 from loadtest.results import Result, show
 
-NAMES = ["sessions", "fanout", "logout", "latency", "memory", "recovery", "peers"]
+NAMES = ["sessions", "fanout", "curves", "logout", "latency", "memory", "recovery", "peers"]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -46,6 +46,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default=[100, 1000, 10_000],
         metavar="N,N",
         help="numbers of sockets for fanout; the largest, for memory",
+    )
+    parser.add_argument(
+        "--stored",
+        type=int,
+        default=100_000,
+        metavar="N",
+        help="sessions in Redis, for the scenario sessions",
     )
     parser.add_argument(
         "--sizes",

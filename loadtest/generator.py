@@ -13,7 +13,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -34,7 +34,7 @@ class Wire:
 
     path: str
     hellos: tuple[bytes, ...] = ()
-    """Text frames sent after the handshake, in order."""
+    """Text frames sent after the handshake, in order. ``%ROOM%`` is the number of the socket's room."""
     ready: bytes = b"ready"
     """What a received chunk holds once this client is in the room."""
     ping: bytes = b""
@@ -48,6 +48,9 @@ ENDPOINT = Wire(
     ready=b'"subscribe":',
     ping=b"{}",
     pong=b"{}",
+)
+ENDPOINT_ROOMS = replace(
+    ENDPOINT, hellos=(b'{"id":1,"connect":{}}\n{"id":2,"subscribe":{"channel":"many:%ROOM%"}}',)
 )
 APP = Wire("/ws")
 SOCKET_IO = Wire("/socket.io/?EIO=4&transport=websocket", hellos=(b"40",), ping=b"2", pong=b"3")
@@ -65,6 +68,8 @@ class Plan:
     """One for each socket, by number; empty: none."""
     latency: bool = False
     """Whether each message's age is taken at its arrival. Costs the generator, so not when saturated."""
+    rooms: int = 1
+    """Sockets are spread over so many rooms."""
     stalled: int = 0
     """The first so many never read once they are ready."""
 
@@ -278,7 +283,8 @@ class _Generator:
                 return
             client.upgraded, client.buffer = True, rest
             for hello in self._plan.wire.hellos:
-                client.socket.sendall(_masked(hello))
+                room = b"%d" % (client.number % self._plan.rooms)
+                client.socket.sendall(_masked(hello.replace(b"%ROOM%", room)))
         if self._plan.wire.ready in client.buffer:
             # What came along is counted too; a frame that is cut in two here starts a new count.
             client.ready, rest, client.buffer = True, client.buffer, b""

@@ -40,6 +40,8 @@ class Subject:
 
     app: Any
     publish: Callable[[dict[str, Any]], Awaitable[Any]]
+    publish_to: Callable[[int, dict[str, Any]], Awaitable[Any]] | None = None
+    """To the room of that number, where there are several."""
 
 
 def message(size: int) -> dict[str, Any]:
@@ -53,7 +55,7 @@ class Driver:
 
     def __init__(self, subject: Subject) -> None:
         self._app = subject.app
-        self._publish = subject.publish
+        self._subject = subject
         self._published = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -75,6 +77,11 @@ class Driver:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": body})
 
+    def _publish(self, number: int, rooms: int, size: int) -> Awaitable[Any]:
+        if rooms and self._subject.publish_to is not None:
+            return self._subject.publish_to(number % rooms, message(size))
+        return self._subject.publish(message(size))
+
     def _start(self, options: dict[str, float]) -> None:
         task = asyncio.get_running_loop().create_task(self._run(options))
         self._tasks.add(task)
@@ -83,15 +90,16 @@ class Driver:
     async def _run(self, options: dict[str, float]) -> None:
         """``count`` messages of ``size`` bytes, ``batch`` at a time, ``gap`` ms apart."""
         count, size = int(options["count"]), int(options.get("size", 128))
+        rooms = int(options.get("rooms", 0))
         batch, gap = int(options.get("batch", 10)), options.get("gap", 0.0) / 1000
         loop = asyncio.get_running_loop()
         due = loop.time()
         for start in range(0, count, batch):
             number = min(batch, count - start)
             if number == 1:
-                await self._publish(message(size))
+                await self._publish(start, rooms, size)
             else:
-                await asyncio.gather(*(self._publish(message(size)) for _ in range(number)))
+                await asyncio.gather(*(self._publish(start + one, rooms, size) for one in range(number)))
             self._published += number
             if gap:
                 due += gap

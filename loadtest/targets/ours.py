@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -28,6 +30,7 @@ def make(url: str, prefix: str) -> Subject:
         realtime=RealtimeConfig(
             rules=[
                 RoomRule("load", subscribe=True),
+                RoomRule("many:{number}", subscribe=True),
                 RoomRule("kept:{number}", subscribe=True, history=2000, history_ttl=600),
             ],
         ),
@@ -64,4 +67,7 @@ def make(url: str, prefix: str) -> Subject:
         ]
     )
 
-    return Subject(ClusterMiddleware(app, cluster), room.broadcast)
+    async def to(number: int, value: dict[str, Any]) -> None:
+        await cluster.room(f"many:{number}").broadcast(value)
+
+    return Subject(ClusterMiddleware(app, cluster), room.broadcast, to)

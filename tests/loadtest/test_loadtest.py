@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+import redis
 
 from loadtest.__main__ import NAMES, parse
 from loadtest.drive import one_at_a_time, saturated
-from loadtest.generator import APP, ENDPOINT, Plan, crowd
+from loadtest.generator import APP, ENDPOINT, ENDPOINT_ROOMS, Plan, crowd
 from loadtest.listeners import Subscription, _judge, _Listener
 from loadtest.page import render
 from loadtest.processes import targets
 from loadtest.results import Plot, Result, percentile, show
+from loadtest.scenarios.curves import saturated_rooms
+from loadtest.targets import stored
 
 
 def outcome(*numbers: int, last: int) -> tuple[int, int, int, int]:
@@ -64,6 +68,33 @@ def test_generator_counts_what_was_sent(kind: str, wire: object, prefix: str) ->
             ages = clients.stop().latencies
         assert len(ages) == 50
         assert all(0 < age < 5 for age in ages)
+
+
+def test_rooms_share_the_sockets(prefix: str) -> None:
+    """Each socket gets what goes to its own room, whatever their number, and nothing else."""
+    with (
+        targets("endpoint", f"memory://{prefix}", prefix=prefix) as nodes,
+        crowd(Plan(ENDPOINT_ROOMS, [nodes[0].port], 12, rooms=4)) as clients,
+    ):
+        clients.wait_ready()
+        found = saturated_rooms(nodes, clients, seconds=0.2)
+        nodes[0].ask("/publish?count=1&rooms=4")
+        assert clients.wait_received(found.deliveries + 3)
+        report = clients.stop()
+    assert found.deliveries == found.sent * 3
+    assert report.complete(found.sent // 4) is False
+    assert [count - found.sent // 4 for count in report.per_socket] == [1, 0, 0, 0] * 3
+
+
+def test_many_sessions_are_stored_and_read_from_the_cache(redis_url: str) -> None:
+    """Copies of a real session, each found with its own cookie; afterwards the server is as it was."""
+    with redis.Redis.from_url(redis_url) as client:
+        before = set(client.keys("*:s:*"))
+        found = asyncio.run(stored.measure(redis_url, 300))
+        assert found["hits"] == 1
+        assert found["cached"] == 300
+        assert 0 < found["ratio"] < 100
+        assert set(client.keys("*:s:*")) == before
 
 
 def test_generator_says_when_nothing_more_comes(prefix: str) -> None:
