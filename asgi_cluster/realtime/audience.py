@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Audience"]
 
+_WAVE = 8  # members from which on it pays to write to them in one pass
+
 
 class Audience:
     """The members of one room on this node.
@@ -39,16 +41,21 @@ class Audience:
         """From now on ``connection`` gets what arrives."""
         if connection.outbox.closed:
             return
+        connection.outbox.spill()
         (self.pushed if connection.speaks_protocol else self.bare)[connection.id] = connection.outbox
         self.crosses = self.crosses or connection.socket.crosses_loops
 
     def detach(self, connection: Connection) -> bool:
         """It gets nothing any more; False when it did not before."""
+        connection.outbox.spill()
         members = self.pushed if connection.speaks_protocol else self.bare
         return members.pop(connection.id, None) is not None
 
     def clear(self) -> None:
         """Nobody gets anything any more."""
+        for outbox in (*self.pushed.values(), *self.bare.values()):
+            outbox.spill()
+            break
         self.pushed.clear()
         self.bare.clear()
 
@@ -64,6 +71,11 @@ class Audience:
             self._deliver_across(bare, push, key, exclude)
             return
         slow = self.slow
+        if exclude is None and (push is None or bare is None):
+            members, packet = (self.bare, bare) if push is None else (self.pushed, push)
+            if packet is not None and len(members) >= _WAVE:
+                next(iter(members.values())).broadcast(members, packet, slow, key)
+                return
         if exclude is None:
             if push is not None:
                 for outbox in self.pushed.values():

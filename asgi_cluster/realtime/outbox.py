@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Hashable
+from collections.abc import Awaitable, Hashable, Mapping
 from typing import Any
 
 from websockets.protocol import State
@@ -89,6 +89,12 @@ class Outbox:
         """Send ``packet`` after what was pushed before; ``slow`` says what happens when too much waits
         already.
         """
+        if self._flusher.wave is not None:
+            self._flusher.spill()
+        self.put(packet, slow, key)
+
+    def put(self, packet: Packet, slow: SlowPolicy = "disconnect", key: Hashable = None) -> None:
+        """``push`` where no wave is under way."""
         if self.blocked or self._bytes + packet.size > self._limit:
             self._push_slowly(packet, slow, key)
             return
@@ -138,6 +144,38 @@ class Outbox:
             if not self.blocked and not self._dirty:
                 self._dirty = True
                 self._flusher.add(self)
+
+    def spill(self) -> None:
+        """Whatever was sent to this socket is here from now on, and not in a wave."""
+        if self._flusher.wave is not None:
+            self._flusher.spill()
+
+    def broadcast(
+        self, members: Mapping[str, Outbox], packet: Packet, slow: SlowPolicy, key: Hashable
+    ) -> None:
+        """``push`` to all of ``members``, of which this is one."""
+        self._flusher.broadcast(members, packet, slow, key)
+
+    def write(self, frames: bytes, count: int) -> bool:
+        """Write ready frames, of ``count`` messages, if nothing waits and the server takes them at once;
+        False when not.
+        """
+        if self.closed:
+            return True
+        if self.blocked or self._pending or not self.direct:
+            return False
+        server = self._server
+        transport = server.transport
+        if (
+            not server.handshake_complete
+            or server.close_sent
+            or transport.is_closing()
+            or transport.get_write_buffer_size()
+        ):
+            return False
+        self._counters.sent += count
+        transport.write(frames)
+        return True
 
     def flush(self) -> None:
         """Write what waits, as far as the client keeps up; a task goes on when it does not."""

@@ -1,0 +1,165 @@
+"""Whatever a node sends to one socket arrives in the order in which it was sent, from however many sides."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from websockets.protocol import State
+
+from asgi_cluster.realtime import flusher as flushing
+from asgi_cluster.realtime.audience import Audience
+from asgi_cluster.realtime.flusher import Flusher
+from asgi_cluster.realtime.outbox import Counters, Outbox
+from asgi_cluster.realtime.packet import Packet
+from asgi_cluster.realtime.socket import Socket
+
+_SOCKETS = 50
+_ROOMS = 3
+_OPERATIONS = 400
+
+
+class Transport:
+    """Takes frames, and is slow when the test says so."""
+
+    def __init__(self) -> None:
+        self.frames: list[bytes] = []
+        self.writable = asyncio.Event()
+        self.writable.set()
+
+    def write(self, data: bytes) -> None:
+        while data:  # short text frames: two bytes, and the payload
+            size = data[1]
+            self.frames.append(data[2 : 2 + size])
+            data = data[2 + size :]
+
+    def is_closing(self) -> bool:
+        return False
+
+    def get_write_buffer_size(self) -> int:
+        return 0 if self.writable.is_set() else 100_000
+
+
+class Member:
+    """A connection as an audience sees it, on a transport of the test's, and what it should get."""
+
+    speaks_protocol = True
+
+    def __init__(self, number: int, flusher: Flusher, tasks: asyncio.TaskGroup, *, direct: bool) -> None:
+        self.id = str(number)
+        self.expected: list[bytes] = []
+        self.closed = False
+        self.transport = Transport()
+        server = SimpleNamespace(
+            transport=self.transport,
+            writable=self.transport.writable,
+            handshake_complete=True,
+            close_sent=False,
+            disconnected=False,
+            conn=SimpleNamespace(state=State.OPEN),
+        )
+
+        async def send(message: dict[str, Any]) -> None:
+            if message["type"] == "websocket.send":
+                await self.transport.writable.wait()
+                self.transport.frames += message["text"].encode().split(b"\n")
+
+        self.socket = Socket({}, send, tasks=tasks, crosses_loops=False, close_timeout=1)
+        self.socket.state = "open"
+        if direct:
+            self.socket.server, self.socket.why_not_direct = server, ""
+        self.outbox = self.socket.outbox = Outbox(self.socket, flusher, Counters(), limit=1 << 20, joins=True)
+
+
+@pytest.mark.parametrize("seed", range(25))
+async def test_what_is_sent_in_any_order_arrives_in_that(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Broadcasts to rooms with members in common, with and without ``exclude``, personal messages, joins,
+    leaves, slow clients, closes, and ends of ticks and of slices at any moment.
+    """
+    if seed % 2:
+        monkeypatch.setattr(flushing, "_SLICE", 0.0)  # the loop is given back after 32 sockets
+    choose = random.Random(seed)
+    flusher = Flusher(asyncio.get_running_loop())
+    async with asyncio.TaskGroup() as tasks:
+        members = [
+            Member(number, flusher, tasks, direct=bool(seed % 5 == 0 and number % 7) or seed % 5 > 0)
+            for number in range(_SOCKETS)
+        ]
+        rooms = [Audience(f"r{number}") for number in range(_ROOMS)]
+        inside: list[set[Member]] = [set(), set(), set()]
+        for room, people in zip(rooms, inside, strict=True):
+            for member in choose.sample(members, 40):
+                room.attach(member)  # type: ignore[arg-type]
+                people.add(member)
+        # Mostly one room, as in life: or there would hardly be a wave.
+        weights = (20, 2, 1)
+        for number in range(_OPERATIONS):
+            (index,) = choose.choices(range(_ROOMS), weights)
+            room, people, member = rooms[index], inside[index], choose.choice(members)
+            text = b"%d" % number
+            match choose.choices(
+                ("broadcast", "exclude", "personal", "join", "leave", "slow", "fast", "close", "tick"),
+                (40, 2, 4, 3, 3, 1, 2, 1, 12),
+            )[0]:
+                case "broadcast":
+                    room.deliver(None, Packet(text))
+                    for each in people:
+                        each.expected.append(text)
+                case "exclude":
+                    room.deliver(None, Packet(text), exclude=member.id)
+                    for each in people - {member}:
+                        each.expected.append(text)
+                case "personal" if not member.closed:
+                    member.outbox.push(Packet(text))
+                    member.expected.append(text)
+                case "join" if not member.closed and member not in people:
+                    room.attach(member)  # type: ignore[arg-type]
+                    people.add(member)
+                case "leave" if member in people:
+                    room.detach(member)  # type: ignore[arg-type]
+                    people.discard(member)
+                case "slow":
+                    member.transport.writable.clear()
+                case "fast":
+                    member.transport.writable.set()
+                case "close" if not member.closed and member.transport.writable.is_set():
+                    if member.outbox.blocked:
+                        continue  # a slow client's last messages may be lost with it
+                    member.socket.close(1000, "")
+                    member.closed = True
+                    for others in inside:
+                        others.discard(member)
+                    for each_room in rooms:
+                        each_room.detach(member)  # type: ignore[arg-type]
+                case "tick":
+                    await asyncio.sleep(0)
+        for member in members:
+            member.transport.writable.set()
+        for _ in range(50):
+            await asyncio.sleep(0)
+    for member in members:
+        assert member.transport.frames == member.expected, f"socket {member.id}, closed: {member.closed}"
+
+
+async def test_a_wave_reaches_everybody_who_was_there() -> None:
+    """And nobody else: who joins in a tick gets what comes after, who leaves has what came before."""
+    flusher = Flusher(asyncio.get_running_loop())
+    async with asyncio.TaskGroup() as tasks:
+        members = [Member(number, flusher, tasks, direct=True) for number in range(20)]
+        room = Audience("r")
+        for member in members[:-1]:
+            room.attach(member)  # type: ignore[arg-type]
+        room.deliver(None, Packet(b"1"))
+        room.deliver(None, Packet(b"2"))
+        assert flusher.wave is not None
+        room.detach(members[0])  # type: ignore[arg-type]
+        room.attach(members[-1])  # type: ignore[arg-type]
+        room.deliver(None, Packet(b"3"))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    assert members[0].transport.frames == [b"1", b"2"]
+    assert members[-1].transport.frames == [b"3"]
+    assert all(member.transport.frames == [b"1", b"2", b"3"] for member in members[1:-1])
