@@ -408,8 +408,9 @@ PARTITION = f"""
 
 The limit of what is promised. Sentinels, replica and one node are on one side; the other node stays with the old
 primary, which answers it, and hears of no successor. Times are from the partition on, which lasts until 8 s after the
-election. What the *cache* serves there is bounded, by the lease ({LEASE:g} s) and the lag: when the old primary refuses
-writes the heartbeat proves nothing any more. Without `min-replicas-to-write` there is no bound, and the node says so when
+election. What the *cache* serves there is bounded, by a lease ({LEASE:g} s) from the last heartbeat on: an old primary that refuses
+writes proves nothing any more. It refuses them some time after the lag: it counts in whole seconds, and looks once in
+a second. Without `min-replicas-to-write` there is no bound, and the node says so when
 it starts. What the old primary itself answers is as old as the partition in either case (*never*: the cache answered
 everything), and a write that it takes before it refuses is lost when it follows the new one. *Trusted again*: from the
 end of the partition to a lease of the new primary's.
