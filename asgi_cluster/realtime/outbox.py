@@ -174,7 +174,10 @@ class Outbox:
         ):
             return False
         self._counters.sent += count
-        transport.write(frames)
+        try:
+            transport.write(frames)
+        except (OSError, RuntimeError):
+            self.close()  # as in ``flush``
         return True
 
     def flush(self) -> None:

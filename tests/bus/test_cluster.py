@@ -18,7 +18,7 @@ from tests.support.servers import Server
 from tests.support.topologies import RedisCluster, start_redis_cluster
 from tests.support.waiting import eventually
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(180)]
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ async def test_a_primary_that_is_gone_is_replaced(prefix: str, stopped: bool) ->
             # What is sent to a stopped server before that is known has an unknown outcome.
             await eventually(lambda: gap_buckets(publisher) == lost, timeout=2)
             assert all(node.bus.lease(b).live for b in set(range(256)) - lost)
-            await eventually(lambda: replica.role() == "master", timeout=20, interval=0.02)
+            await eventually(lambda: replica.role() == "master", timeout=40, interval=0.02)
             elected_at = time.monotonic()
             await eventually(lambda: node.live, timeout=10)
             trusted_at = time.monotonic()
@@ -213,7 +213,7 @@ async def test_a_primary_that_is_gone_is_replaced(prefix: str, stopped: bool) ->
             assert gap_buckets(node) == lost
             before = len(node.receiver.of("gap"))
             victim.resume() if stopped else victim.restart(data=True)
-            await eventually(lambda: victim.role() == "slave", timeout=20, interval=0.05)
+            await eventually(lambda: victim.role() == "slave", timeout=40, interval=0.05)
             await hears_all_buckets(publisher, node)
             assert len(node.receiver.of("gap")) == before
 

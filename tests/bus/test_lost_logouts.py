@@ -25,6 +25,8 @@ from tests.support.servers import Server, start_valkey
 from tests.support.topologies import start_redis_cluster, start_sentinel_set
 from tests.support.waiting import eventually
 
+pytestmark = pytest.mark.timeout(180)
+
 SESSIONS = SessionConfig(cookie=CookieConfig(secure=False))
 
 
@@ -289,7 +291,7 @@ async def test_a_logout_that_sentinel_lost(prefix: str, way: str) -> None:
             keys = [record_key(prefix, handle) for handle in handles]
             with new.client() as client:
                 assert client.exists(*keys) == len(keys), "the logout was not lost: nothing is tested"
-                await eventually(lambda: servers.primary is new, timeout=20, interval=0.05)
+                await eventually(lambda: servers.primary is new, timeout=40, interval=0.05)
                 await eventually(lambda: not client.exists(*keys), timeout=5)
             assert await visitor.user(there.url) is None
             assert await other.user(there.url) == "bob"
@@ -323,7 +325,7 @@ async def test_a_logout_that_a_redis_cluster_lost(prefix: str, way: str) -> None
             with new.client() as client:
                 client.execute_command("READONLY")
                 assert client.exists(key), "the logout was not lost: nothing is tested"
-                await eventually(lambda: new.role() == "master", timeout=20, interval=0.05)
+                await eventually(lambda: new.role() == "master", timeout=40, interval=0.05)
                 await eventually(lambda: not client.exists(key), timeout=8)
             assert await visitor.user(there.url) is None
             assert await other.user(there.url) == "bob"

@@ -34,13 +34,19 @@ async def test_no_read_is_staler_than_the_lease(prefix: str, fault: str) -> None
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(120)
 async def test_record_shows_a_cache_that_ignores_its_lease(
     prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The judge can judge: with the lease taken out of the cache, a silent link shows as stale reads."""
+    """The judge can judge: with the lease taken out of the cache, a silent link shows as stale reads. Not in
+    each record: the session has to be cached when the link falls silent, and read before that is noticed.
+    """
     monkeypatch.setattr(SessionCache, "get", lambda self, handle: self._entries.get(handle))
     monkeypatch.setattr(SessionCache, "_may_keep", lambda self, flight: flight.attached)
-    assert await record(prefix, "blackhole", judge_only=True)
+    for attempt in range(6):
+        if await record(f"{prefix}{attempt}", "blackhole", judge_only=True):
+            return
+    raise AssertionError("six records, and no stale read in any")
 
 
 async def record(prefix: str, fault: str, *, judge_only: bool = False) -> list[tuple[float, int]]:
