@@ -91,7 +91,9 @@ def test_many_sessions_are_stored_and_read_from_the_cache(redis_url: str) -> Non
     with redis.Redis.from_url(redis_url) as client:
         before = set(client.keys("*:s:*"))
         found = asyncio.run(stored.measure(redis_url, 300))
-        assert found["hits"] > 0.99  # on a busy machine the lease may lapse for a moment, and then Redis is asked
+        assert (
+            found["hits"] > 0.99
+        )  # on a busy machine the lease may lapse for a moment, and then Redis is asked
         assert found["cached"] == 300
         assert 0 < found["ratio"] < 100
         assert set(client.keys("*:s:*")) == before

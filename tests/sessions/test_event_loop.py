@@ -48,8 +48,8 @@ def watching(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
 def surroundings_set_apart() -> Iterator[None]:
     """Garbage collections inside see only objects that were made inside.
 
-    A full collection walks every object of the process. After some hundred other tests these are so many that it
-    takes longer than what is measured here.
+    A full collection walks every object of the process. After some hundred other tests these are so many that
+    it takes longer than what is measured here.
     """
     gc.collect()
     gc.freeze()

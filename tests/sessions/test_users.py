@@ -76,6 +76,7 @@ async def test_listing_and_revoking_cost_what_the_user_has(crowd: tuple[Server, 
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(300)
 async def test_a_churn_of_logins_leaves_nothing_behind(crowd: tuple[Server, Cluster]) -> None:
     """100 000 logins and logouts of 500 users, one by one and everywhere: what is left is what is alive."""
     server, cluster = crowd
