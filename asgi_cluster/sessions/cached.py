@@ -103,6 +103,7 @@ class CachedStore:
         write_id: str,
         expected: str | None,
         message: bytes,
+        ended: bytes,
         timeout: float,
     ) -> WriteOutcome:
         """Raises as the store."""
@@ -114,6 +115,7 @@ class CachedStore:
                 write_id=write_id,
                 expected=expected,
                 message=message,
+                ended=ended,
                 timeout=timeout,
             )
 
@@ -145,10 +147,10 @@ class CachedStore:
                 timeout=timeout,
             )
 
-    async def end(self, handle: Handle, *, message: bytes, timeout: float) -> Ending:
+    async def end(self, handle: Handle, *, message: bytes, take: bool = False, timeout: float) -> Ending:
         """Raises as the store."""
         with self._changing(handle):
-            return await self._store.end(handle, message=message, timeout=timeout)
+            return await self._store.end(handle, message=message, take=take, timeout=timeout)
 
     async def end_all(
         self, user: UserId, *, keep: Handle | None, epoch: str, message: bytes, timeout: float

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterator, KeysView, ValuesView
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Set, ValuesView
+from datetime import datetime
 from typing import Any
 
 from asgi_cluster.sessions.codec import encode_value
@@ -10,7 +11,8 @@ from asgi_cluster.sessions.codec import encode_value
 __all__ = ["SessionData"]
 
 _MISSING: Any = object()
-_CONTAINERS = (list, dict)
+_UNCHANGEABLE = frozenset({type(None), bool, int, float, str, bytes, datetime})
+"""By exact type: of any other value, a tuple with a list inside for example, the app may change a part."""
 
 
 class SessionData(dict[str, Any]):
@@ -24,7 +26,11 @@ class SessionData(dict[str, Any]):
     accessed: bool = False
     modified: bool = False
     exposed: bool = False
-    """Whether the app has got hold of a list or dict inside, and may have changed it."""
+    """Whether the app may hold a value that can be changed in place: one that it read, or assigned."""
+    touched: Set[str] = frozenset()
+    """The keys that the app assigned or removed since the last save. They are sent even when the record that
+    was read shows the same: the store may have another value by now.
+    """
 
     def mark_accessed(self) -> None:
         """The app looks at the session: the response depends on the cookie."""
@@ -35,19 +41,29 @@ class SessionData(dict[str, Any]):
         self.mark_accessed()
         self.modified = True
 
+    def _touch(self, keys: Iterable[str]) -> None:
+        touched = self.touched
+        if not isinstance(touched, set):
+            touched = self.touched = set()
+        touched.update(keys)
+
+    def _held_by_app(self, key: str) -> bool:
+        """Whether the app may hold the value of ``key``, and change it in place."""
+        return self.exposed and type(super().get(key)) not in _UNCHANGEABLE
+
     # Reading
 
     def __getitem__(self, key: str) -> Any:
         self.mark_accessed()
         value = super().__getitem__(key)
-        if type(value) in _CONTAINERS:
+        if type(value) not in _UNCHANGEABLE:
             self.exposed = True
         return value
 
     def get(self, key: str, default: Any = None) -> Any:
         self.mark_accessed()
         value = super().get(key, default)
-        if type(value) in _CONTAINERS:
+        if type(value) not in _UNCHANGEABLE:
             self.exposed = True
         return value
 
@@ -101,11 +117,15 @@ class SessionData(dict[str, Any]):
     def __setitem__(self, key: str, value: Any) -> None:
         encode_value(key, value)
         self.mark_modified()
+        if type(value) not in _UNCHANGEABLE:
+            self.exposed = True
         super().__setitem__(key, value)
+        self._touch((key,))
 
     def __delitem__(self, key: str) -> None:
         self.mark_modified()
         super().__delitem__(key)
+        self._touch((key,))
 
     def clear(self) -> None:
         self.mark_modified()
@@ -115,13 +135,16 @@ class SessionData(dict[str, Any]):
         self.mark_accessed()
         if super().__contains__(key):
             self.mark_modified()
+            self._touch((key,))
         elif default is not _MISSING:
             return default
         return super().pop(key)
 
     def popitem(self) -> tuple[str, Any]:
         self.mark_modified()
-        return super().popitem()
+        key, value = super().popitem()
+        self._touch((key,))
+        return key, value
 
     def setdefault(self, key: str, default: Any = None) -> Any:
         self.mark_accessed()
@@ -134,7 +157,10 @@ class SessionData(dict[str, Any]):
         for key, value in changes.items():
             encode_value(key, value)
         self.mark_modified()
+        if not _UNCHANGEABLE.issuperset(map(type, changes.values())):
+            self.exposed = True
         super().update(changes)
+        self._touch(changes)
 
     def __ior__(self, other: Any) -> SessionData:  # type: ignore[override]
         self.update(other)

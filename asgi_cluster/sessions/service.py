@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Protocol, TypeVar
 
 from asgi_cluster.bus.lease import boot_clock
@@ -65,6 +65,32 @@ class SessionService:
         """The message that a session's record changed."""
         return encode(Changed(handle, self._node()))
 
+    def ended(self, handle: Handle, reason: str) -> bytes:
+        """The message that a session is over, when its end is not waited for."""
+        return encode(Ended(handle, CloseCode.SESSION_ENDED, reason, self._node()))
+
+    def was_ended(self, handle: Handle, reason: str, run_id: str | None) -> None:
+        """The store has ended a session on the server ``run_id``, which was asked for before: what ``end``
+        does on this node.
+        """
+        self._remember([handle], run_id)
+        self._sockets.close_session(handle, CloseCode.SESSION_ENDED, reason)
+
+    async def abandon(self, handle: Handle, budget: Budget) -> None:
+        """End a session that was created, or may have been, and whose secret no client gets: at once if the
+        store takes it within ``budget``, else as soon as it answers.
+        """
+        self.tombstones.end_later(handle)
+        run_id = self.store.run_id(int(handle[:2], 16))
+        try:
+            await budget.spend(
+                lambda left: self.store.end(handle, message=self.ended(handle, "session ended"), timeout=left)
+            )
+        except StoreUnavailable as error:
+            logger.info("a session that no client has is ended later: %s", error.reason)
+        else:
+            self._remember([handle], run_id)
+
     async def end(
         self, handle: Handle, *, code: int, reason: str, timeout: float, budget: Budget | None = None
     ) -> LogoutReceipt:
@@ -73,18 +99,40 @@ class SessionService:
         Raises:
             StoreUnavailable: not stored, as far as is known; nobody was logged out.
         """
+        receipt, _ = await self.take(
+            handle, code=code, reason=reason, timeout=timeout, budget=budget, fields=False
+        )
+        return receipt
+
+    async def take(
+        self,
+        handle: Handle,
+        *,
+        code: int,
+        reason: str,
+        timeout: float,
+        budget: Budget | None = None,
+        fields: bool = True,
+    ) -> tuple[LogoutReceipt, Mapping[str, bytes]]:
+        """``end``, and with ``fields`` what the session held at its end; nothing when it was over before."""
+        held: Mapping[str, bytes] = {}
 
         async def commit(pending: PendingAck, budget: Budget) -> Ending:
+            nonlocal held
             message = encode(Ended(handle, code, reason, self._node(), pending.id))
             # Asked before: whatever the server is replaced with afterwards, that is then another one.
             run_id = self.store.run_id(int(handle[:2], 16))
-            ending = await budget.spend(lambda left: self.store.end(handle, message=message, timeout=left))
+            ending = await budget.spend(
+                lambda left: self.store.end(handle, message=message, take=fields, timeout=left)
+            )
+            held = ending.fields
             self._remember([handle], run_id)
             return ending
 
-        return await self._end(
+        receipt = await self._end(
             commit, lambda: self._sockets.close_session(handle, code, reason), timeout=timeout, budget=budget
         )
+        return receipt, held
 
     async def end_all(
         self,
@@ -164,7 +212,9 @@ class SessionService:
 
 
 class Budget:
-    """The seconds of Redis work that one request may spend, however long the request itself lasts."""
+    """The seconds of Redis work that one operation may spend, however long it lasts otherwise: a request
+    until its response starts, or one call on a session that goes on after that.
+    """
 
     __slots__ = ("left", "total")
 
@@ -179,7 +229,7 @@ class Budget:
             StoreUnavailable: nothing is left, or as the work.
         """
         if self.left <= 0:
-            raise StoreUnavailable(f"the request's {self.total:g} s for its session are used up")
+            raise StoreUnavailable(f"the {self.total:g} s for the session's Redis work are used up")
         clock = asyncio.get_running_loop().time
         started = clock()
         try:

@@ -6,10 +6,12 @@ Every session object belongs to one request or one WebSocket.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import msgspec
 
@@ -22,6 +24,8 @@ from asgi_cluster.sessions.receipts import LogoutReceipt
 from asgi_cluster.sessions.stored import StoredSession
 
 __all__ = ["Session"]
+
+logger = logging.getLogger("asgi_cluster.sessions")
 
 
 class Session(StoredSession):
@@ -79,14 +83,16 @@ class Session(StoredSession):
     async def login(self, user_id: str, lifetime: float | None = None) -> None:
         """Sign ``user_id`` in: a new handle and a new secret; the old ones are dead when this returns.
 
-        Data of an anonymous session, or of the same user, is kept; another user's is dropped. ``lifetime`` in
+        Data of an anonymous session, or of the same user, is kept, as the store has it at that moment; what
+        this request assigned before wins. Another user's data is dropped. ``lifetime`` in
         seconds replaces both timeouts and makes the cookie survive the browser ("remember me"); ``None``: as
         configured. Open sockets of the old session are closed with 3011, which makes clients reconnect with
         the new cookie.
 
         Raises:
-            StoreUnavailable: nothing has changed for the browser. RuntimeError: the response has started, or
-            the WebSocket is accepted: no cookie can be set any more.
+            StoreUnavailable: the user is not signed in. The old session goes on, unless ``outcome_unknown``:
+            then it may be over. RuntimeError: the response has started, or the WebSocket is accepted: no
+            cookie can be set any more.
         """
         if not isinstance(user_id, str):
             raise TypeError(f"user_id must be a string, not {type(user_id).__name__}")
@@ -95,16 +101,23 @@ class Session(StoredSession):
         if lifetime is not None and not lifetime > 0:
             raise ValueError(f"lifetime must be above 0 seconds, not {lifetime!r}")
         self._refuse_late("login")
+        await self._read_again()
         if self.user_id not in (None, user_id):
             dict.clear(self)
+            self.touched = frozenset()
+        elif self._lost:
+            # Whose session is over may keep what it put here since, and nothing of what that session held.
+            for key in [key for key in dict.keys(self) if key not in self.touched]:
+                dict.pop(self, key)
         config = self._service.config
-        replaced = self._pending_end or (None if self._record is None else self._record.handle)
+        record = self._record
         await self._create(
             UserId(user_id),
             idle=lifetime or config.idle_timeout,
             absolute=lifetime or config.absolute_timeout,
             persistent=lifetime is not None,
-            replaces=replaced,
+            replaces=self._pending_end or (None if record is None else record.handle),
+            carries=record is not None and record.user in (None, user_id),
         )
         self._pending_end = None
 
@@ -117,6 +130,7 @@ class Session(StoredSession):
             StoreUnavailable, RuntimeError: as ``login``.
         """
         self._refuse_late("rotate")
+        await self._read_again()
         self.mark_accessed()
         record = self._record
         if record is None:
@@ -152,6 +166,7 @@ class Session(StoredSession):
         Raises:
             StoreUnavailable: it could not be stored; the session goes on, unless ``outcome_unknown``.
         """
+        await self._read_again()
         self.mark_accessed()
         handle = self._pending_end or (None if self._record is None else self._record.handle)
         if handle is None:
@@ -159,14 +174,12 @@ class Session(StoredSession):
             return LogoutReceipt(
                 sessions=0, nodes_acked=(), nodes_missing=(), complete=True, sockets_closed=0, elapsed=0.0
             )
-        try:
+        with self._noting():
             receipt = await self._service.end(
                 handle, code=CloseCode.SESSION_ENDED, reason=reason, timeout=timeout, budget=self._allowance()
             )
-        except StoreUnavailable as error:
-            self.raised = error
-            raise
         dict.clear(self)
+        self.touched = frozenset()
         self._pending_end = None
         self._unbind()
         return receipt
@@ -179,6 +192,7 @@ class Session(StoredSession):
         Raises:
             StoreUnavailable: it could not be read; nothing has changed.
         """
+        await self._read_again()
         self.mark_accessed()
         record = self._record
         if record is None:
@@ -199,9 +213,14 @@ class Session(StoredSession):
         ``wait`` is how many seconds to try, ``hold`` for how long at most the lock is held: work that takes
         longer is no longer alone. A session that is not stored needs no lock: nobody else has it.
 
+        Each step has the cluster's ``deadline`` for itself: each try to take the lock, reading, saving, and
+        giving it back. So it is given back whatever became of the work; a store that cannot be reached then
+        is logged, and the lock expires after ``hold``.
+
         Raises:
             TimeoutError: somebody else held it for all of ``wait``.
-            StoreUnavailable: as ``save``.
+            StoreUnavailable: as ``save``. If the lock could not be taken and ``outcome_unknown`` is true, it
+                may be held until ``hold`` is over.
         """
         self.mark_accessed()
         if self._record is None:
@@ -210,17 +229,31 @@ class Session(StoredSession):
         store, handle, token = self._service.store, self._record.handle, new_token()
         give_up_at = boot_clock() + wait
         pause = 0.005
-        while not await self._spend(lambda left: store.lock(handle, token=token, hold=hold, timeout=left)):
+        while not await self._step(lambda left: store.lock(handle, token=token, hold=hold, timeout=left)):
             if boot_clock() >= give_up_at:
                 raise TimeoutError(f"the lock of session {handle} was not free within {wait:g} s")
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 2, 0.1)
         try:
+            self._budget = None
             await self.reload()
             yield
+            self._budget = None
             await self.save()
         finally:
-            await self._spend(lambda left: store.unlock(handle, token=token, timeout=left))
+            try:
+                await self._step(lambda left: store.unlock(handle, token=token, timeout=left))
+            except StoreUnavailable as error:
+                logger.warning(
+                    "the lock of session %s could not be given back, it expires within %g s: %s",
+                    handle,
+                    hold,
+                    error.reason,
+                )
+
+    async def _step(self, work: Any) -> Any:
+        self._budget = None
+        return await self._spend(work)
 
     def __repr__(self) -> str:
         name = "failed" if self._failure else "unsaved" if self._record is None else self._record.handle

@@ -20,8 +20,11 @@ from asgi_cluster.ids import Handle, UserId
 
 __all__ = ["UNKNOWN_NODES", "Device", "Draft", "Ending", "Record", "SessionStore", "WriteOutcome"]
 
-WriteOutcome = Literal["written", "gone", "conflict"]
-"""``gone``: the record does not exist any more, or its user was logged out; nothing was written."""
+WriteOutcome = Literal["written", "unchanged", "ended", "gone", "conflict"]
+"""``unchanged``: the record holds these values already; version and write id are as before. ``ended``:
+nothing was left of an anonymous session, and it was removed. ``gone``: the record does not exist any more, or
+its user was logged out; nothing was written.
+"""
 
 UNKNOWN_NODES = "?"
 """In ``Ending.nodes``: the registry did not answer. No node has this id and none will acknowledge, so that
@@ -100,6 +103,8 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True):
     """Replicas that confirmed the write, when ``WAIT`` was asked for; else ``None``."""
     handles: Sequence[Handle] = ()
     """Of ``end_all``: the sessions that were ended, where the store could lose that again."""
+    fields: Mapping[str, bytes] = {}
+    """Of ``end`` with ``take``: what the session held at its end."""
 
 
 class SessionStore(Protocol):
@@ -130,11 +135,14 @@ class SessionStore(Protocol):
         write_id: str,
         expected: str | None,
         message: bytes,
+        ended: bytes,
         timeout: float,
     ) -> WriteOutcome:
         """Set and remove fields of a session that still exists, and extend its idle time.
 
-        ``expected`` is the write id the caller read, or ``None`` to merge.
+        ``expected`` is the write id the caller read, or ``None`` to merge. Nothing is published when the
+        record holds these values already. When the removals leave nothing of an anonymous session it is
+        removed, and ``ended`` is published in place of ``message``; with ``b""`` it stays, empty.
         """
         ...
 
@@ -160,8 +168,10 @@ class SessionStore(Protocol):
         """
         ...
 
-    async def end(self, handle: Handle, *, message: bytes, timeout: float) -> Ending:
-        """Remove one session, and its entry in the user's index. Published even when there was none."""
+    async def end(self, handle: Handle, *, message: bytes, take: bool = False, timeout: float) -> Ending:
+        """Remove one session, and its entry in the user's index. Published even when there was none. ``take``
+        asks for its last ``fields``.
+        """
         ...
 
     async def devices(self, user: UserId, *, timeout: float) -> Sequence[Device]:

@@ -7,9 +7,11 @@ session back.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from hmac import compare_digest
 from typing import Any, Literal
@@ -21,7 +23,7 @@ from asgi_cluster.codes import CloseCode
 from asgi_cluster.exceptions import SessionConflict, StoreUnavailable
 from asgi_cluster.ids import Handle, UserId, new_handle, new_secret, new_token, secret_hash
 from asgi_cluster.sessions.cache import Entry
-from asgi_cluster.sessions.codec import encode_value
+from asgi_cluster.sessions.codec import Decoded, encode_value
 from asgi_cluster.sessions.data import SessionData
 from asgi_cluster.sessions.device import device_of
 from asgi_cluster.sessions.service import Budget, SessionService
@@ -32,6 +34,7 @@ __all__ = ["StoredSession"]
 logger = logging.getLogger("asgi_cluster.sessions")
 
 _NO_FIELDS: Mapping[str, bytes] = {}
+_LOGGED_OUT = "logged out"
 _TOUCH_AFTER = (
     0.1  # of the idle timeout: a session in steady use costs one write per tenth, not one per request
 )
@@ -55,6 +58,8 @@ class StoredSession(SessionData):
     _pending_end: Handle | None = None
     _failure: StoreUnavailable | None = None
     _degraded: bool = False
+    _unread: tuple[Handle, bytes] | None = None
+    """What the cookie says, when the session could not be read and is shown as an empty one."""
     _created: bool = False
     _lost: bool = False
     sealed: bool = False
@@ -94,6 +99,7 @@ class StoredSession(SessionData):
     def clear(self) -> None:
         """Log out, at save time: data and user are gone, and with them the stored session."""
         super().clear()
+        self.touched = frozenset()
         if self._record is not None:
             self._pending_end = self._pending_end or self._record.handle
             self._unbind()
@@ -115,6 +121,7 @@ class StoredSession(SessionData):
             entry = store.cache.stale(handle) if policy == "stale" else None
             if entry is None:
                 self._degraded = policy == "anonymous"
+                self._unread = handle, secret
                 self._failure = None if self._degraded else error
                 return
         self.open(entry, secret)
@@ -175,8 +182,11 @@ class StoredSession(SessionData):
         for key, value in values.items():
             encode_value(key, value)
         self.mark_modified()
+        self.exposed = True
+        self._touch(dict.keys(self))
         dict.clear(self)
         dict.update(self, values)
+        self._touch(values)
 
     @property
     def due(self) -> bool:
@@ -197,12 +207,21 @@ class StoredSession(SessionData):
     def cookie_header(self) -> tuple[bytes, bytes] | None:
         """The ``Set-Cookie`` header to send, or ``None``. From now on no cookie can be set."""
         self._headers_sent = True
-        if self._cookie == "clear":
+        if self._cookie == "clear" and self._pending_end is None:
             return self._service.cookie.clear()
         if self._cookie == "set" and self._record is not None:
             max_age = int(self._record.absolute_in) if self._record.persistent else None
             return self._service.cookie.set(self._record.handle, self._secret, max_age=max_age)
         return None
+
+    async def withdraw(self) -> None:
+        """The response that was to bring the cookie of a new sign-in is not sent: no client can use that
+        session, so it is ended.
+        """
+        record = self._record
+        if record is not None and record.user is not None and self._created and not self._headers_sent:
+            self._lose()
+            await self._service.abandon(record.handle, self._allowance())
 
     def check_sealed(self) -> None:
         """Raises ``RuntimeError`` when a nested value was changed after the response started."""
@@ -226,14 +245,15 @@ class StoredSession(SessionData):
         """
         self.mark_accessed()
         if self._pending_end is not None:
-            handle, self._pending_end = self._pending_end, None
-            await self._service.end(
-                handle,
-                code=CloseCode.SESSION_ENDED,
-                reason="logged out",
-                timeout=1.0,
-                budget=self._allowance(),
-            )
+            with self._noting():
+                await self._service.end(
+                    self._pending_end,
+                    code=CloseCode.SESSION_ENDED,
+                    reason=_LOGGED_OUT,
+                    timeout=1.0,
+                    budget=self._allowance(),
+                )
+            self._pending_end = None  # only now: an end that was not confirmed is tried again
         if self._lost or self._degraded:
             return False
         record = self._record
@@ -245,9 +265,6 @@ class StoredSession(SessionData):
             return True
         if not changed and not removed:
             return await self._touch_when_due(record)
-        if not dict.__len__(self) and record.user is None:
-            self.clear()
-            return await self.save()
         return await self._write(record, changed, removed)
 
     # Inside
@@ -255,6 +272,8 @@ class StoredSession(SessionData):
     def _bind(self, entry: Entry, record: Record) -> None:
         self._record = record
         self._set_expiry(entry.expires_at, record)
+        if self.touched:
+            self.touched = frozenset()
         dict.clear(self)
         try:
             entry.fill(self)
@@ -286,28 +305,48 @@ class StoredSession(SessionData):
         if self._headers_sent:
             raise RuntimeError(f"{what} needs a cookie to be set, and the response headers have been sent")
 
+    async def _read_again(self) -> None:
+        """For what has to know whether there is a session behind an empty one that stands for a failed read.
+
+        Raises:
+            StoreUnavailable: it cannot be read now either.
+        """
+        if self._degraded and self._unread is not None:
+            handle, secret = self._unread
+            entry = await self._spend(lambda left: self._service.store.read(handle, timeout=left))
+            self._degraded, self._unread = False, None
+            self.open(entry, secret)
+
     def _allowance(self) -> Budget:
-        if self._budget is None:
+        # A request's until its response starts. After that the session lives on, for hours on a WebSocket,
+        # and each call has a deadline of its own.
+        if self._budget is None or self._headers_sent:
             self._service.ensure_started("using a session")
             self._budget = Budget(self._service.deadline)
         return self._budget
 
     async def _spend(self, work: Any) -> Any:
-        try:
+        with self._noting():
             return await self._allowance().spend(work)
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
         except StoreUnavailable as error:
             self.raised = error
             raise
 
     def _differences(self) -> tuple[dict[str, bytes], list[str]]:
+        """What this request changed, by its assignments or in place: new values, and removed keys."""
         known = _NO_FIELDS if self._record is None else self._record.fields
         changed = {}
         for key, value in dict.items(self):
             before = known.get(key)
             data = encode_value(key, value, before)
-            if data is not before:
+            if data is not before or key in self.touched:
                 changed[key] = data
-        removed = [key for key in known if not dict.__contains__(self, key)]
+        removed = [key for key in {*known, *self.touched} if not dict.__contains__(self, key)]
         if changed:
             size = sum(map(len, changed.values())) + sum(len(v) for k, v in known.items() if k not in changed)
             if size > self._service.config.max_bytes:
@@ -324,13 +363,17 @@ class StoredSession(SessionData):
         absolute: float,
         persistent: bool = False,
         replaces: Handle | None = None,
+        carries: bool = False,
     ) -> None:
+        """Store a new session. ``replaces`` is ended then; ``carries``: the new one gets what it held."""
         if self._headers_sent:
             raise RuntimeError(
                 "a new session needs a cookie to be set, and the response headers have been sent"
             )
         handle, secret, write_id = new_handle(user), new_secret(), new_token()
-        fields = {key: encode_value(key, value) for key, value in dict.items(self)}
+        known = self._record.fields if carries and self._record is not None else _NO_FIELDS
+        own: set[str] = set().union(*self._differences()) if carries else set()
+        fields = {key: encode_value(key, value, known.get(key)) for key, value in dict.items(self)}
         agent, address = device_of(self._scope)
         draft = Draft(
             handle=handle,
@@ -345,62 +388,138 @@ class StoredSession(SessionData):
             agent=agent,
             address=address,
         )
+        touched, self.touched = self.touched, frozenset()
         sent_at = boot_clock()
-        await self._spend(lambda left: self._service.store.create(draft, timeout=left))
-        if replaces is not None:
-            await self._service.end(
-                replaces,
-                code=CloseCode.FORCE_RECONNECT,
-                reason="signed in",
-                timeout=self._service.deadline,
-                budget=self._allowance(),
-            )
-        self._record = Record(
-            handle=handle,
-            secret=draft.secret,
-            previous=None,
-            previous_for=0.0,
-            user=user,
-            version=1,
-            write_id=write_id,
-            created_at=datetime.now(UTC).timestamp(),
-            expires_in=min(idle, absolute),
-            absolute_in=absolute,
-            idle=idle,
-            persistent=persistent,
-            fields=fields,
-        )
+        stored = False
+        try:
+            await self._spend(lambda left: self._service.store.create(draft, timeout=left))
+            stored = True
+            record = self._new_record(draft)
+            if replaces is not None:
+                record = await self._replace(replaces, record, known if carries else None, own)
+        except (StoreUnavailable, asyncio.CancelledError) as error:
+            self._touch(touched)
+            in_doubt = not isinstance(error, StoreUnavailable) or error.outcome_unknown
+            if user is not None and (stored or in_doubt):
+                await self._service.abandon(handle, self._allowance())
+            raise
+        self._record = record
         self._set_expiry(sent_at + min(idle, absolute), self._record)
-        self.modified = self.exposed = False
+        self.modified = False
         self._secret = secret
         self._cookie = "set"
         self._created = True
         self._lost = False
 
-    async def _write(self, record: Record, changed: dict[str, bytes], removed: list[str]) -> bool:
+    def _new_record(self, draft: Draft) -> Record:
+        return Record(
+            handle=draft.handle,
+            secret=draft.secret,
+            previous=None,
+            previous_for=0.0,
+            user=draft.user,
+            version=1,
+            write_id=draft.write_id,
+            created_at=datetime.now(UTC).timestamp(),
+            expires_in=min(draft.idle, draft.absolute),
+            absolute_in=draft.absolute,
+            idle=draft.idle,
+            persistent=draft.persistent,
+            fields=draft.fields,
+        )
+
+    async def _replace(
+        self, handle: Handle, record: Record, known: Mapping[str, bytes] | None, own: Set[str]
+    ) -> Record:
+        """End the session that ``record`` replaces. ``known`` is what of it went into ``record``, besides the
+        request's ``own`` keys: what it really held at its end goes there too. ``None``: nothing does.
+        """
+        with self._noting():
+            _, held = await self._service.take(
+                handle,
+                code=CloseCode.FORCE_RECONNECT,
+                reason="signed in",
+                timeout=self._service.deadline,
+                budget=self._allowance(),
+                fields=known is not None,
+            )
+        if known is None:
+            return record
+        changed = {key: data for key, data in held.items() if key not in own and data != known.get(key)}
+        removed = [key for key in known if key not in own and key not in held]
+        if not changed and not removed:
+            return record
+        try:
+            values = Decoded(changed)
+        except msgspec.DecodeError:
+            logger.error("session %s holds a value that is not msgpack: not carried over", handle)
+            return record
         write_id = new_token()
-        sent_at = boot_clock()
-        outcome = await self._spend(
+        await self._spend(
             lambda left: self._service.store.write(
                 record.handle,
                 changed=changed,
                 removed=removed,
                 write_id=write_id,
-                expected=record.write_id if self._service.config.conflict == "error" else None,
+                expected=None,
                 message=self._service.changed(record.handle),
+                ended=b"",
                 timeout=left,
             )
         )
+        # A value that the app may hold stays the one that it sees, and counts as changed only when the app
+        # changes it.
+        kept = {key: dict.__getitem__(self, key) for key in (*changed, *removed) if self._held_by_app(key)}
+        values.into(self)
+        fields = {**record.fields, **changed}
+        for key in removed:
+            dict.pop(self, key, None)
+            fields.pop(key, None)
+        dict.update(self, kept)
+        fields.update({key: record.fields[key] for key in kept})
+        return msgspec.structs.replace(record, fields=fields, write_id=write_id, version=record.version + 1)
+
+    async def _write(self, record: Record, changed: dict[str, bytes], removed: list[str]) -> bool:
+        handle, write_id = record.handle, new_token()
+        service = self._service
+        # The store decides whether that leaves the session empty: it may hold what this request has not read.
+        may_end = not changed and record.user is None
+        run_id = service.store.run_id(int(handle[:2], 16)) if may_end else None
+        touched, self.touched = self.touched, frozenset()
+        sent_at = boot_clock()
+        try:
+            outcome = await self._spend(
+                lambda left: service.store.write(
+                    handle,
+                    changed=changed,
+                    removed=removed,
+                    write_id=write_id,
+                    expected=record.write_id if service.config.conflict == "error" else None,
+                    message=service.changed(handle),
+                    ended=service.ended(handle, _LOGGED_OUT) if may_end else b"",
+                    timeout=left,
+                )
+            )
+            if outcome == "conflict":
+                self.raised = SessionConflict(handle)
+                raise self.raised
+        except BaseException:
+            self._touch(touched)
+            raise
         if outcome == "gone":
             self._lose()
             return False
-        if outcome == "conflict":
-            self.raised = SessionConflict(record.handle)
-            raise self.raised
+        if outcome == "ended":
+            service.was_ended(handle, _LOGGED_OUT, run_id)
+            dict.clear(self)
+            self._unbind()
+            return True
         fields = {key: value for key, value in {**record.fields, **changed}.items() if key not in removed}
-        self._record = msgspec.structs.replace(
-            record, fields=fields, write_id=write_id, version=record.version + 1
-        )
+        self._record = msgspec.structs.replace(record, fields=fields)
+        if outcome == "written":
+            self._record = msgspec.structs.replace(
+                self._record, write_id=write_id, version=record.version + 1
+            )
         self._set_expiry(max(self._expires_at, sent_at + min(record.idle, record.absolute_in)), record)
         return True
 

@@ -32,6 +32,8 @@ _LOOK_EVERY = 1.0
 _SPREAD = 1.0
 """Seconds. All nodes that remember ask after a failover; spread, most find that another has done it."""
 _AT_ONCE = 64
+_UNKNOWN = "?"
+"""No server has this run id: the store is asked about the session at the next look."""
 
 
 class Tombstones:
@@ -70,13 +72,17 @@ class Tombstones:
 
         Only for what is known to be committed. One that is in doubt may be alive with every right to be.
         """
+        self._forget(handle)
         if not run_id:
             return
-        self._forget(handle)
         self._stones[handle] = (run_id, self._clock() + self._kept)
         self._servers[_bucket(handle), run_id] += 1
         if len(self._stones) > self._limit:
             self._forget(next(iter(self._stones)))
+
+    def end_later(self, handle: Handle) -> None:
+        """End ``handle`` as soon as the store answers, if it is there: no client has its secret."""
+        self.remember(handle, _UNKNOWN)
 
     def _forget(self, handle: Handle) -> None:
         stone = self._stones.pop(handle, None)
@@ -130,7 +136,7 @@ class Tombstones:
             if None in outcomes:
                 break  # the rest at the next look: until then they are as doubtful as before
         if ended:
-            logger.warning("%d ended sessions came back with another primary: ended again", ended)
+            logger.warning("%d sessions that are over were in the store: ended again", ended)
 
     async def _end_again(self, handle: Handle) -> bool | None:
         """Whether it had to be; ``None``: not known."""

@@ -159,6 +159,7 @@ class Traffic:
                     write_id=new_token(),
                     expected=None,
                     message=encode(Changed(handle, "writer")),
+                    ended=b"",
                     timeout=DEADLINE,
                 )
             except StoreUnavailable:

@@ -41,6 +41,7 @@ async def write(store: SessionStore, handle: Handle, **changes: Any) -> WriteOut
         "write_id": new_token(),
         "expected": None,
         "message": b"changed",
+        "ended": b"emptied",
         "timeout": TIMEOUT,
     }
     return await store.write(handle, **(values | changes))

@@ -114,12 +114,19 @@ class Pair:
         outcome = await self.each(
             lambda store: write(store, handle, changed=changed, removed=removed, write_id=name)
         )
-        assert outcome == ("written" if handle in self.model else "gone")
-        if handle in self.model:
-            for key in removed:
-                self.model[handle].pop(key, None)
-            self.model[handle].update(changed)
-            self.write_id[handle] = name
+        if handle not in self.model:
+            assert outcome == "gone"
+            return
+        before = self.model[handle]
+        fields = {key: value for key, value in before.items() if key not in removed} | changed
+        if fields == before:
+            assert outcome == "unchanged"
+        elif not fields and self.whose[handle] is None:
+            assert outcome == "ended"
+            del self.model[handle]
+        else:
+            assert outcome == "written"
+            self.model[handle], self.write_id[handle] = fields, name
 
     async def compare(self, slot: int, current: bool) -> None:
         handle, self.count = self.handle(slot), self.count + 1
@@ -128,7 +135,9 @@ class Pair:
         outcome = await self.each(
             lambda store: write(store, handle, changed={"a": b"c"}, write_id=name, expected=expected)
         )
-        assert outcome == ("gone" if handle not in self.model else "written" if current else "conflict")
+        new = self.model.get(handle, {}).get("a") != b"c"
+        passes = "written" if new else "unchanged"
+        assert outcome == ("gone" if handle not in self.model else passes if current else "conflict")
         if outcome == "written":
             self.model[handle]["a"] = b"c"
             self.write_id[handle] = name

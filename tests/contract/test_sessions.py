@@ -88,6 +88,69 @@ async def test_write_of_a_key_that_is_removed_too(site: Site) -> None:
     assert record.fields["cart"] == b"new"
 
 
+async def test_write_of_what_is_there(site: Site) -> None:
+    """Nothing is published, and version and write id stay: another writer is not told of a conflict."""
+    node = await site.node()
+    store = node.backend.store
+    made = await create(store, fields={"cart": b"\x01", "theme": b"\x02"})
+    same = {"cart": b"\x01"}
+    assert await write(store, made.handle, changed=same, removed=["none"], message=b"no") == "unchanged"
+    assert await write(store, made.handle, changed=same, removed=["cart"], message=b"no") == "unchanged"
+    assert await write(store, made.handle, changed={}, removed=["none"], message=b"no") == "unchanged"
+    record = await store.read(made.handle, timeout=TIMEOUT)
+    assert record is not None
+    assert (record.write_id, record.version, len(record.fields)) == (made.write_id, 1, 2)
+    assert await write(store, made.handle, expected=made.write_id) == "written"
+    await _heard(node.heard.sessions, [b"changed"])
+
+
+async def test_write_that_leaves_nothing(site: Site) -> None:
+    """An anonymous session ends with its last field, and its end is published; it stays when another field is
+    there, when the caller wants it to, and when it has a user.
+    """
+    node = await site.node()
+    store = node.backend.store
+
+    async def empty(user: str | None, *removed: str, ended: bytes = b"emptied") -> tuple[str, bool]:
+        made = await create(store, user)
+        outcome = await write(store, made.handle, changed={}, removed=removed, ended=ended)
+        return outcome, await alive(store, made.handle)
+
+    assert await empty(None, "cart") == ("written", True)
+    assert await empty(None, "cart", "theme", "none") == ("ended", False)
+    assert await empty("ann", "cart", "theme") == ("written", True)
+    assert await empty(None, "cart", "theme", ended=b"") == ("written", True)
+    await _heard(node.heard.sessions, [b"changed", b"emptied", b"changed", b"changed"])
+
+
+async def test_write_that_leaves_nothing_and_was_overtaken(site: Site) -> None:
+    """With the write id that was read it is a conflict; the session stays."""
+    store = (await site.node()).backend.store
+    made = await create(store, fields={"a": b"\x01"})
+    await write(store, made.handle)
+    gone = ["a", "cart"]
+    assert await write(store, made.handle, changed={}, removed=gone, expected=made.write_id) == "conflict"
+    assert await alive(store, made.handle)
+
+
+async def test_end_that_takes_the_fields(site: Site) -> None:
+    """What the session held at its end; nothing of one that was over, nothing when it is not asked for."""
+    store = (await site.node()).backend.store
+    made, other = await create(store, "ann"), await create(store)
+    await write(store, made.handle)
+    await write(store, made.handle, changed={f"k{n}": b"\xc4\x00" for n in range(3000)}, removed=["theme"])
+
+    async def take(handle: Handle, take: bool) -> dict[str, bytes]:
+        ending = await store.end(handle, message=b"ended", take=take, timeout=TIMEOUT)
+        return dict(ending.fields)
+
+    expected = {"cart": b"\x02"} | {f"k{n}": b"\xc4\x00" for n in range(3000)}
+    assert await take(made.handle, True) == expected
+    assert await take(made.handle, True) == {}
+    assert await take(other.handle, False) == {}
+    assert not await alive(store, other.handle)
+
+
 async def test_write_with_an_overtaken_write_id(site: Site) -> None:
     """Somebody else's write in between is a conflict; nothing is written and nothing is published."""
     node = await site.node()
@@ -196,7 +259,8 @@ async def test_idle_timeout_and_what_extends_it(site: Site) -> None:
     lost = [await create(store, idle=0.4) for _ in range(2)]
 
     async def over() -> bool:
-        assert await write(store, kept[0].handle) == "written"
+        # From the second time on it changes nothing, and extends the idle time all the same.
+        assert await write(store, kept[0].handle) in ("written", "unchanged")
         assert await store.touch(kept[1].handle, timeout=TIMEOUT)
         rotated = await rotate(store, lost[1].handle, lost[1].secret, lost[1].secret)
         return rotated == "gone" and not await alive(store, lost[0].handle)

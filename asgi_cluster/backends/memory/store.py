@@ -125,6 +125,7 @@ class MemorySessionStore:
         write_id: str,
         expected: str | None,
         message: bytes,
+        ended: bytes,
         timeout: float,
     ) -> WriteOutcome:
         """See ``SessionStore.write``."""
@@ -134,10 +135,17 @@ class MemorySessionStore:
                 return "gone"
             if expected is not None and expected != stored.write_id:
                 return "conflict"
+            fields = {key: value for key, value in stored.fields.items() if key not in removed}
+            fields.update(changed)
+            if fields == stored.fields:
+                self._extend(handle, stored)
+                return "unchanged"
+            if ended and not fields and stored.user is None:
+                self._world.tell_sessions(ended)
+                self._sessions.remove(handle)
+                return "ended"
             self._world.tell_sessions(message)
-            for key in removed:
-                stored.fields.pop(key, None)
-            stored.fields.update(changed)
+            stored.fields = fields
             stored.write_id = write_id
             stored.version += 1
             self._extend(handle, stored)
@@ -181,12 +189,17 @@ class MemorySessionStore:
             stored.version += 1
             return "written"
 
-    async def end(self, handle: Handle, *, message: bytes, timeout: float) -> Ending:
+    async def end(self, handle: Handle, *, message: bytes, take: bool = False, timeout: float) -> Ending:
         """See ``SessionStore.end``."""
         with self._world.lock:
             nodes = [seat.node for seat in self._world.living()]
+            stored = self._sessions.records.get(handle)
             self._world.tell_sessions(message)
-            return Ending(sessions=int(self._sessions.remove(handle)), nodes=nodes)
+            return Ending(
+                sessions=int(self._sessions.remove(handle)),
+                nodes=nodes,
+                fields=stored.fields if take and stored is not None else {},
+            )
 
     async def devices(self, user: UserId, *, timeout: float) -> Sequence[Device]:
         """See ``SessionStore.devices``."""

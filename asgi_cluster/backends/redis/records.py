@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from asgi_cluster.ids import Handle, UserId
 from asgi_cluster.sessions.store import Record
 
-__all__ = ["decode_record", "field_pairs", "milliseconds"]
+__all__ = ["decode_fields", "decode_record", "field_pairs", "milliseconds"]
 
 _LONGEST = 100 * 365 * 24 * 3600
 """Seconds. Redis refuses expiry times that overflow; nobody can tell a hundred years from more."""
@@ -23,11 +23,11 @@ def field_pairs(fields: Mapping[str, bytes]) -> list[str | bytes]:
     return [item for key, value in fields.items() for item in (f".{key}", value)]
 
 
-def decode_record(handle: Handle, now: int, ttl: int, lengths: bytes, items: bytes) -> Record:
-    """The reply of ``session_read.lua``.
+def decode_fields(lengths: bytes, items: bytes) -> tuple[dict[bytes, bytes], dict[str, bytes]]:
+    """The meta fields and the application's, from what ``packed`` in ``session.lua`` makes of a record.
 
     Raises:
-        KeyError, ValueError: the record is corrupt: a field is missing, no number, or no UTF-8.
+        ValueError: a field's name is no UTF-8.
     """
     meta: dict[bytes, bytes] = {}
     fields: dict[str, bytes] = {}
@@ -41,6 +41,16 @@ def decode_record(handle: Handle, now: int, ttl: int, lengths: bytes, items: byt
             fields[key[1:].decode()] = value
         else:
             meta[key] = value
+    return meta, fields
+
+
+def decode_record(handle: Handle, now: int, ttl: int, lengths: bytes, items: bytes) -> Record:
+    """The reply of ``session_read.lua``.
+
+    Raises:
+        KeyError, ValueError: the record is corrupt: a field is missing, no number, or no UTF-8.
+    """
+    meta, fields = decode_fields(lengths, items)
     previous_for = (int(meta[b"@prev_until"]) - now) / 1000 if b"@prev_until" in meta else 0.0
     user = meta.get(b"@user")
     return Record(

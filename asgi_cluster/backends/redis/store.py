@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from asgi_cluster.backends.redis.names import Names
-from asgi_cluster.backends.redis.records import decode_record, field_pairs, milliseconds
+from asgi_cluster.backends.redis.records import decode_fields, decode_record, field_pairs, milliseconds
 from asgi_cluster.backends.redis.scripts import load
 from asgi_cluster.backends.redis.topology import Topology
 from asgi_cluster.exceptions import StoreUnavailable
@@ -23,7 +23,13 @@ logger = logging.getLogger("asgi_cluster.redis")
 
 _CORRUPT = -2
 _UNSURE = -3
-_OUTCOMES: Mapping[int, WriteOutcome] = {1: "written", 0: "gone", -1: "conflict"}
+_OUTCOMES: Mapping[int, WriteOutcome] = {
+    1: "written",
+    2: "unchanged",
+    3: "ended",
+    0: "gone",
+    -1: "conflict",
+}
 
 _WAIT_FOR = 20
 """Milliseconds. ``WAIT`` holds up everything behind it on its connection, and an idle server looks at its
@@ -103,6 +109,7 @@ class RedisSessionStore:
         write_id: str,
         expected: str | None,
         message: bytes,
+        ended: bytes,
         timeout: float,
     ) -> WriteOutcome:
         """See ``SessionStore.write``."""
@@ -111,6 +118,7 @@ class RedisSessionStore:
             self._publish,
             self._names.sessions_channel(handle[:2]),
             message,
+            ended,
             write_id,
             expected or "",
             len(removed),
@@ -139,14 +147,21 @@ class RedisSessionStore:
         args = [self._publish, channel, message, write_id, secret, current, milliseconds(grace)]
         return await self._change("session_rotate", handle, args, timeout=timeout)
 
-    async def end(self, handle: Handle, *, message: bytes, timeout: float) -> Ending:
+    async def end(self, handle: Handle, *, message: bytes, take: bool = False, timeout: float) -> Ending:
         """See ``SessionStore.end``."""
         channel = self._names.sessions_channel(handle[:2])
-        args = [handle[3:], self._publish, channel, message, self._registry()]
+        args = [handle[3:], self._publish, channel, message, self._registry(), int(take)]
         clock = asyncio.get_running_loop().time
         deadline = clock() + timeout
-        reply = await self._run("session_end", handle, args, timeout=timeout)
-        return await self._ending(self._names.session(handle), reply, deadline - clock())
+        ended, nodes, *held = await self._run("session_end", handle, args, timeout=timeout)
+        ending = await self._ending(self._names.session(handle), [ended, nodes], deadline - clock())
+        if not held:
+            return ending
+        try:
+            return msgspec.structs.replace(ending, fields=decode_fields(*held)[1])
+        except ValueError:  # of the decoder: no UTF-8
+            self._corrupted(handle)
+            return ending
 
     async def devices(self, user: UserId, *, timeout: float) -> Sequence[Device]:
         """See ``SessionStore.devices``."""

@@ -57,8 +57,15 @@ local function extend(key, prefix, token, record, now)
 end
 
 -- Lua's stack holds some thousand values, and a session may have more fields.
-local function in_parts(command, key, first, last)
-  for from = first, last, 1000 do
-    redis.call(command, key, unpack(ARGV, from, math.min(from + 999, last)))
+local function in_parts(command, key, items, first)
+  for from = first, #items, 1000 do
+    redis.call(command, key, unpack(items, from, math.min(from + 999, #items)))
   end
+end
+
+-- All fields of a record in two strings: their lengths, and what they hold.
+local function packed(key)
+  local fields, lengths = redis.call('HGETALL', key), {}
+  for i = 1, #fields do lengths[i] = #fields[i] end
+  return table.concat(lengths, ' '), table.concat(fields)
 end

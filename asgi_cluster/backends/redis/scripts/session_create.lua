@@ -12,7 +12,7 @@ redis.call(
   '@idle', idle, '@abs', now + absolute, '@seen', now
 )
 redis.call('PEXPIRE', KEYS[1], left)
-in_parts('HSET', KEYS[1], 12, #ARGV)
+in_parts('HSET', KEYS[1], ARGV, 12)
 if user ~= '' then
   local epoch = redis.call('GET', KEYS[2])
   if not epoch then

@@ -7,6 +7,4 @@ if not record then return why ~= GONE and why end
 local ttl = redis.call('PTTL', KEYS[1])
 -- A record without TTL has been tampered with: its own timeouts still hold.
 if ttl < 0 then ttl = record.left end
-local fields, lengths = redis.call('HGETALL', KEYS[1]), {}
-for i = 1, #fields do lengths[i] = #fields[i] end
-return {now, math.min(ttl, record.absolute - now), table.concat(lengths, ' '), table.concat(fields)}
+return {now, math.min(ttl, record.absolute - now), packed(KEYS[1])}

@@ -1,0 +1,362 @@
+"""What was saved is not lost: not to another request's empty session, not to a value that the cache still
+showed, not to a login, and not to a reference that the app kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from asgi_cluster import CacheConfig, Cluster, Session, SessionConfig
+from tests.sessions.app import Gate, nodes
+from tests.sessions.requests import Browser
+from tests.support.proxy import Proxy
+from tests.support.servers import Server
+
+
+def put(**values: Any) -> Any:
+    return lambda session: session.update(values)
+
+
+@asynccontextmanager
+async def one_that_hears_nothing(valkey: Server, prefix: str, **options: Any) -> AsyncIterator[list[Cluster]]:
+    """Two nodes. The second's bus can be stalled (``proxy.stall``), inside a lease that is long enough."""
+    lease = SessionConfig(cache=CacheConfig(lease=8.0), **options)
+    async with (
+        Proxy(valkey.url) as proxy,
+        nodes(valkey.url, 1, prefix=prefix, sessions=lease) as (hearing,),
+        nodes(proxy.url, 1, prefix=prefix, sessions=lease) as (deaf,),
+    ):
+        deaf.stall = lambda: proxy.stall("down", only=b"SUBSCRIBE")  # type: ignore[attr-defined]
+        yield [hearing, deaf]
+
+
+# B1: empty
+
+
+@pytest.mark.parametrize("where", ["same node", "another node"])
+async def test_key_that_is_written_while_another_request_empties_the_session(
+    cluster_url: str, prefix: str, where: str
+) -> None:
+    """The session is not empty for the store: it goes on with the other request's key."""
+    async with nodes(cluster_url, prefix=prefix) as (first, second):
+        other = first if where == "same node" else second
+        browser, gate = Browser(), Gate()
+        await browser.on(first, put(a=1))
+
+        async def empty(session: Session) -> None:
+            del session["a"]
+            await gate.pass_through()
+
+        emptying = asyncio.create_task(browser.tab().on(first, empty))
+        await gate.reached.wait()
+        assert (await browser.on(other, put(b=2))).status_code == 200
+        gate.open.set()
+        response = await emptying
+        assert response.status_code == 200
+        assert "set-cookie" not in response.headers
+        assert await browser.truth(second) == {"b": 2}
+
+
+async def test_conflict_between_emptying_and_writing(cluster_url: str, prefix: str) -> None:
+    """With conflict="error" the request that empties the session and lost the race gets 409."""
+    options = SessionConfig(conflict="error")
+    async with nodes(cluster_url, prefix=prefix, sessions=options) as (first, second):
+        browser, gate = Browser(), Gate()
+        await browser.on(first, put(a=1))
+
+        async def empty(session: Session) -> None:
+            del session["a"]
+            await gate.pass_through()
+
+        emptying = asyncio.create_task(browser.tab().on(first, empty))
+        await gate.reached.wait()
+        assert (await browser.on(second, put(b=2))).status_code == 200
+        gate.open.set()
+        assert (await emptying).status_code == 409
+        assert await browser.truth(second) == {"a": 1, "b": 2}
+
+
+async def test_two_requests_that_empty_a_session_between_them(cluster_url: str, prefix: str) -> None:
+    """Each removes a key and knows of another; the store ends the session with the last one."""
+    async with nodes(cluster_url, prefix=prefix) as (first, second):
+        browser, gate = Browser(), Gate()
+        await browser.on(first, put(a=1, b=2))
+
+        async def remove_slowly(session: Session) -> None:
+            del session["a"]
+            await gate.pass_through()
+
+        slow = asyncio.create_task(browser.tab().on(first, remove_slowly))
+        await gate.reached.wait()
+        left = await browser.tab().on(second, lambda session: session.pop("b"))
+        assert "set-cookie" not in left.headers
+        gate.open.set()
+        assert "Max-Age=0" in (await slow).headers["set-cookie"]
+        assert await browser.truth(second) is None
+
+
+# B2: an assignment is a write
+
+
+async def test_value_that_the_cache_still_shows(valkey: Server, prefix: str) -> None:
+    """A node that has not heard of a newer value writes the older one back when the app assigns it."""
+    async with one_that_hears_nothing(valkey, prefix) as (hearing, deaf):
+        browser = Browser()
+        await browser.on(hearing, put(color="red"))
+        assert await browser.data(deaf) == {"color": "red"}
+        deaf.stall()
+        await browser.on(hearing, put(color="blue"))
+        assert (await browser.on(deaf, put(color="red"))).status_code == 200
+        assert await browser.truth(hearing) == {"color": "red"}
+
+
+async def test_key_that_the_cache_does_not_show_yet(valkey: Server, prefix: str) -> None:
+    """Set and removed by one request: the key is removed, although the request never saw it stored."""
+    async with one_that_hears_nothing(valkey, prefix) as (hearing, deaf):
+        browser = Browser()
+        await browser.on(hearing, put(a=1))
+        assert await browser.data(deaf) == {"a": 1}
+        deaf.stall()
+        await browser.on(hearing, put(b=2))
+
+        def set_and_remove(session: Session) -> None:
+            session["b"] = 3
+            del session["b"]
+
+        await browser.on(deaf, set_and_remove)
+        assert await browser.truth(hearing) == {"a": 1}
+
+
+ASSIGNMENTS: dict[str, Any] = {
+    "item": lambda session: session.__setitem__("a", 1),
+    "update": lambda session: session.update(a=1),
+    "or": lambda session: session.__ior__({"a": 1}),
+    "replaced": lambda session: session._scope.__setitem__("session", {"a": 1}),
+}
+
+
+@pytest.mark.parametrize("how", list(ASSIGNMENTS))
+async def test_assignment_of_an_equal_value_by_a_slow_request(
+    cluster_url: str, prefix: str, how: str
+) -> None:
+    """The request that answers last has written last, whatever it had read."""
+    async with nodes(cluster_url, prefix=prefix) as (first, second):
+        browser, gate = Browser(), Gate()
+        await browser.on(first, put(a=1))
+
+        async def assign(session: Session) -> None:
+            assert session["a"] == 1
+            await gate.pass_through()
+            ASSIGNMENTS[how](session)
+
+        slow = asyncio.create_task(browser.tab().on(first, assign))
+        await gate.reached.wait()
+        await browser.on(second, put(a=2))
+        gate.open.set()
+        await slow
+        assert await browser.truth(second) == {"a": 1}
+
+
+async def test_equal_assignment_changes_no_version(cluster_url: str, prefix: str) -> None:
+    """Nothing has changed, so nothing is published and no other request conflicts; ``setdefault`` of a key
+    that is there is no assignment.
+    """
+    options = SessionConfig(conflict="error")
+    async with nodes(cluster_url, prefix=prefix, sessions=options) as (first, second):
+        browser, gate = Browser(), Gate()
+        await browser.on(first, put(a=1))
+
+        async def slowly(session: Session) -> None:
+            session["b"] = 1
+            await gate.pass_through()
+
+        slow = asyncio.create_task(browser.tab().on(first, slowly))
+        await gate.reached.wait()
+        for work in (put(a=1), lambda session: session.setdefault("a", 5)):
+            assert (await browser.on(second, work)).status_code == 200
+
+        async def twice(session: Session) -> None:
+            session["a"] = 1
+            assert await session.save()
+            assert await session.save()
+
+        assert (await browser.on(second, twice)).status_code == 200
+        before = second.stats().cache.invalidations
+        gate.open.set()
+        assert (await slow).status_code == 200
+        assert second.stats().cache.invalidations <= before + 1
+        assert (await browser.on(second, lambda session: session.version)).json() == 2
+
+
+# B4: nested changes
+
+
+class Basket(dict[str, Any]):
+    """A dict that an app made its own."""
+
+
+def nested(make: Any, change: Any) -> Any:
+    async def work(session: Session) -> None:
+        value = make(session)
+        await session.login("ada")
+        change(value)
+
+    return work
+
+
+NESTED: dict[str, tuple[Any, Any, Any]] = {
+    "setdefault": (
+        lambda session: session.setdefault("k", []),
+        lambda value: value.append(1),
+        [1],
+    ),
+    "own reference": (
+        lambda session: _assigned(session, {"n": 0}),
+        lambda value: value.update(n=1),
+        {"n": 1},
+    ),
+    "OrderedDict": (
+        lambda session: _assigned(session, OrderedDict(n=0)),
+        lambda value: value.update(n=1),
+        {"n": 1},
+    ),
+    "subclass": (lambda session: _assigned(session, Basket(n=0)), lambda value: value.update(n=1), {"n": 1}),
+    "bytearray": (
+        lambda session: _assigned(session, bytearray(b"a")),
+        lambda value: value.extend(b"b"),
+        "ab",
+    ),
+    "in a tuple": (lambda session: _assigned(session, ([],))[0], lambda value: value.append(1), [[1]]),
+}
+
+
+def _assigned(session: Session, value: Any) -> Any:
+    session["k"] = value
+    return value
+
+
+@pytest.mark.parametrize("kind", list(NESTED))
+@pytest.mark.parametrize("after", ["login", "save"])
+async def test_nested_change_after(cluster_url: str, prefix: str, kind: str, after: str) -> None:
+    """What the app holds is compared at the end of the request, whatever was stored in between."""
+    make, change, expected = NESTED[kind]
+
+    async def work(session: Session) -> None:
+        value = make(session)
+        if after == "login":
+            await session.login("ada")
+        else:
+            await session.save()
+        change(value)
+
+    def show(session: Session) -> Any:
+        value = session["k"]
+        return value.decode() if isinstance(value, bytes) else value
+
+    async with nodes(cluster_url, prefix=prefix) as (first, second):
+        browser = Browser()
+        assert (await browser.on(first, work)).status_code == 200
+        assert (await browser.on(second, show)).json() == expected
+
+
+async def test_nested_change_of_what_was_read_before_a_login(cluster_url: str, prefix: str) -> None:
+    """A list that was handed out before the login is still the session's list after it."""
+
+    async def work(session: Session) -> None:
+        cart = session["cart"]
+        await session.login("ada")
+        cart.append(2)
+
+    async with nodes(cluster_url, prefix=prefix) as (first, second):
+        browser = Browser()
+        await browser.on(first, put(cart=[1]))
+        await browser.on(first, work)
+        assert await browser.data(second) == {"cart": [1, 2]}
+
+
+# B3: what a login carries over
+
+
+@pytest.mark.parametrize("before", ["anonymous", "same user"])
+async def test_write_in_parallel_to_a_login(cluster_url: str, prefix: str, before: str) -> None:
+    """It was answered before the login was: the new session has it, and not what it replaced or removed."""
+    async with nodes(cluster_url, prefix=prefix) as (first, second):
+        browser, gate = Browser(), Gate()
+        if before == "same user":
+            await browser.on(first, lambda session: session.login("ada"))
+        await browser.on(first, put(a=1, gone=1, list=[1], mine=1))
+
+        async def sign_in(session: Session) -> dict[str, Any]:
+            assert session["a"] == 1
+            assert session["list"] == [1]
+            session["mine"] = 2
+            await gate.pass_through()
+            await session.login("ada")
+            return dict(session)
+
+        signing_in = asyncio.create_task(browser.on(first, sign_in))
+        await gate.reached.wait()
+
+        def change(session: Session) -> None:
+            session.update(a=2, b=2, mine=3)
+            session["list"].append(2)
+            del session["gone"]
+
+        assert (await browser.tab().on(second, change)).status_code == 200
+        gate.open.set()
+        assert (await signing_in).status_code == 200
+        assert await browser.truth(second) == {"a": 2, "b": 2, "list": [1, 2], "mine": 2}
+        assert len(await first.user("ada").sessions()) == 1
+
+
+async def test_login_on_a_node_that_hears_nothing(valkey: Server, prefix: str) -> None:
+    """It carries over what the store has, not what its cache shows."""
+    async with one_that_hears_nothing(valkey, prefix) as (hearing, deaf):
+        browser = Browser()
+        await browser.on(hearing, put(a=1))
+        assert await browser.data(deaf) == {"a": 1}
+        deaf.stall()
+        await browser.on(hearing, put(a=2, b=2))
+        assert (await browser.on(deaf, lambda session: session.login("ada"))).status_code == 200
+        assert await browser.truth(hearing) == {"a": 2, "b": 2}
+
+
+async def test_login_with_a_session_that_is_over(valkey: Server, prefix: str) -> None:
+    """A session that was ended elsewhere is not carried over from the cache."""
+    async with one_that_hears_nothing(valkey, prefix) as (hearing, deaf):
+        browser = Browser()
+        await browser.on(hearing, put(old=1))
+        assert await browser.data(deaf) == {"old": 1}
+        deaf.stall()
+        await browser.tab().on(hearing, lambda session: session.clear())
+
+        async def sign_in(session: Session) -> None:
+            session["new"] = 1
+            await session.login("ada")
+
+        await browser.on(deaf, sign_in)
+        assert await browser.truth(hearing) == {"new": 1}
+
+
+async def test_login_after_the_session_was_lost(cluster_url: str, prefix: str) -> None:
+    """A request that was told that its session is over takes nothing of it into the new one."""
+    async with nodes(cluster_url, prefix=prefix) as (first, second):
+        browser = Browser()
+        await browser.on(first, put(old=1))
+
+        async def sign_in(session: Session) -> None:
+            assert session["old"] == 1
+            await second.session(session.handle or "").logout()
+            session["lost"] = 1
+            assert not await session.save()
+            session["new"] = 1
+            await session.login("ada")
+
+        assert (await browser.on(first, sign_in)).status_code == 200
+        assert await browser.truth(second) == {"new": 1}
