@@ -17,12 +17,12 @@ from starlette.websockets import WebSocketDisconnect
 
 from asgi_cluster.cluster import Cluster
 from asgi_cluster.codes import CloseCode
-from asgi_cluster.exceptions import SessionConflict, StoreUnavailable
+from asgi_cluster.exceptions import BusUnavailable
 from asgi_cluster.handshake import Handshake, SocketClosed
 from asgi_cluster.headers import SessionHeaders
 from asgi_cluster.lifespan import Lifespan
 from asgi_cluster.realtime.socket import Socket
-from asgi_cluster.response import Response
+from asgi_cluster.response import Response, error_of_ours
 from asgi_cluster.scope import SCOPE_KEY, ScopeState
 from asgi_cluster.sessions.session import Session
 
@@ -97,11 +97,14 @@ class ClusterMiddleware:
         try:
             await app(scope, receive, response.message)
         except Exception as error:
-            ours = _ours(error)
-            if ours is None or (response.started and not response.replaced):
-                raise
+            ours = error_of_ours(error)
             if not response.started:
-                await response.replace(ours)
+                if ours is not None:
+                    await response.replace(ours)
+                else:
+                    await session.withdraw()
+            if ours is None or not response.replaced:
+                raise
             return
         if session.exposed and response.saved:
             session.check_sealed()
@@ -137,10 +140,11 @@ class ClusterMiddleware:
         except Exception as error:
             if socket.close_code is not None and _is_disconnect(error):
                 return  # closed by us: to the app, and to the server's log, an ordinary disconnect
-            ours = _ours(error)
+            ours = error_of_ours(error)
             if ours is None or handshake.answered:
                 raise
-            await handshake.accept_and_close(CloseCode.STORE_UNAVAILABLE, "session store unavailable")
+            what = "message bus" if isinstance(ours, BusUnavailable) else "session store"
+            await handshake.accept_and_close(CloseCode.STORE_UNAVAILABLE, f"{what} unavailable")
         finally:
             self.cluster.hub.unregister(socket)
             socket.detach()
@@ -152,14 +156,6 @@ def _route(scope: Scope) -> str:
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
     return path[len(root) :] if root and path.startswith(root) else path
-
-
-def _ours(error: BaseException) -> StoreUnavailable | SessionConflict | None:
-    if isinstance(error, StoreUnavailable | SessionConflict):
-        return error
-    if isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        return _ours(error.exceptions[0])
-    return None
 
 
 def _is_disconnect(error: BaseException) -> bool:

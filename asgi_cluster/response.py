@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from asgi_cluster.exceptions import SessionConflict, StoreUnavailable
+from asgi_cluster.exceptions import BusUnavailable, SessionConflict, StoreUnavailable
 from asgi_cluster.headers import SessionHeaders
 from asgi_cluster.sessions.session import Session
 
-__all__ = ["Response"]
+__all__ = ["Response", "error_of_ours"]
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -40,10 +41,12 @@ class Response:
                 await self._send(message)
             return
         session = self._session
-        if message["status"] == 500 and session.raised is not None:
-            # The app's error handler answered for an error of ours that the app did not catch.
-            await self.replace(session.raised)
-            return
+        if message["status"] == 500:
+            # Most frameworks send the answer for an error that the app did not catch while they handle it.
+            error = session.raised or error_of_ours(sys.exception())
+            if error is not None:
+                await self.replace(error)
+                return
         if not self._failed:
             try:
                 scope_key = self._headers.scope_key
@@ -51,8 +54,8 @@ class Response:
                     self._headers.adopt(self._scope, session)
                 if session.due:
                     await session.commit()
-            except (StoreUnavailable, SessionConflict) as error:
-                await self.replace(error)
+            except (StoreUnavailable, SessionConflict) as failed:
+                await self.replace(failed)
                 return
             except Exception:
                 # The app's own error handling answers, and must not run into the same error again.
@@ -63,16 +66,28 @@ class Response:
         await self._send(self._headers.with_cookie(self._scope, session, message))
         session.sealed = True
 
-    async def replace(self, error: StoreUnavailable | SessionConflict) -> None:
+    async def replace(self, error: StoreUnavailable | BusUnavailable | SessionConflict) -> None:
         """Answer in place of the app: 503 with Retry-After, or 409."""
         self.started = self.replaced = True
+        await self._session.withdraw()
         headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"cache-control", b"no-store")]
-        if isinstance(error, StoreUnavailable):
+        if isinstance(error, StoreUnavailable | BusUnavailable):
             logger.warning("answered 503: %s", error)
-            status, body = 503, b"The session store is unavailable. Please try again.\n"
-            headers.append((b"retry-after", b"%d" % max(1, round(error.retry_after))))
+            what = b"session store" if isinstance(error, StoreUnavailable) else b"message bus"
+            status, body = 503, b"The %s is unavailable. Please try again.\n" % what
+            after = error.retry_after if isinstance(error, StoreUnavailable) else 1.0
+            headers.append((b"retry-after", b"%d" % max(1, round(after))))
         else:
             status, body = 409, b"Another request changed the session meanwhile. Please try again.\n"
         headers.append((b"content-length", b"%d" % len(body)))
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
+
+
+def error_of_ours(error: BaseException | None) -> StoreUnavailable | BusUnavailable | SessionConflict | None:
+    """``error``, if it is one that the middleware answers: 503 or 409. Task groups may have wrapped it."""
+    if isinstance(error, StoreUnavailable | BusUnavailable | SessionConflict):
+        return error
+    if isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        return error_of_ours(error.exceptions[0])
+    return None
