@@ -65,8 +65,10 @@ class Cluster:
             not.
         sessions: see ``SessionConfig``; ``None``: its defaults.
         realtime: see ``RealtimeConfig``; ``None``: its defaults.
-        ssl_context: for ``rediss://`` and its relatives; ``None``: the system's defaults.
-        credential_provider: a redis-py ``CredentialProvider``, in place of user and password in the URL.
+        ssl_context: for ``rediss://`` and its relatives, in ``url`` and ``rooms_url``; ``None``: the system's
+            defaults.
+        credential_provider: a redis-py ``CredentialProvider``, in place of user and password, for ``url`` and
+            ``rooms_url`` as far as they have none.
 
     Raises:
         ValueError: an argument makes no sense; says which and why, never with a password in it.

@@ -60,14 +60,21 @@ def url_of() -> Iterator[Callable[[str], str]]:
         yield url
 
 
-@pytest.fixture(params=list(URLS))
+@pytest.fixture(params=[*URLS, "rooms apart"])
 async def site(request: pytest.FixtureRequest, url_of: Callable[[str], str]) -> AsyncIterator[Site]:
     """A cluster of its own on each kind of backend."""
     kind = request.param
     prefix = f"t{new_token()}"
-    url = f"memory://{prefix}" if kind == "memory" else url_of(kind)
+    rooms_url = None
+    match kind:
+        case "memory":
+            url = f"memory://{prefix}"
+        case "rooms apart":
+            url, rooms_url = url_of("valkey"), url_of("redis")
+        case _:
+            url = url_of(kind)
     async with AsyncExitStack() as stack:
-        yield Site(kind, url, prefix, stack)
+        yield Site(kind, url, prefix, stack, rooms_url)
 
 
 @pytest.fixture(params=SERVERS)

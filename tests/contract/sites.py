@@ -68,6 +68,7 @@ class Site:
     url: str
     prefix: str
     stack: AsyncExitStack
+    rooms_url: str | None = None
 
     async def node(self, *, listen: bool = True) -> Member:
         """One more node, open until the test ends or it leaves."""
@@ -75,7 +76,7 @@ class Site:
             self.url,
             prefix=self.prefix,
             lease_duration=LEASE,
-            rooms_url=None,
+            rooms_url=self.rooms_url,
             ssl_context=None,
             credential_provider=None,
         )

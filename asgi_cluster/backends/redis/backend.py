@@ -15,7 +15,7 @@ from asgi_cluster.backends.redis.presence import RedisPresence
 from asgi_cluster.backends.redis.sentinel import SentinelTopology
 from asgi_cluster.backends.redis.store import RedisSessionStore
 from asgi_cluster.backends.redis.topology import Topology, single_server
-from asgi_cluster.backends.redis.urls import Target, parse_target
+from asgi_cluster.backends.redis.urls import Target, parse_targets
 from asgi_cluster.bus.bus import Receiver
 from asgi_cluster.ids import Handle, NodeId
 
@@ -55,13 +55,14 @@ class RedisBackend:
         credential_provider: Any = None,
         wait_replicas: int = 0,
     ) -> None:
-        target = parse_target(url, ssl_context=ssl_context, credential_provider=credential_provider)
+        target, rooms_target = parse_targets(
+            url, rooms_url, ssl_context=ssl_context, credential_provider=credential_provider
+        )
         self._topology = make_topology(target)
         names = Names(prefix, db=target.db, sharded=self._topology.sharded)
         self._topologies = [self._topology]
         rooms_topology, rooms_names, rooms = self._topology, names, None
-        if rooms_url is not None:
-            rooms_target = parse_target(rooms_url)
+        if rooms_target is not None:
             rooms_topology = make_topology(rooms_target)
             rooms_names = Names(prefix, db=rooms_target.db, sharded=rooms_topology.sharded)
             rooms = (rooms_topology, rooms_names)

@@ -169,13 +169,13 @@ class RedisBus:
 
     def stats(self) -> BusStats:
         """See ``Bus.stats``."""
-        last = [feed.last_gap for feed in self._feeds if feed.last_gap is not None]
+        last = max((feed.last_gap for feed in self._feeds if feed.last_gap is not None), default=None)
         return BusStats(
             connected=all(feed.connected for feed in self._feeds),
-            lease_remaining=min(feed.lease_remaining for feed in self._feeds),
+            lease_remaining=self._sessions.lease_remaining,
             gaps=sum(feed.gaps for feed in self._feeds),
             reconnects=sum(feed.reconnects for feed in self._feeds),
             received=sum(feed.received for feed in self._feeds),
             malformed=0,
-            last_gap=last[0] if last else None,
+            last_gap=None if last is None else last[1],
         )

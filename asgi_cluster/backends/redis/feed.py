@@ -52,7 +52,8 @@ class Feed:
         self._open = False
         self.registry: Registry | None = None
         self.gaps = 0
-        self.last_gap: str | None = None
+        self.last_gap: tuple[float, str] | None = None
+        """When (the loop's time) and why."""
         self._received = self._reconnects = 0
 
     @asynccontextmanager
@@ -217,7 +218,7 @@ class Feed:
         if self._receiver is None or not self._open or not fresh:
             return
         self.gaps += 1
-        self.last_gap = reason
+        self.last_gap = asyncio.get_running_loop().time(), reason
         buckets, rooms = self._split(fresh)
         if buckets is None or buckets:
             self._receiver.gap(reason, buckets)

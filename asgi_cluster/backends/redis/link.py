@@ -91,6 +91,7 @@ class Link:
         self._outgoing: list[bytes] = []
         self._nonces = count(1)
         self._writer: asyncio.StreamWriter | None = None
+        self._tls = False
         self._broken: str | None = "not open"
 
     async def open(self, timeout: float) -> None:
@@ -111,6 +112,7 @@ class Link:
         parser: Any = self._connection._parser
         parser.set_pubsub_push_handler(self._pushed)
         self._writer = self._connection._writer
+        self._tls = self._writer is not None and self._writer.get_extra_info("ssl_object") is not None
         self._broken = None
 
     @property
@@ -187,6 +189,9 @@ class Link:
         """Let go of the connection; who still waits gets ``LinkBroken``."""
         self._fail("the connection was closed")
         await self._connection.disconnect(nowait=True)
+        if self._writer is not None and self._tls:
+            # Closing TLS takes a round trip, and the loop may be closed before its end.
+            self._writer.transport.abort()
 
     def abort(self, reason: str) -> None:
         """Give the connection up at once: ``run`` ends with ``reason``."""

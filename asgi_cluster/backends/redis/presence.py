@@ -36,8 +36,10 @@ class Registered(Protocol):
         """This node and its incarnation. Raises ``NotStarted``."""
         ...
 
-    async def nodes(self, *, timeout: float) -> Mapping[NodeId, NodeInfo]:
-        """All registered nodes. Raises ``StoreUnavailable``."""
+    async def room_nodes(self, *, timeout: float) -> Mapping[NodeId, NodeInfo]:
+        """The nodes that are registered where the rooms are. Their incarnations are those of ``identity``:
+        a registry on another server has others. Raises ``StoreUnavailable``.
+        """
         ...
 
 
@@ -100,7 +102,7 @@ class RedisPresence:
     async def _ask(self, timeout: float) -> None:
         asked_at = asyncio.get_running_loop().time()
         try:
-            nodes = await self._registry.nodes(timeout=timeout)
+            nodes = await self._registry.room_nodes(timeout=timeout)
         except StoreUnavailable as error:
             raise BusUnavailable(error.reason) from error
         self._living = frozenset(_owner(node, info.incarnation) for node, info in nodes.items())

@@ -32,7 +32,7 @@ from redis.maint_notifications import MaintNotificationsConfig
 
 from asgi_cluster.backends.redis.link import Link, OnPush
 
-__all__ = ["Address", "Target", "parse_target"]
+__all__ = ["Address", "Target", "parse_target", "parse_targets"]
 
 _CONNECT_TIMEOUT = 1.0
 _OPTIONS = {"client_name", "db", "host", "password", "path", "port", "socket_connect_timeout", "username"}
@@ -159,6 +159,45 @@ class Target:
     def db(self) -> int:
         """The database number."""
         return self.primary.db
+
+
+def parse_targets(
+    url: str, rooms_url: str | None, *, ssl_context: SSLContext | None = None, credential_provider: Any = None
+) -> tuple[Target, Target | None]:
+    """The servers of ``url`` and, if it is given, of ``rooms_url``.
+
+    ``ssl_context`` is for those that are reached over TLS, ``credential_provider`` for those whose URL has no
+    user or password.
+
+    Raises:
+        ValueError: one of them cannot work, or an argument would have no effect at all.
+    """
+    if rooms_url is None:
+        return parse_target(url, ssl_context=ssl_context, credential_provider=credential_provider), None
+    secured = [each for each in (url, rooms_url) if each.startswith("rediss")]
+    if ssl_context is not None and not secured:
+        raise ValueError("ssl_context goes with rediss://, and neither the URL nor rooms_url starts with it")
+    open_to = [each for each in (url, rooms_url) if not _has_credentials(each)]
+    if credential_provider is not None and not open_to:
+        raise ValueError(
+            "give user and password in the URLs, or a credential_provider, not both: "
+            "the URL and rooms_url have their own"
+        )
+    first, second = (
+        parse_target(
+            each,
+            ssl_context=ssl_context if each in secured else None,
+            credential_provider=credential_provider if each in open_to else None,
+        )
+        for each in (url, rooms_url)
+    )
+    return first, second
+
+
+def _has_credentials(url: str) -> bool:
+    authority, _, query = url.partition("://")[2].partition("?")
+    named = {key for key, _ in parse_qsl(query, keep_blank_values=True)}
+    return "@" in authority.partition("/")[0] or not named.isdisjoint(("username", "password"))
 
 
 def parse_target(
