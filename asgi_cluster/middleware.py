@@ -78,6 +78,8 @@ class ClusterMiddleware:
                 session.open(entry, secret)
             else:
                 await session.fetch(handle, secret)
+            if session.stored is None:
+                await self._try_others(session, scope)
         state = scope[SCOPE_KEY] = ScopeState(self.cluster, session)
         if scope_key is not None:
             scope[scope_key] = session
@@ -108,6 +110,18 @@ class ClusterMiddleware:
             return
         if session.exposed and response.saved:
             session.check_sealed()
+
+    async def _try_others(self, session: Session, scope: Scope) -> None:
+        for handle, secret in self._cookie.others(scope["headers"]):
+            if session.unread:
+                return
+            entry = self._cached(handle)
+            if entry is not None:
+                session.open(entry, secret)
+            else:
+                await session.fetch(handle, secret)
+            if session.stored is not None:
+                return
 
     async def _serve_elsewhere(
         self, app: ASGIApp, scope: Scope, receive: Receive, send: Send, state: ScopeState

@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 from asgi_cluster.config import CookieConfig
 from asgi_cluster.ids import Handle
@@ -14,17 +15,27 @@ __all__ = ["Cookie"]
 
 _CREDENTIALS = rb"([0-9a-f]{2}\.[A-Za-z0-9_-]{22})\.([A-Za-z0-9_-]{43})"
 
+_MOST = 4
+"""Cookies of our name that one request may have looked up: more are invented, and each may cost a read."""
+
+Headers = Iterable[tuple[bytes, bytes]]
+Credentials = tuple[Handle, bytes]
+
 
 class Cookie:
     """Reads the session cookie from request headers and writes it into response headers."""
 
-    __slots__ = ("_attributes", "_find", "_name", "secure")
+    __slots__ = ("_attributes", "_find", "_find_all", "_name", "secure")
 
     def __init__(self, config: CookieConfig) -> None:
         self._name = config.wire_name
-        # Between separators: "xsession=…" must not pass for "session=…", nor a longer value for one of ours.
+        # Only ";" separates cookies (RFC 6265 section 5.4). A browser lets a sibling subdomain set a cookie
+        # whose value holds a blank, our name and a value of ours: that is no cookie of ours. No blank either
+        # between name and "=": a browser guards the prefix of the exact name.
         name = re.escape(self._name.encode("latin-1"))
-        self._find = re.compile(rb"(?:^|[; \t])" + name + b"=" + _CREDENTIALS + rb"(?=$|[; \t])").search
+        pattern = re.compile(rb"(?:\A|;)[ \t]*" + name + rb"=" + _CREDENTIALS + rb"[ \t]*(?=;|\Z)")
+        self._find = pattern.search
+        self._find_all = pattern.finditer
         self.secure = config.secure
         attributes = [f"Path={config.path}", "HttpOnly", f"SameSite={config.same_site.capitalize()}"]
         if config.secure:
@@ -35,10 +46,10 @@ class Cookie:
             attributes.append("Partitioned")
         self._attributes = "; ".join(attributes)
 
-    def read(self, headers: Iterable[tuple[bytes, bytes]]) -> tuple[Handle, bytes] | None:
+    def read(self, headers: Headers) -> Credentials | None:
         """The handle and the secret that the request carries, or ``None``.
 
-        Of several cookies of that name the first well-formed one counts; a malformed one is as good as none.
+        Of several cookies of that name this is the first well-formed one; a malformed one is as good as none.
         """
         for key, value in headers:
             if key == b"cookie":
@@ -46,6 +57,15 @@ class Cookie:
                 if found is not None:
                     return Handle(found[1].decode()), found[2]
         return None
+
+    def others(self, headers: Headers) -> Iterator[Credentials]:
+        """What further well-formed cookies of that name hold, in the order of the header, at most three.
+
+        For a request whose first one opens no session: it may be outdated, or planted by a sibling subdomain
+        with a longer path, which a browser sends first.
+        """
+        found = (match for key, value in headers if key == b"cookie" for match in self._find_all(value))
+        return ((Handle(match[1].decode()), match[2]) for match in islice(found, 1, _MOST))
 
     def set(self, handle: str, secret: str, *, max_age: int | None) -> tuple[bytes, bytes]:
         """The ``Set-Cookie`` header for a session. ``max_age`` in seconds; ``None``: until the browser

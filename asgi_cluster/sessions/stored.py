@@ -177,6 +177,11 @@ class StoredSession(SessionData):
         """Why it could not be read; ``None`` when it could."""
         return self._failure
 
+    @property
+    def unread(self) -> bool:
+        """Whether the store did not answer, whatever ``on_store_error`` makes of that."""
+        return self._failure is not None or self._degraded
+
     def replace(self, values: Mapping[str, Any]) -> None:
         """The app put a plain dict in our place: those are the contents now."""
         for key, value in values.items():
@@ -271,6 +276,7 @@ class StoredSession(SessionData):
 
     def _bind(self, entry: Entry, record: Record) -> None:
         self._record = record
+        self._lost = False  # an earlier cookie of this request may have named a corrupt record
         self._set_expiry(entry.expires_at, record)
         if self.touched:
             self.touched = frozenset()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,33 +13,14 @@ from starlette.websockets import WebSocket
 from asgi_cluster import RoomRule
 from tests.realtime.site import Node, Site
 from tests.realtime.test_outbox import Member, Recording, deliver, flood
-from tests.support.machine import LOCAL, program
+from tests.support.machine import LOCAL, self_signed
 from tests.support.waiting import eventually
 
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A self-signed certificate for loopback, and its key."""
-    directory: Path = tmp_path_factory.mktemp("tls")
-    made, key = directory / "certificate.pem", directory / "key.pem"
-    subprocess.run(
-        [
-            *(
-                program("openssl"),
-                "req",
-                "-x509",
-                "-newkey",
-                "ec",
-                "-pkeyopt",
-                "ec_paramgen_curve:prime256v1",
-            ),
-            *("-nodes", "-days", "2", "-subj", "/CN=asgi-cluster", "-addext", f"subjectAltName=IP:{LOCAL}"),
-            *("-keyout", str(key), "-out", str(made)),
-        ],
-        check=True,
-        capture_output=True,
-    )
-    return str(made), str(key)
+    return self_signed(tmp_path_factory.mktemp("tls"), f"IP:{LOCAL}")
 
 
 async def start(

@@ -42,6 +42,16 @@ def program(*names: str) -> str:
     lacking(names[0])
 
 
+def self_signed(directory: Path, *names: str) -> tuple[str, str]:
+    """A certificate for these names (``IP:127.0.0.1``, ``DNS:example.test``), and its key: two paths."""
+    made, key = directory / "certificate.pem", directory / "key.pem"
+    command = [program("openssl"), "req", "-x509", "-nodes", "-days", "2", "-subj", "/CN=asgi-cluster"]
+    command += ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
+    command += ["-addext", f"subjectAltName={','.join(names)}", "-keyout", str(key), "-out", str(made)]
+    subprocess.run(command, check=True, capture_output=True)
+    return str(made), str(key)
+
+
 def _die_with_parent() -> Callable[[], None] | None:
     # Linux ties the signal to the *thread* that forked: with a worker thread the child would die too.
     if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
