@@ -12,20 +12,22 @@ import socket as sockets
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from ssl import SSLContext
 from typing import Any, Self
 
 from starlette.requests import HTTPConnection
 
+from asgi_cluster.arguments import expect, expect_callable, seconds
 from asgi_cluster.backends.choose import open_backend
 from asgi_cluster.bus.bus import NodeInfo
 from asgi_cluster.bus.lease import boot_clock
-from asgi_cluster.config import RealtimeConfig, SessionConfig
+from asgi_cluster.config import CacheConfig, CookieConfig, RealtimeConfig, SessionConfig
 from asgi_cluster.dispatch import Dispatch
 from asgi_cluster.draining import draining_on_sigterm
 from asgi_cluster.exceptions import NotStarted
-from asgi_cluster.ids import NodeId, UserId
+from asgi_cluster.ids import NodeId, check_user
 from asgi_cluster.realtime.acceptance import Acceptance
 from asgi_cluster.realtime.endpoint import Endpoint
 from asgi_cluster.realtime.hub import Hub
@@ -45,6 +47,11 @@ __all__ = ["Cluster", "get_session"]
 
 logger = logging.getLogger("asgi_cluster")
 
+_WRAPPED: Mapping[type, str] = {
+    CookieConfig: ": write SessionConfig(cookie=CookieConfig(…))",
+    CacheConfig: ": write SessionConfig(cache=CacheConfig(…))",
+}
+
 
 class Cluster:
     """This process's membership in a cluster of nodes that share sessions and rooms.
@@ -59,7 +66,8 @@ class Cluster:
         prefix: starts every key and channel name; clusters with different prefixes do not see each other.
         node_label: readable part of the node id (``label-pid-random``); ``None``: the host name.
         listen: ``False`` for a publisher outside the web: no subscriber, no registration, no sockets.
-        deadline: seconds of Redis work per request, in all; at most ``sessions.cache.lease``.
+        deadline: seconds, or a ``timedelta``, of Redis work per request, in all; at most
+            ``sessions.cache.lease``.
         rooms_url: a Redis of its own for rooms; ``None``: the same one.
         identify: ``(scope) -> str | None``, sync or async: names the user of a socket when the session does
             not.
@@ -71,7 +79,7 @@ class Cluster:
             ``rooms_url`` as far as they have none.
 
     Raises:
-        ValueError: an argument makes no sense; says which and why, never with a password in it.
+        TypeError, ValueError: an argument makes no sense; says which and why, never with a password in it.
     """
 
     def __init__(
@@ -81,7 +89,7 @@ class Cluster:
         prefix: str = "asgi-cluster",
         node_label: str | None = None,
         listen: bool = True,
-        deadline: float = 1.0,
+        deadline: float | timedelta = 1.0,
         rooms_url: str | None = None,
         identify: Callable[[Mapping[str, Any]], str | Awaitable[str | None] | None] | None = None,
         sessions: SessionConfig | None = None,
@@ -89,6 +97,15 @@ class Cluster:
         ssl_context: SSLContext | None = None,
         credential_provider: Any = None,
     ) -> None:
+        expect("url", url, str, None)
+        expect("prefix", prefix, str)
+        expect("node_label", node_label, str, None)
+        expect("listen", listen, bool)
+        expect("rooms_url", rooms_url, str, None)
+        expect_callable("identify", identify)
+        expect("sessions", sessions, SessionConfig, None, cure=_WRAPPED.get(type(sessions), ""))
+        expect("realtime", realtime, RealtimeConfig, None)
+        deadline = seconds("deadline", deadline)
         sessions = sessions or SessionConfig()
         self.realtime = realtime or RealtimeConfig()
         if not 0 < deadline <= sessions.cache.lease:
@@ -181,14 +198,18 @@ class Cluster:
     # Handles
 
     def user(self, user_id: str) -> RemoteUser:
-        """Everything a person has open, on all nodes."""
-        return RemoteUser(self._reach, UserId(user_id))
+        """Everything a person has open, on all nodes.
+
+        Raises:
+            TypeError, ValueError: no user id, which is 1 to 255 printable characters.
+        """
+        return RemoteUser(self._reach, check_user(user_id))
 
     def session(self, handle: str) -> RemoteSession:
         """A session by its public handle.
 
         Raises:
-            ValueError: not a handle.
+            TypeError, ValueError: not a handle.
         """
         return RemoteSession(self._reach, check_handle(handle))
 
@@ -217,7 +238,10 @@ class Cluster:
 
         Raises:
             RuntimeError: no ``ClusterMiddleware`` with this cluster is around the app.
+            TypeError, ValueError: no user id.
         """
+        if user_id is not None:
+            check_user(user_id)
         return Acceptance(websocket, self, subprotocol=subprotocol, headers=tuple(headers), user_id=user_id)
 
     # Lifetime

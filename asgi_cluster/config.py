@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from asgi_cluster.arguments import Seconds, described, expect, expect_callable, seconds
+
 if TYPE_CHECKING:
     from asgi_cluster.realtime.connection import Connection
     from asgi_cluster.realtime.rooms import ConnectRequest, RoomRule
@@ -16,10 +18,29 @@ __all__ = ["CacheConfig", "CookieConfig", "RealtimeConfig", "SessionConfig"]
 _COOKIE_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 6265 section 4.1.1: an RFC 7230 token
 
 
-def _positive(**values: float) -> None:
+def _positive(**values: Any) -> None:
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name} must be a number, not {described(value)}")
+        if not value > 0:
             raise ValueError(f"{name} must be a number above 0, not {value!r}")
+
+
+def _whole(name: str, value: object, least: int) -> None:
+    expect(name, value, int)
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
+def _durations(config: Any, *names: str, least: float | None = None) -> None:
+    # ``least``: allowed as it is; without it a duration is above 0.
+    for name in names:
+        given = getattr(config, name)
+        value = seconds(name, given)
+        if not (value > 0 if least is None else value >= least):
+            bound = "above 0" if least is None else f"at least {least:g}"
+            raise ValueError(f"{name} must be {bound} seconds, not {given!r}")
+        object.__setattr__(config, name, value)
 
 
 def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
@@ -49,6 +70,11 @@ class CookieConfig:
     """CHIPS: one cookie jar per top-level site. Needs ``secure``."""
 
     def __post_init__(self) -> None:
+        expect("name", self.name, str)
+        expect("path", self.path, str)
+        expect("domain", self.domain, str, None)
+        expect("secure", self.secure, bool)
+        expect("partitioned", self.partitioned, bool)
         if not _COOKIE_NAME.fullmatch(self.name):
             raise ValueError(f"cookie name must be an RFC 6265 token, not {self.name!r}")
         if self.name.startswith(("__Host-", "__Secure-")):
@@ -75,34 +101,33 @@ class CookieConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheConfig:
-    """The node's local session cache."""
+    """The node's local session cache. Durations are seconds or a ``timedelta``."""
 
-    ttl: float = 30.0
+    ttl: Seconds[float] = Seconds(30.0)
     """Seconds an entry may be served without asking Redis again, however quiet the bus is."""
     max_entries: int = 10_000
     """Sessions kept; the least recently used go first. 0 turns the cache off."""
-    lease: float = 2.0
+    lease: Seconds[float] = Seconds(2.0)
     """Seconds: no cached read is older than this with respect to changes made through this library."""
 
     def __post_init__(self) -> None:
-        _positive(ttl=self.ttl, lease=self.lease)
-        if not isinstance(self.max_entries, int) or self.max_entries < 0:
-            raise ValueError(f"max_entries must be a whole number of at least 0, not {self.max_entries!r}")
+        _durations(self, "ttl", "lease")
+        _whole("max_entries", self.max_entries, 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SessionConfig:
-    """Server-side sessions."""
+    """Server-side sessions. Durations are seconds or a ``timedelta``."""
 
     scope_key: str | None = "session"
     """The scope key the app finds its session under. ``None`` leaves that key alone (Django); use
     ``get_session``.
     """
-    idle_timeout: float = 7200.0
+    idle_timeout: Seconds[float] = Seconds(7200.0)
     """Seconds without a request after which a session ends."""
-    absolute_timeout: float = 43200.0
+    absolute_timeout: Seconds[float] = Seconds(43200.0)
     """Seconds after which a session ends however busy it is; ``login(lifetime=…)`` sets both for one."""
-    rotate_grace: float = 10.0
+    rotate_grace: Seconds[float] = Seconds(10.0)
     """Seconds for which the old secret is still good after ``rotate()``, for requests already under way."""
     conflict: Literal["merge", "error"] = "merge"
     """Parallel requests: ``merge`` their changes key by key, or ``error``: raise ``SessionConflict`` for the
@@ -112,7 +137,7 @@ class SessionConfig:
     """A session that cannot be read: 503 at first access, an empty session, or the last cached state up to
     ``stale_for``.
     """
-    stale_for: float = 60.0
+    stale_for: Seconds[float] = Seconds(60.0)
     """Seconds after its last confirmed read for which ``on_store_error="stale"`` serves an entry."""
     wait_replicas: int = 0
     """Above 0: after a logout ask Redis (``WAIT``, for a few milliseconds) how many replicas have it, up to
@@ -124,16 +149,14 @@ class SessionConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
 
     def __post_init__(self) -> None:
-        _positive(
-            idle_timeout=self.idle_timeout,
-            absolute_timeout=self.absolute_timeout,
-            stale_for=self.stale_for,
-            max_bytes=self.max_bytes,
-        )
-        if self.rotate_grace < 0:
-            raise ValueError(f"rotate_grace must be at least 0, not {self.rotate_grace!r}")
-        if not isinstance(self.wait_replicas, int) or self.wait_replicas < 0:
-            raise ValueError(f"wait_replicas must be a whole number from 0, not {self.wait_replicas!r}")
+        cure = ": write CookieConfig(name=…)" if isinstance(self.cookie, str) else ""
+        expect("cookie", self.cookie, CookieConfig, cure=cure)
+        expect("cache", self.cache, CacheConfig)
+        expect("scope_key", self.scope_key, str, None)
+        _durations(self, "idle_timeout", "absolute_timeout", "stale_for")
+        _durations(self, "rotate_grace", least=0)
+        _positive(max_bytes=self.max_bytes)
+        _whole("wait_replicas", self.wait_replicas, 0)
         if self.idle_timeout > self.absolute_timeout:
             raise ValueError("idle_timeout must not be longer than absolute_timeout")
         if self.scope_key is not None and (not self.scope_key or self.scope_key == "asgi_cluster"):
@@ -144,7 +167,9 @@ class SessionConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RealtimeConfig:
-    """Rooms, the built-in endpoint and every WebSocket of the wrapped app."""
+    """Rooms, the built-in endpoint and every WebSocket of the wrapped app. Durations are seconds or a
+    ``timedelta``.
+    """
 
     path: str | None = "/realtime"
     """Where the built-in endpoint lives (``<path>/websocket``, ``<path>/client.js``); ``None``: nowhere."""
@@ -170,11 +195,11 @@ class RealtimeConfig:
     """
     on_bus_error: Literal["raise", "local"] = "raise"
     """A broadcast that cannot reach the bus raises ``BusUnavailable``, or reaches only members here."""
-    ping_interval: float = 25.0
+    ping_interval: Seconds[float] = Seconds(25.0)
     """Seconds between protocol pings to each client of the built-in endpoint."""
-    pong_timeout: float = 10.0
+    pong_timeout: Seconds[float] = Seconds(10.0)
     """Seconds a client has to answer a ping before it is closed with 3012."""
-    connect_timeout: float = 10.0
+    connect_timeout: Seconds[float] = Seconds(10.0)
     """Seconds a client has to send the connect command before it is closed with 3502."""
     outbox_bytes: int = 1 << 20
     """Bytes that may wait for one slow client; what happens then is the room's ``slow`` policy."""
@@ -192,29 +217,35 @@ class RealtimeConfig:
     """Connections one user may have to the built-in endpoint in the whole cluster; ``None``: no limit."""
     max_connections_per_session: int | None = None
     """Connections one session may have to the built-in endpoint in the whole cluster; ``None``: no limit."""
-    unverified_limit: float = 60.0
+    unverified_limit: Seconds[float] = Seconds(60.0)
     """Seconds an open socket outlives a Redis that does not answer (spread over a quarter of it)."""
-    close_timeout: float = 2.0
+    close_timeout: Seconds[float] = Seconds(2.0)
     """Seconds a forced close may take before the transport is cut."""
-    drain: float | None = None
+    drain: Seconds[float | None] = Seconds(None)
     """Seconds over which SIGTERM spreads the closing of sockets before the server stops; ``None``: not at
     all.
     """
 
     def __post_init__(self) -> None:
+        expect("path", self.path, str, None)
+        for name in ("connect", "on_connect", "on_disconnect", "on_message"):
+            expect_callable(name, getattr(self, name))
+        expect("rpc", self.rpc, Mapping)
+        for method, handler in self.rpc.items():
+            expect_callable(f"rpc[{method!r}]", handler)
+        _durations(
+            self, "ping_interval", "pong_timeout", "connect_timeout", "unverified_limit", "close_timeout"
+        )
+        if self.drain is not None:
+            _durations(self, "drain")
         _positive(
-            ping_interval=self.ping_interval,
-            pong_timeout=self.pong_timeout,
-            connect_timeout=self.connect_timeout,
             outbox_bytes=self.outbox_bytes,
             max_message_bytes=self.max_message_bytes,
             max_broadcast_bytes=self.max_broadcast_bytes,
             max_rooms=self.max_rooms,
             max_commands_per_second=self.max_commands_per_second,
-            unverified_limit=self.unverified_limit,
-            close_timeout=self.close_timeout,
         )
-        for name in ("max_connections_per_user", "max_connections_per_session", "drain"):
+        for name in ("max_connections_per_user", "max_connections_per_session"):
             value = getattr(self, name)
             if value is not None:
                 _positive(**{name: value})
@@ -225,6 +256,7 @@ class RealtimeConfig:
         if isinstance(self.allowed_origins, str):
             raise TypeError("allowed_origins must be a list of origins, not one string")
         for origin in self.allowed_origins or ():
+            expect("an origin", origin, str)
             if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
                 raise ValueError(f"an origin is scheme://host[:port] without a path, not {origin!r}")
         _one_of("on_bus_error", self.on_bus_error, ("raise", "local"))

@@ -9,6 +9,7 @@ from typing import Any
 from asgi_cluster.codes import CloseCode
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.headers import SessionHeaders
+from asgi_cluster.ids import check_user
 from asgi_cluster.realtime.socket import Socket
 from asgi_cluster.scope import ScopeState
 
@@ -70,7 +71,8 @@ class Handshake:
             user = None if record is None else str(record.user) if record.user is not None else None
             if user is None and cluster.identify is not None:
                 found = cluster.identify(self._scope)
-                user = await found if inspect.isawaitable(found) else found
+                found = await found if inspect.isawaitable(found) else found
+                user = None if found is None else check_user(found)
             socket.handle = None if record is None else record.handle
             socket.user = user
             # Register, then read: a logout that the read does not see finds the socket in the hub.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import MutableMapping
 from typing import Any
 
+import msgspec
+
+from asgi_cluster.arguments import described
 from asgi_cluster.cluster import Cluster
 from asgi_cluster.sessions.session import Session
 
@@ -31,7 +35,7 @@ class SessionHeaders:
         """Take over what the app put under the public scope key.
 
         Raises:
-            TypeError: another session library has put its object there.
+            TypeError: an object that is no dict: data of the app's, or another library's session.
         """
         if self.scope_key is None:
             return
@@ -43,6 +47,11 @@ class SessionHeaders:
         elif type(current).__module__ == "litestar.types.empty":
             # Litestar's clear_session() puts its sentinel Empty there.
             session.clear()
+        elif (cure := _as_dict(current)) is not None:
+            raise TypeError(
+                f"scope[{self.scope_key!r}] was set to {described(current)}, and only a dict can be "
+                f"stored as the session: {cure}"
+            )
         elif current is not None:
             raise TypeError(
                 f"scope[{self.scope_key!r}] was replaced by a {type(current).__module__}."
@@ -78,6 +87,19 @@ class SessionHeaders:
             else:
                 headers.append(_VARY)
         return {**message, "headers": headers}
+
+
+def _as_dict(value: Any) -> str | None:
+    """How to get a dict from data that the app put in place of the session; ``None`` when it is no data."""
+    if isinstance(value, msgspec.Struct):
+        return "pass msgspec.to_builtins(value)."
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return "pass dataclasses.asdict(value)."
+    if hasattr(value, "model_dump"):
+        return "pass value.model_dump()."
+    if type(value).__module__ == "builtins" and value is not None:
+        return "pass a dict with it under a name of its own."
+    return None
 
 
 def _vary(headers: list[tuple[bytes, bytes]], header: tuple[bytes, bytes]) -> None:

@@ -6,6 +6,8 @@ import hashlib
 import secrets
 from typing import NewType
 
+from asgi_cluster.arguments import expect
+
 BUCKETS = 256
 
 NodeId = NewType("NodeId", str)
@@ -19,6 +21,19 @@ UserId = NewType("UserId", str)
 
 ConnectionId = NewType("ConnectionId", str)
 """One WebSocket connection, unique in the cluster."""
+
+
+def check_user(user_id: object) -> UserId:
+    """The user id, if it can be one: 1 to 255 printable characters.
+
+    Raises:
+        TypeError, ValueError: it cannot.
+    """
+    cure = f": convert it, str({user_id})" if isinstance(user_id, int) else ""
+    expect("user_id", user_id, str, cure=cure)
+    if not isinstance(user_id, str) or not 1 <= len(user_id) <= 255 or not user_id.isprintable():
+        raise ValueError(f"user_id must be 1 to 255 printable characters, not {user_id!r}")
+    return UserId(user_id)
 
 
 def bucket_of(user: str) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from asgi_cluster.arguments import described
 from asgi_cluster.bus.bus import Bus
 from asgi_cluster.bus.messages import Disconnect, PersonalMessage, encode
 from asgi_cluster.codes import CloseCode
@@ -161,8 +162,10 @@ def check_handle(handle: str) -> Handle:
     """The handle, if it has the shape of one.
 
     Raises:
-        ValueError: it has not.
+        TypeError, ValueError: it has not.
     """
+    if not isinstance(handle, str):
+        raise TypeError(f"a session handle is a str, not {described(handle)}")
     bucket, dot, token = handle.partition(".")
     hexadecimal = len(bucket) == 2 and all(digit in "0123456789abcdef" for digit in bucket)
     if not (dot and hexadecimal and len(token) == 22 and token.replace("-", "a").replace("_", "a").isalnum()):

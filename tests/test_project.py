@@ -31,7 +31,7 @@ PUBLIC = """
     ClusterError NotStarted StoreUnavailable BusUnavailable SessionConflict NotPermitted
 """
 
-LEAVES = {"ids", "codes", "exceptions", "tasks", "scope", "config"}
+LEAVES = {"arguments", "ids", "codes", "exceptions", "tasks", "scope", "config"}
 """Known to everybody; they know at most each other."""
 PORTS = {"sessions.store", "realtime.history", "realtime.presence"}
 """With all of ``bus``, what the halves and the backends meet at."""

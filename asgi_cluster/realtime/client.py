@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Raw
 
 from asgi_cluster.exceptions import ClusterError, NotPermitted
+from asgi_cluster.ids import check_user
 from asgi_cluster.realtime.commands import COMMANDS, decoded, subscribe_here
 from asgi_cluster.realtime.connection import Connection
 from asgi_cluster.realtime.packet import Packet
@@ -255,11 +256,13 @@ class Client(Connection):
         if inspect.isawaitable(answer):
             answer = await answer
         if answer is None or isinstance(answer, str):
-            return Connected(user_id=answer)
+            answer = Connected(user_id=answer)
         if not isinstance(answer, Connected):
             raise TypeError(
                 f"the connect hook must return a user id, None or Connected, not {type(answer).__name__}"
             )
+        if answer.user_id is not None:
+            check_user(answer.user_id)
         return answer
 
     async def _refreshed(self, request: RefreshCommand) -> Result:

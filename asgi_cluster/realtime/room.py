@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from asgi_cluster.ids import check_user
 from asgi_cluster.realtime.connection import Connection
 from asgi_cluster.realtime.history import Entry, Position
 from asgi_cluster.realtime.payload import decode_payload, encode_payload
@@ -124,7 +125,7 @@ class Room:
         """Take a user (``None``: everybody) out of the room on every node; the connections stay open. Raises
         ``BusUnavailable``.
         """
-        await self._rooms.expel(self.name, user)
+        await self._rooms.expel(self.name, None if user is None else check_user(user))
 
     def __repr__(self) -> str:
         return f"<Room {self.name!r}>"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 import msgspec
+
+from asgi_cluster.arguments import described
 
 __all__ = ["Decoded", "encode_value"]
 
@@ -30,9 +33,14 @@ def encode_value(key: object, value: Any, known: bytes | None = None) -> bytes:
         raise TypeError(f"session[{key!r}] cannot be stored: {error}") from error
     # Tuples come back as lists, and that is allowed; anything else has to be equal.
     if back != value and back != _as_lists(value):
+        if _holds_naive(value):
+            raise TypeError(
+                f"session[{key!r}] cannot be stored: a datetime without a time zone would come back as a "
+                "str. Give it one, as datetime.now(UTC) does."
+            )
         raise TypeError(
-            f"session[{key!r}] cannot be stored: a {type(value).__name__} would not come back equal. "
-            "Store plain values: None, bool, int, float, str, bytes, datetime, and lists and dicts of them."
+            f"session[{key!r}] cannot be stored: {described(value)} would not come back equal. Store plain "
+            "values: None, bool, int, float, str, bytes, datetime with a time zone, lists and dicts of them."
         )
     return data
 
@@ -62,6 +70,14 @@ class Decoded:
         dict.update(target, self._plain)
         for key, data in self._nested.items():
             dict.__setitem__(target, key, _decode(data))
+
+
+def _holds_naive(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_holds_naive, value))
+    if isinstance(value, dict):
+        return any(map(_holds_naive, value.values()))
+    return isinstance(value, datetime) and value.utcoffset() is None
 
 
 def _as_lists(value: Any) -> Any:

@@ -15,10 +15,11 @@ from typing import Any
 
 import msgspec
 
+from asgi_cluster.arguments import seconds
 from asgi_cluster.bus.lease import boot_clock
 from asgi_cluster.codes import CloseCode
 from asgi_cluster.exceptions import StoreUnavailable
-from asgi_cluster.ids import Handle, UserId, new_secret, new_token, secret_hash
+from asgi_cluster.ids import Handle, UserId, check_user, new_secret, new_token, secret_hash
 from asgi_cluster.sessions.cache import Entry
 from asgi_cluster.sessions.receipts import LogoutReceipt
 from asgi_cluster.sessions.stored import StoredSession
@@ -80,26 +81,25 @@ class Session(StoredSession):
 
     # Who it is
 
-    async def login(self, user_id: str, lifetime: float | None = None) -> None:
+    async def login(self, user_id: str, lifetime: float | timedelta | None = None) -> None:
         """Sign ``user_id`` in: a new handle and a new secret; the old ones are dead when this returns.
 
         Data of an anonymous session, or of the same user, is kept, as the store has it at that moment; what
-        this request assigned before wins. Another user's data is dropped. ``lifetime`` in
-        seconds replaces both timeouts and makes the cookie survive the browser ("remember me"); ``None``: as
-        configured. Open sockets of the old session are closed with 3011, which makes clients reconnect with
-        the new cookie.
+        this request assigned before wins. Another user's data is dropped. ``lifetime``, seconds or a
+        ``timedelta``, replaces both timeouts and makes the cookie survive the browser ("remember me");
+        ``None``: as configured. Open sockets of the old session are closed with 3011, which makes clients
+        reconnect with the new cookie.
 
         Raises:
             StoreUnavailable: the user is not signed in. The old session goes on, unless ``outcome_unknown``:
             then it may be over. RuntimeError: the response has started, or the WebSocket is accepted: no
             cookie can be set any more.
         """
-        if not isinstance(user_id, str):
-            raise TypeError(f"user_id must be a string, not {type(user_id).__name__}")
-        if not 1 <= len(user_id) <= 255 or not user_id.isprintable():
-            raise ValueError("user_id must be 1 to 255 printable characters")
-        if lifetime is not None and not lifetime > 0:
-            raise ValueError(f"lifetime must be above 0 seconds, not {lifetime!r}")
+        check_user(user_id)
+        if lifetime is not None:
+            lifetime = seconds("lifetime", lifetime)
+            if not lifetime > 0:
+                raise ValueError(f"lifetime must be above 0 seconds, not {lifetime!r}")
         self._refuse_late("login")
         await self._read_again()
         if self.user_id not in (None, user_id):

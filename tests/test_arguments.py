@@ -1,0 +1,298 @@
+"""What the public calls accept, and what they say of what they do not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime, timedelta, timezone
+from typing import Any
+
+import msgspec
+import pytest
+from litestar import Litestar, Request, post
+from litestar.exceptions import LitestarException
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
+
+from asgi_cluster import (
+    CacheConfig,
+    Cluster,
+    ClusterMiddleware,
+    CookieConfig,
+    RealtimeConfig,
+    SessionConfig,
+    get_session,
+)
+from tests.sessions.app import client_for
+
+# Configuration
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: Cluster(sessions=CookieConfig()), r"SessionConfig\(cookie=CookieConfig\(…\)\)"),
+        (lambda: Cluster(sessions=CacheConfig()), r"SessionConfig\(cache=CacheConfig\(…\)\)"),
+        (
+            lambda: Cluster(sessions=SessionConfig),
+            "SessionConfig or None, not the class itself",
+        ),
+        (
+            lambda: Cluster(sessions={"idle_timeout": 5}),
+            "SessionConfig or None, not a dict",
+        ),
+        (lambda: Cluster(realtime=SessionConfig()), "realtime must be a RealtimeConfig or None"),
+        (
+            lambda: Cluster(sessions=RealtimeConfig()),
+            "sessions must be a SessionConfig or None",
+        ),
+        (lambda: Cluster(5), "url must be a str"),
+        (lambda: Cluster(prefix=b"x"), "prefix must be a str, not a bytes"),
+        (lambda: Cluster(node_label=7), "node_label must be a str or None, not an int"),
+        (lambda: Cluster(rooms_url=7), "rooms_url must be a str or None"),
+        (lambda: Cluster(listen="no"), "listen must be a bool, not a str"),
+        (lambda: Cluster(deadline="1"), "deadline must be a number of seconds or a timedelta, not a str"),
+        (lambda: Cluster(identify="user"), "identify must be callable, not a str"),
+        (lambda: SessionConfig(cookie=CacheConfig()), "cookie must be a CookieConfig, not a CacheConfig"),
+        (lambda: SessionConfig(cookie="session"), r"CookieConfig\(name="),
+        (lambda: SessionConfig(cache=CookieConfig()), "cache must be a CacheConfig, not a CookieConfig"),
+        (lambda: SessionConfig(cache=30), "cache must be a CacheConfig, not an int"),
+        (lambda: SessionConfig(idle_timeout="2h"), "idle_timeout must be a number of seconds or a timedelta"),
+        (lambda: SessionConfig(idle_timeout=True), "idle_timeout must be a number of seconds"),
+        (lambda: SessionConfig(rotate_grace=None), "rotate_grace must be a number of seconds"),
+        (lambda: SessionConfig(max_bytes="1k"), "max_bytes must be a number, not a str"),
+        (lambda: SessionConfig(scope_key=5), "scope_key must be a str or None, not an int"),
+        (lambda: SessionConfig(wait_replicas=1.5), "wait_replicas must be an int, not a float"),
+        (lambda: CookieConfig(name=5), "name must be a str, not an int"),
+        (lambda: CookieConfig(path=None), "path must be a str, not None"),
+        (lambda: CookieConfig(domain=5), "domain must be a str or None, not an int"),
+        (lambda: CookieConfig(secure="false"), "secure must be a bool, not a str"),
+        (lambda: CookieConfig(partitioned=1), "partitioned must be a bool, not an int"),
+        (lambda: CacheConfig(max_entries=1e3), "max_entries must be an int, not a float"),
+        (lambda: CacheConfig(ttl="30"), "ttl must be a number of seconds or a timedelta"),
+        (lambda: RealtimeConfig(path=b"/x"), "path must be a str or None, not a bytes"),
+        (lambda: RealtimeConfig(connect="hook"), "connect must be callable, not a str"),
+        (lambda: RealtimeConfig(on_message=5), "on_message must be callable, not an int"),
+        (lambda: RealtimeConfig(rpc=print), r"rpc must be a Mapping, not a builtin_function_or_method"),
+        (lambda: RealtimeConfig(rpc={"add": 5}), r"rpc\['add'\] must be callable, not an int"),
+        (lambda: RealtimeConfig(allowed_origins="https://a.example"), "allowed_origins must be a list"),
+        (lambda: RealtimeConfig(allowed_origins=[5]), "an origin must be a str, not an int"),
+        (lambda: RealtimeConfig(outbox_bytes=None), "outbox_bytes must be a number, not None"),
+        (lambda: RealtimeConfig(drain="10"), "drain must be a number of seconds or a timedelta"),
+        (lambda: ClusterMiddleware(Cluster(), Starlette()), "cluster must be a Cluster"),
+    ],
+)
+def test_argument_of_the_wrong_type_is_named(make: Callable[[], Any], told: str) -> None:
+    """The error names the argument, what it takes and what it got, and where it belongs if that is known."""
+    with pytest.raises(TypeError, match=told):
+        make()
+
+
+SECONDS = {
+    SessionConfig: ("idle_timeout", "absolute_timeout", "rotate_grace", "stale_for"),
+    CacheConfig: ("ttl", "lease"),
+    RealtimeConfig: (
+        "ping_interval", "pong_timeout", "connect_timeout", "unverified_limit", "close_timeout", "drain",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "name"), [(kind, name) for kind in SECONDS for name in SECONDS[kind]])
+def test_duration_may_be_a_timedelta(config: Any, name: str) -> None:
+    """Seconds and ``timedelta`` are the same configuration; what is read from it is seconds."""
+    value = {"ping_interval": 90.0, "absolute_timeout": 90_000.0}.get(name, 3.5)
+    made = config(**{name: timedelta(seconds=value)})
+    assert getattr(made, name) == value
+    assert isinstance(getattr(made, name), float)
+    assert made == config(**{name: value})
+    with pytest.raises(ValueError, match=name):
+        config(**{name: timedelta(seconds=-1)})
+    with pytest.raises(ValueError, match=name):
+        config(**{name: float("nan")})
+
+
+def test_every_duration_is_listed_above() -> None:
+    """A field whose documentation starts with "Seconds" takes a ``timedelta``: its type says so."""
+    for config in (SessionConfig, CacheConfig, RealtimeConfig, CookieConfig):
+        typed = {field.name for field in fields(config) if "Seconds" in str(field.type)}
+        assert typed == set(SECONDS.get(config, ())), config
+
+
+def test_deadline_may_be_a_timedelta() -> None:
+    """As the fields of the configuration."""
+    assert Cluster("memory://", deadline=timedelta(milliseconds=500)).deadline == 0.5
+    with pytest.raises(ValueError, match="deadline must be above 0, at most the lease 2"):
+        Cluster("memory://", deadline=timedelta(seconds=3))
+
+
+# Users and handles
+
+
+@pytest.mark.parametrize(
+    ("user", "error", "told"),
+    [
+        (42, TypeError, r"user_id must be a str, not an int: convert it, str\(42\)"),
+        (None, TypeError, "user_id must be a str, not None"),
+        (b"ada", TypeError, "user_id must be a str, not a bytes"),
+        ("", ValueError, "1 to 255 printable characters"),
+        ("x" * 256, ValueError, "1 to 255 printable characters"),
+        ("a\nb", ValueError, "1 to 255 printable characters"),
+        ("\ud83d", ValueError, "1 to 255 printable characters"),
+    ],
+)
+async def test_user_id_of_the_wrong_kind_is_refused_everywhere(
+    user: Any, error: type[Exception], told: str
+) -> None:
+    """The same rule for whoever signs in and for whoever is looked for."""
+    cluster = Cluster("memory://")
+    with pytest.raises(error, match=told):
+        cluster.user(user)
+    with pytest.raises(error, match=told):
+        cluster.accept((), user_id=user) if user is not None else cluster.user(user)
+    with pytest.raises(error, match=told):
+        await cluster.room("r").disconnect(user=user) if user is not None else cluster.user(user)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await scope["session"].login(user)
+
+    async with client_for(cluster, app) as client:
+        with pytest.raises(error, match=told):
+            await client.get("/")
+
+
+def test_identify_that_returns_no_str_is_an_error() -> None:
+    """A socket of a user that ``cluster.user`` could not name would miss that user's logout."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+
+    client = TestClient(ClusterMiddleware(app, Cluster("memory://", identify=lambda scope: 42)))
+    refused = pytest.RaisesExc(TypeError, match="user_id must be a str, not an int")
+    with pytest.RaisesGroup(refused, allow_unwrapped=True), client.websocket_connect("/"):
+        pass
+
+
+@pytest.mark.parametrize("handle", [42, None, b"00.xxx"])
+async def test_session_handle_of_the_wrong_type_is_named(handle: Any) -> None:
+    """Not an ``AttributeError`` from inside."""
+    cluster = Cluster("memory://")
+    with pytest.raises(TypeError, match="a session handle is a str, not"):
+        cluster.session(handle)
+    with pytest.raises(TypeError, match="a session handle is a str, not"):
+        cluster.user("ada").session(handle)
+    if handle is not None:
+        with pytest.raises(TypeError, match="a session handle is a str, not"):
+            await cluster.user("ada").logout(exclude=handle)
+
+
+@pytest.mark.parametrize(
+    ("lifetime", "error"),
+    [("1h", TypeError), (True, TypeError), (0, ValueError), (timedelta(-1), ValueError)],
+)
+async def test_lifetime_of_the_wrong_kind_is_refused(lifetime: Any, error: type[Exception]) -> None:
+    """Before anything is stored."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await scope["session"].login("ada", lifetime=lifetime)
+
+    async with client_for(Cluster("memory://"), app) as client:
+        with pytest.raises(error, match="lifetime must be"):
+            await client.get("/")
+
+
+async def test_lifetime_may_be_a_timedelta(cluster_url: str, prefix: str) -> None:
+    """It is the cookie's Max-Age and the session's life."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await get_session(scope).login("ada", lifetime=timedelta(days=30))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async with Cluster(cluster_url, prefix=prefix) as cluster, client_for(cluster, app) as client:
+        assert "; Max-Age=2592000;" in (await client.get("/")).headers["set-cookie"]
+        (info,) = await cluster.user("ada").sessions()
+        assert info.expires_at - info.created_at > timedelta(days=29)
+
+
+# Values
+
+
+@pytest.mark.parametrize("value", [datetime(2026, 1, 2), {"at": [datetime(2026, 1, 2)]}])
+async def test_datetime_without_a_time_zone_is_refused_with_the_cure(value: Any) -> None:
+    """msgpack has only moments, and a datetime without a time zone is none."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        scope["session"]["seen"] = value
+
+    async with client_for(Cluster("memory://"), app) as client:
+        with pytest.raises(TypeError, match=r"session\['seen'\].*time zone.*datetime\.now\(UTC\)"):
+            await client.get("/")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        datetime(2026, 1, 2, tzinfo=UTC),
+        datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=timezone(timedelta(hours=2))),
+        [{"at": datetime(2026, 1, 2, tzinfo=UTC)}],
+    ],
+)
+async def test_datetime_with_a_time_zone_comes_back_equal(value: Any) -> None:
+    """The same moment, whatever the zone."""
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope["session"].get("seen"))
+        scope["session"]["seen"] = value
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async with client_for(Cluster("memory://"), app) as client:
+        await client.get("/")
+        await client.get("/")
+    assert seen == [None, value]
+
+
+class Cart(msgspec.Struct):
+    items: list[str]
+
+
+@dataclass
+class Basket:
+    items: list[str]
+
+
+class Model:
+    """As pydantic's, which need not be installed."""
+
+    def model_dump(self) -> dict[str, Any]:
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (Cart(["tea"]), r"msgspec\.to_builtins"),
+        (Basket(["tea"]), r"dataclasses\.asdict"),
+        (Model(), r"model_dump\(\)"),
+        (["tea"], "under a name of its own"),
+        ("tea", "under a name of its own"),
+    ],
+)
+async def test_object_in_place_of_the_session_is_explained(value: Any, told: str) -> None:
+    """Litestar's ``set_session`` takes any object; only a dict can be stored, and the error says how to get
+    one. No other session middleware is blamed.
+    """
+
+    @post("/")
+    async def handler(request: Request[Any, Any, Any]) -> None:
+        request.set_session(value)
+
+    async with client_for(Cluster("memory://"), Litestar([handler])) as client:
+        with pytest.raises(LitestarException) as caught:
+            await client.post("/")
+    text = str(caught.value.__cause__)
+    assert re.match(rf"scope\['session'\] was set to an? .*{told}", text)
+    assert "middleware" not in text
