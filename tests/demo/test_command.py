@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import httpx
 import pytest
@@ -112,7 +111,7 @@ async def test_killed_supervisor_leaves_nothing_running() -> None:
     """kill -9 of the supervisor: nodes and Valkey see the end of their pipe, and no directory stays."""
     with start_demo(nodes=1) as demo:
         family = demo.family()
-        (directory,) = [Path(each.cwd()) for each in family if "valkey" in each.name()]
+        directory = demo.directory()
         demo.process.kill()
         await eventually(lambda: stopped(family), timeout=10)
         assert not directory.exists()
@@ -128,3 +127,53 @@ async def test_killed_node_is_started_again() -> None:
         assert demo.node_pid(1) != killed
         async with httpx.AsyncClient() as client:
             assert (await client.get(demo.node_url(1) + "/health")).status_code == 200
+
+
+@pytest.mark.parametrize("victim", ["server", "guard"])
+async def test_killed_valkey_is_started_again_with_its_data(victim: str) -> None:
+    """kill -9 of the embedded Valkey, or of the process that guards it: one line says so, the session and the
+    notes are there again, and Ctrl-C still leaves nothing behind.
+    """
+    with start_demo(nodes=1) as demo:
+        async with httpx.AsyncClient(base_url=demo.node_url(1)) as client:
+            assert (await client.post("/api/login", json={"name": "Ada"})).status_code == 200
+            note = (await client.post("/api/board/notes", json={"text": "kept"})).json()
+            killed = demo.valkey()
+            directory = demo.directory()
+            parent = killed.parent()
+            assert parent is not None
+            (killed if victim == "server" else parent).kill()
+            await eventually(lambda: "Valkey is back" in demo.log(), timeout=20)
+            said = [line for line in demo.log().splitlines() if line.startswith("Valkey was")]
+            assert said == ["Valkey was ended by SIGKILL; starting it again with its data."]
+
+            async def answers() -> bool:
+                answer = await client.get("/api/board")
+                assert answer.status_code in (200, 503)
+                return answer.status_code == 200 and answer.json()["notes"] == [note]
+
+            await eventually(answers, timeout=20)
+        assert demo.valkey().pid != killed.pid
+        family = demo.family()
+        assert len(family) == 4  # supervisor, node, Valkey and its guard
+        assert interrupt(demo) == 0
+        assert stopped([killed, *family])
+        assert not directory.exists()
+        assert "Traceback" not in demo.log()
+
+
+async def test_valkey_that_cannot_start_again_ends_the_demo() -> None:
+    """A data file that Valkey refuses to load: a few attempts, then status 1 and a sentence."""
+    with start_demo(nodes=1) as demo:
+        family = demo.family()
+        directory = demo.directory()
+        (log,) = directory.glob("appendonlydir/*.incr.aof")
+        log.write_bytes(b"this is no command\r\n" * 10)
+        demo.valkey().kill()
+        await eventually(lambda: demo.process.poll() is not None, timeout=40)
+        assert demo.process.returncode == 1
+        assert "Valkey did not start again in 5 attempts" in demo.log()
+        assert demo.log().count("starting it again with its data") == 5
+        assert stopped(family)
+        assert not directory.exists()
+        assert "Traceback" not in demo.log()
