@@ -76,6 +76,8 @@ def make_app(url: str, *, label: str = "node", prefix: str = "asgi-cluster-demo"
                 # Cursors and drags: worth nothing a moment later. Nothing is kept, a slow reader gets fewer.
                 RoomRule("live:{board_id}", subscribe=signed_in, publish=signed_in, slow="drop"),
             ],
+            # The page asks over its socket, so that the node that holds the socket is the one that answers.
+            rpc={"pulse": lambda connection, data: {"live": cluster.stats().bus.lease_remaining > 0}},
         ),
     )
     board = Board(url, "lobby")

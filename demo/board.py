@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+from redis.maint_notifications import MaintNotificationsConfig
 
 __all__ = ["COLOURS", "LONGEST_TEXT", "MOST_NOTES", "Board", "BoardUnavailable", "Refused", "checked_fields"]
 
@@ -48,7 +49,13 @@ class Board:
         self._key = f"asgi-cluster-demo:board:{name}"
         # No blind retries: a change that was sent twice would be two versions.
         self._redis: Redis = Redis.from_url(
-            url, protocol=3, socket_timeout=2.0, socket_connect_timeout=2.0, retry=Retry(NoBackoff(), 0)
+            url,
+            protocol=3,
+            socket_timeout=2.0,
+            socket_connect_timeout=2.0,
+            retry=Retry(NoBackoff(), 0),
+            # With them on, the pool hands out connections that the server has closed.
+            maint_notifications_config=MaintNotificationsConfig(enabled=False),
         )
         self._apply = self._redis.register_script(_SCRIPT)
 

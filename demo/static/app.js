@@ -9,6 +9,7 @@ import { People } from "./people.js";
 
 const BOARD = "board:lobby";
 const LIVE = "live:lobby";
+const PULSE_EVERY = 1000; // ms
 
 const notes = new Notes();
 const people = new People();
@@ -16,6 +17,8 @@ const panel = new Panel();
 let client = null;
 let user = null;
 let leaving = false; // this very window signs out: it needs no explanation
+let redis = null; // whether the node of our socket has Redis; null while that is not known
+let pulseTimer = null;
 
 // Session
 
@@ -111,8 +114,13 @@ document.addEventListener("visibilitychange", () => {
 function open() {
   close();
   client = connect();
-  client.on("state", ({ state }) => showState(state));
-  client.on("state", ({ state }) => { if (state === "connected") void whoAmI(); });
+  client.on("state", ({ state }) => {
+    redis = null;
+    showState(state);
+    if (state !== "connected") return;
+    void pulse();
+    void whoAmI();
+  });
   client.on("logout", ({ reason }) => {
     close();
     if (!leaving) lock(reason);
@@ -174,9 +182,25 @@ async function whoIsHere(board) {
   }
 }
 
-function showState(state) {
-  const words = { connected: "live", connecting: "connecting…", disconnected: "offline" };
+/** The socket can be fine while its node has lost Redis. Then nothing reaches the other nodes, and nothing is live. */
+async function pulse() {
+  clearTimeout(pulseTimer);
+  const asked = client;
+  if (asked?.state !== "connected") return;
+  const id = asked.id;
+  const live = await asked.rpc("pulse").then((answer) => answer.live, () => false);
+  if (asked !== client || asked.id !== id) return; // another connection, which asks for itself
+  redis = live;
+  showState(asked.state);
+  pulseTimer = setTimeout(() => void pulse(), PULSE_EVERY);
+}
+
+function showState(connection) {
+  const state = connection !== "connected" || redis ? connection : redis === null ? "connecting" : "stalled";
+  const words = { connected: "live", connecting: "connecting…", stalled: "no Redis", disconnected: "offline" };
+  const hints = { stalled: "This node cannot reach Redis: changes cannot be saved or shown until it can" };
   $("connection").dataset.state = state;
+  $("connection").title = hints[state] ?? "";
   $("connection").lastElementChild.textContent = words[state];
   showNode($("socket-node"), client?.node?.replace(/-[^-]+-[^-]+$/, "") ?? null);
 }

@@ -211,6 +211,49 @@ async def test_window_on_the_shared_port_moves_to_another_node(context: BrowserC
     await expect(page.locator(".note .text")).to_have_text("still here")
 
 
+async def test_window_is_not_live_while_redis_is_dead(context: BrowserContext, demo: Demo) -> None:
+    """The socket to the node stays open, and the window says all the same that Redis does not answer."""
+    one, two = await two_windows(context, demo)
+    await put_up(one, "before")
+    valkey = demo.valkey()
+    valkey.suspend()
+    try:
+        for page in (one, two):
+            await expect(page.locator("#connection")).to_have_text("no Redis", timeout=20_000)
+            await expect(page.locator("#connection")).to_have_attribute("data-state", "stalled")
+    finally:
+        valkey.resume()
+    for page in (one, two):
+        await expect(page.locator("#connection")).to_have_text("live", timeout=20_000)
+    await put_up(one, "after")
+    await expect(two.locator(".note")).to_have_count(2)
+
+
+async def test_window_has_everything_after_valkey_was_killed(context: BrowserContext, demo: Demo) -> None:
+    """kill -9 of the embedded Valkey: signed in as before, the notes are there, and changes travel again."""
+    one, two = await two_windows(context, demo)
+    await put_up(one, "before")
+    await expect(two.locator(".note")).to_have_count(1)
+    returns = demo.log().count("Valkey is back")
+    demo.valkey().kill()
+    await eventually(lambda: demo.log().count("Valkey is back") > returns, timeout=20)
+
+    async def has_redis(number: int) -> bool:
+        stats = await context.request.get(demo.node_url(number) + "/api/stats")
+        return bool((await stats.json())["bus"]["lease_remaining"] > 0)
+
+    for number in (1, 2, 3):
+        await eventually(partial(has_redis, number), timeout=20)
+    for page in (one, two):
+        await expect(page.locator("#connection")).to_have_text("live", timeout=20_000)
+    await put_up(one, "after")
+    await expect(two.locator(".note")).to_have_count(2)
+    await two.reload()
+    await expect(two.locator("#connection")).to_have_text("live")
+    await expect(two.locator(".note .text")).to_have_text(["before", "after"])
+    await expect(two).to_have_title("Ada · The Board")
+
+
 async def test_bad_name_is_explained(context: BrowserContext, demo: Demo) -> None:
     """What the server says is shown where the person looks."""
     page = await window(context, demo, 1)
