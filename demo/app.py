@@ -147,7 +147,11 @@ class _Api:
         who = session.user_id
         # It travels as a close reason, which has room for 123 bytes.
         reason = f"{who} signed out on {self._label}".encode()[:120].decode(errors="ignore")
-        receipt = await session.logout(reason=reason)
+        if who is None:
+            receipt = await session.logout(reason=reason)
+        else:
+            receipt = await self._cluster.user(who).logout(reason=reason)
+            await session.logout(reason=reason)  # over already: this removes the cookie
         return JSONResponse(
             {
                 "user": None,

@@ -146,6 +146,24 @@ async def test_signing_out_locks_the_other_windows(context: BrowserContext, demo
     await expect(three).to_have_title("Grace · The Board")
 
 
+async def test_signing_out_locks_the_windows_on_other_devices(
+    context: BrowserContext, chromium: Browser, demo: Demo
+) -> None:
+    """Another browser of the same user, with a session of its own, locks as well."""
+    one = await window(context, demo, 1)
+    await sign_in(one, "Ada")
+    device = await chromium.new_context()
+    try:
+        two = await window(device, demo, 2)
+        await sign_in(two, "Ada")
+        await one.get_by_role("button", name="Sign out everywhere").click()
+        await expect(two.get_by_role("alertdialog")).to_be_visible()
+        await expect(two.locator("#lock-text")).to_contain_text("Ada signed out on node-1, at ")
+        await expect(one.get_by_text("Signed out: 2 sockets closed on 3 nodes")).to_be_visible()
+    finally:
+        await device.close()
+
+
 async def test_change_that_a_visitor_made_up_is_ignored(context: BrowserContext, demo: Demo) -> None:
     """People may publish in the room, and only the server's word changes the board."""
     one, two = await two_windows(context, demo)
@@ -166,7 +184,7 @@ async def test_change_that_a_visitor_made_up_is_ignored(context: BrowserContext,
 
 
 async def test_other_people_stay_signed_in(context: BrowserContext, chromium: Browser, demo: Demo) -> None:
-    """A sign-out ends that session only; who is here is right before and after."""
+    """A sign-out ends the sessions of that user only; who is here is right before and after."""
     one = await window(context, demo, 1)
     await sign_in(one, "Ada")
     other = await chromium.new_context()

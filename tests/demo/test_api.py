@@ -100,6 +100,29 @@ async def test_logout_closes_sockets_on_all_nodes(demo: Demo) -> None:
             assert (socket.close_code, socket.close_reason) == (4501, "Ada signed out on node-1")
 
 
+async def test_logout_ends_the_user_on_every_device(demo: Demo) -> None:
+    """The user's other sessions end too, with their sockets on any node; other users' do not."""
+    async with (
+        visitor(demo, "Ada") as laptop,
+        visitor(demo, "Ada") as phone,
+        visitor(demo, "Grace") as other,
+        realtime(demo, 2, laptop) as one,
+        realtime(demo, 3, phone) as two,
+        realtime(demo, 3, other) as three,
+    ):
+        answer = await laptop.post("/api/logout")
+        assert (answer.json()["complete"], answer.json()["sockets_closed"]) == (True, 2)
+        assert "demo" not in laptop.cookies
+        for socket in (one, two):
+            await closed(socket)
+            assert (socket.close_code, socket.close_reason) == (4501, "Ada signed out on node-1")
+        for number in (1, 2, 3):
+            assert (await phone.get(demo.node_url(number) + "/api/me")).json()["user"] is None
+        assert (await other.get("/api/me")).json()["user"] == "Grace"
+        reply = await ask(three, 2, {"subscribe": {"channel": "board:lobby"}})
+        assert "error" not in reply
+
+
 async def test_change_reaches_subscribers_on_another_node(demo: Demo) -> None:
     """Adding, editing and deleting a note on one node are announced on another, with growing versions."""
     async with visitor(demo, "Ada") as client, realtime(demo, 2, client) as socket:
