@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from time import monotonic
 
 from asgi_cluster.bus.bus import SUBSCRIBED_AGAIN, Bus
 from asgi_cluster.bus.messages import (
@@ -27,6 +28,7 @@ from asgi_cluster.realtime.socket import Socket
 from asgi_cluster.sessions.cache import SessionCache
 from asgi_cluster.sessions.receipts import Acknowledgements
 from asgi_cluster.sessions.tombstones import Tombstones
+from asgi_cluster.tasks import spawn
 
 __all__ = ["Dispatch"]
 
@@ -122,7 +124,17 @@ class Dispatch:
         if origin == self._node():
             self._acks.answer(request, origin, sockets)
         elif request:
-            self._bus.post(origin, encode(Ack(request, self._node(), sockets)))
+            tasks = self._hub.closes.tasks if sockets else None
+            if tasks is None:
+                self._bus.post(origin, encode(Ack(request, self._node(), sockets)))
+            else:
+                # Not uvicorn: whether the server takes a close is known a little later.
+                work = self._acknowledge_later(origin, request, sockets, monotonic())
+                spawn(tasks, work, name="asgi-cluster acknowledgement")
+
+    async def _acknowledge_later(self, origin: str, request: str, sockets: int, since: float) -> None:
+        sockets = max(0, sockets - await self._hub.failed_closes(since))
+        self._bus.post(origin, encode(Ack(request, self._node(), sockets)))
 
     def room_message(self, room: str, payload: bytes) -> None:
         """A publication, a join, a leave, for this node's members."""

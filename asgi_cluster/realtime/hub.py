@@ -21,7 +21,7 @@ from asgi_cluster.realtime.flusher import Flusher
 from asgi_cluster.realtime.outbox import Counters, Outbox
 from asgi_cluster.realtime.packet import Packet
 from asgi_cluster.realtime.protocol import DisconnectCode, encode_push, to_json
-from asgi_cluster.realtime.socket import Socket
+from asgi_cluster.realtime.socket import Closes, Socket
 
 if TYPE_CHECKING:
     from asgi_cluster.realtime.connection import Connection
@@ -77,6 +77,7 @@ class Hub:
             weakref.WeakKeyDictionary()
         )
         self._counters = Counters()
+        self.closes = Closes()
         # memory:// joins loops in several threads; elsewhere it is never contended.
         self._lock = threading.RLock()
 
@@ -164,6 +165,10 @@ class Hub:
     def send_user(self, user: str, message: PersonalMessage) -> int:
         """Send to a user's sockets that the cluster serves; to how many."""
         return _send_to(self._by_user.get(user, ()), message)
+
+    async def failed_closes(self, since: float) -> int:
+        """How many closes, begun and counted here, have failed after ``since`` (``time.monotonic``)."""
+        return await self.closes.failed(since) if self.closes else 0
 
     async def drain(self, seconds: float) -> None:
         """Close every socket with 3001, spread over ``seconds``, so that the clients do not all come back at

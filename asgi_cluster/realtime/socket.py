@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 
 from asgi_cluster.ids import ConnectionId, new_token
 from asgi_cluster.realtime.server import discard, drive, forget_handshake, known_server
+from asgi_cluster.scope import ScopeState
 from asgi_cluster.tasks import spawn
 
 if TYPE_CHECKING:
     from asgi_cluster.realtime.connection import Connection
     from asgi_cluster.realtime.outbox import Outbox
 
-__all__ = ["Socket"]
+__all__ = ["Closes", "Socket"]
 
 logger = logging.getLogger("asgi_cluster.realtime")
 
@@ -24,6 +27,44 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 _LONGEST_REASON = 123  # bytes: RFC 6455 section 5.5 allows 125 in a control frame, two of them are the code
+_CLOSE_IS_LATE = 0.25  # seconds that a receipt waits for closes under way
+
+
+class Closes:
+    """The closes that need a task of their own (servers other than uvicorn), and those that failed.
+
+    A receipt counts a close when it was begun; what fails afterwards is deducted.
+    """
+
+    __slots__ = ("_failures", "under_way")
+
+    def __init__(self) -> None:
+        self.under_way: set[Socket] = set()
+        self._failures: deque[float] = deque(maxlen=1000)
+
+    def finished(self, socket: Socket, *, failed: bool) -> None:
+        """The server has taken the close, or refused it."""
+        self.under_way.discard(socket)
+        if failed:
+            self._failures.append(monotonic())
+
+    def __bool__(self) -> bool:
+        return bool(self.under_way or self._failures)
+
+    @property
+    def tasks(self) -> asyncio.TaskGroup | None:
+        """Of this loop, where something is under way; ``None`` otherwise."""
+        loop = _running_loop()
+        return next((socket.tasks for socket in self.under_way if socket.loop is loop), None)
+
+    async def failed(self, since: float) -> int:
+        """How many have failed after ``since`` (``time.monotonic``). Waits for those under way, a quarter of
+        a second at most: one that takes longer waits for a client that does not read, and counts as failed.
+        """
+        loop = asyncio.get_running_loop()
+        waiting = [socket.closing for socket in self.under_way if socket.loop is loop]
+        late = (await asyncio.wait(waiting, timeout=_CLOSE_IS_LATE))[1] if waiting else ()
+        return len(late) + sum(moment >= since for moment in self._failures)
 
 
 class Socket:
@@ -88,7 +129,8 @@ class Socket:
     # Closing
 
     def close(self, code: int, reason: str) -> bool:
-        """Begin to close the socket, from any thread; False when it is closed or being closed already.
+        """Begin to close the socket, from any thread. False when it is closed or being closed
+        already, or when the server refused at once; what fails later is counted by ``hub.closes``.
 
         Before the handshake is answered the close is remembered, and goes out right after it: browsers see no
         code on a handshake that is refused. A client that does not read is cut off after ``close_timeout``
@@ -96,16 +138,16 @@ class Socket:
         """
         if self.close_code is not None or self.state == "closed":
             return False
-        self.close_code = code
+        # A plain int: some servers (Daphne) and libraries refuse an IntEnum.
+        self.close_code = int(code)
         self.close_reason = reason.encode()[:_LONGEST_REASON].decode(errors="ignore")
         if self.crosses_loops and _running_loop() is not self.loop:
             try:
                 self.loop.call_soon_threadsafe(self._close_now)
             except RuntimeError:
                 return False  # its loop is closed, and so is the socket
-        else:
-            self._close_now()
-        return True
+            return True
+        return self._close_now()
 
     def opened(self) -> None:
         """The handshake was answered: a close that came meanwhile goes out now."""
@@ -116,9 +158,10 @@ class Socket:
             if self.close_code is not None:
                 self._close_now()
 
-    def _close_now(self) -> None:
+    def _close_now(self) -> bool:
+        """False when the server refused at once. A socket in its handshake is closed after it."""
         if self.state != "open":
-            return
+            return self.state == "connecting"
         outbox = self.outbox
         if outbox is not None:
             # What was sent before the close goes out before it, unless the client is slow.
@@ -137,23 +180,28 @@ class Socket:
             try:
                 rest = drive(self._send_close(None))
             except (OSError, RuntimeError):
-                return  # closed by the app or the client in the same moment
+                return False  # closed by the app or the client in the same moment
             except Exception:
                 # Whoever closes a thousand sockets must not stop at one.
                 logger.exception("a server failed to close a socket")
                 self.abort()
-                return
+                return False
         if rest is None:
             self._cut_later()
-            return
+            return True
         if self._closing is None:
             self._closing = self.loop.create_future()
+        closes = self._closes
         try:
             spawn(self.tasks, self._finish_close(rest), name="asgi-cluster close")
         except RuntimeError:
             discard(rest)
             self._closing.set_result(None)
             self.abort()  # the node is stopping and takes no more work
+            return False
+        if closes is not None:
+            closes.under_way.add(self)
+        return True
 
     async def finished(self) -> None:
         """Return when a close that we began has gone out, or was given up after ``close_timeout`` seconds."""
@@ -167,19 +215,32 @@ class Socket:
             # granian sends nothing while a receive is pending. What the client says now is not read any more.
             self._receiving.cancel()
             await asyncio.sleep(0)
-        await self.send({"type": "websocket.close", "code": self.close_code, "reason": self.close_reason})
+        assert self.close_code is not None
+        close = {"type": "websocket.close", "code": self.close_code, "reason": self.close_reason}
+        try:
+            await self.send(close)
+        except (OSError, RuntimeError):
+            raise
+        except Exception:
+            # Daphne lets an app send 1000 and 3000 to 4999 only (autobahn's sendClose).
+            if not 1000 < self.close_code < 3000:
+                raise
+            await self.send({**close, "code": 1000})
 
     async def _finish_close(self, rest: Awaitable[None]) -> None:
+        sent = False
         try:
             async with asyncio.timeout(self.close_timeout):
                 await rest
+            sent = True
+            self._cut_later()
         except TimeoutError:
             self.abort()
         except (OSError, RuntimeError):
-            return
-        else:
-            self._cut_later()
+            return  # closed by the app or the client in the same moment
         finally:
+            if (closes := self._closes) is not None:
+                closes.finished(self, failed=not sent)
             # Only now: an app that returns before the close went out makes some servers send another code.
             if self._closing is not None and not self._closing.done():
                 self._closing.set_result(None)
@@ -205,6 +266,17 @@ class Socket:
         """The server's transport, if the server is known."""
         transport = getattr(self.server, "transport", None)
         return transport if hasattr(transport, "get_write_buffer_size") else None
+
+    @property
+    def closing(self) -> asyncio.Future[None]:
+        """Done when a close that we began has gone out or failed."""
+        assert self._closing is not None
+        return self._closing
+
+    @property
+    def _closes(self) -> Closes | None:
+        state = ScopeState.of(self.scope)
+        return None if state is None else state.cluster.hub.closes
 
     def detach(self) -> None:
         """The ASGI call is over: nothing may be sent any more, nothing is waited for."""

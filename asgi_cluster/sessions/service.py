@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from time import monotonic
 from typing import Protocol, TypeVar
 
 from asgi_cluster.bus.lease import boot_clock
@@ -35,6 +36,10 @@ class LocalSockets(Protocol):
 
     def close_user(self, user: str, *, keep: str | None, code: int, reason: str) -> int:
         """Close the sockets of a user but those of the session ``keep``; how many there were."""
+        ...
+
+    async def failed_closes(self, since: float) -> int:
+        """How many closes, begun and counted, the server has refused after ``since`` (``time.monotonic``)."""
         ...
 
 
@@ -183,7 +188,7 @@ class SessionService:
     ) -> LogoutReceipt:
         self.ensure_started("logging out")
         clock = asyncio.get_running_loop().time
-        started = clock()
+        started, began = clock(), monotonic()
         pending = self.acks.open()
         try:
             ending = await commit(pending, budget or Budget(self.deadline))
@@ -193,6 +198,8 @@ class SessionService:
             lease = self.config.cache.lease
             everyone = await pending.wait_for(ending.nodes, timeout=max(0.0, min(timeout, lease)))
             finished = clock()
+            if pending.sockets:
+                pending.sockets = max(0, pending.sockets - await self._sockets.failed_closes(began))
         finally:
             self.acks.close(pending)
         missing = [NodeId(node) for node in ending.nodes if node not in pending.acked]

@@ -8,11 +8,20 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
+import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 
-from asgi_cluster import Cluster, ClusterMiddleware, RealtimeConfig, RoomRule
+from asgi_cluster import (
+    Cluster,
+    ClusterMiddleware,
+    CookieConfig,
+    RealtimeConfig,
+    RoomRule,
+    SessionConfig,
+    get_session,
+)
 from tests.realtime.site import Node
 from tests.realtime.test_connection import handler
 from tests.support.machine import LOCAL, free_port
@@ -61,6 +70,8 @@ def listens(port: int) -> bool:
         return probe.connect_ex((LOCAL, port)) == 0
 
 
+INSECURE = SessionConfig(cookie=CookieConfig(secure=False))
+
 Serve = Callable[[Any], AbstractAsyncContextManager[Served]]
 
 
@@ -104,3 +115,49 @@ async def test_endpoint(serve: Serve, prefix: str) -> None:
             assert [await client.pub() for _ in sent] == sent
             await client.ws.send("nonsense")
             assert await client.closed() == (3501, "bad request")
+
+
+@pytest.mark.parametrize("logged_out", ["here", "there"])
+@pytest.mark.parametrize("error", [Exception("refused"), RuntimeError("refused"), TypeError("int wanted")])
+async def test_a_close_that_fails_is_not_counted(
+    logged_out: str, error: Exception, cluster_url: str, prefix: str
+) -> None:
+    """``sockets_closed`` is what the server took, of this node and of another one. The app's receive ends."""
+    cluster, other = (
+        Cluster(cluster_url, prefix=prefix, identify=lambda scope: "ada", sessions=INSECURE) for _ in range(2)
+    )
+    ended: list[Any] = []
+
+    async def served(scope: Any, receive: Any, send: Any) -> None:
+        assert (await receive())["type"] == "websocket.connect"
+        await send({"type": "websocket.accept"})
+        ended.append(await receive())
+
+    async def sign_in(scope: Any, receive: Any, send: Any) -> None:
+        await get_session(scope).login("ada")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async with cluster, other:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(ClusterMiddleware(sign_in, cluster)), base_url="http://test"
+        ) as http:
+            cookie = (await http.get("/")).headers["set-cookie"].partition(";")[0]
+        received: asyncio.Queue[Any] = asyncio.Queue()
+        received.put_nowait({"type": "websocket.connect"})
+        accepted = asyncio.Event()
+
+        async def send(message: Any) -> None:
+            accepted.set()
+            if message["type"] == "websocket.close":
+                assert type(message["code"]) is int
+                raise error
+
+        scope = {"type": "websocket", "path": "/", "headers": [(b"cookie", cookie.encode())]}
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(ClusterMiddleware(served, cluster)(scope, received.get, send))
+            await accepted.wait()
+            handle = cookie.partition("=")[2].rpartition(".")[0]
+            receipt = await (cluster if logged_out == "here" else other).session(handle).logout()
+            assert (receipt.sessions, receipt.complete, receipt.sockets_closed) == (1, True, 0)
+    assert ended == [{"type": "websocket.disconnect", "code": 4501, "reason": "logged out"}]

@@ -141,7 +141,7 @@ async def serve_process(
                 log = Path(directory) / f"{index}.log"
                 nodes += [_start_process(target, log, env or {}, args, loop)]
             for node in nodes:
-                await eventually(partial(_listens, node), timeout=20, message=f"no {target}")
+                await eventually(partial(listens, node), timeout=20, message=f"no {target}")
             yield nodes
         finally:
             for node in nodes:
@@ -166,7 +166,7 @@ def _start_process(target: str, log: Path, env: Mapping[str, str], args: tuple[s
     return Node(port, process=process, log_path=log)
 
 
-def _listens(node: Node) -> bool:
+def listens(node: Node) -> bool:
     assert node.process is not None
     if node.process.poll() is not None:
         raise RuntimeError(f"node ended with {node.process.returncode}:\n{node.log()[-4000:]}")

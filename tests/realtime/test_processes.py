@@ -1,0 +1,63 @@
+"""Each ASGI server as its users start it: session, room, live logout, drain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+
+from asgi_cluster import Cluster
+from tests.realtime.site import Node as Site
+from tests.support.asgi import running
+from tests.support.nodes import Node
+
+APP = "tests.realtime.served:app"
+
+
+def client_of(node: Node) -> Site:
+    """The client side of ``site.Node``, for a process."""
+    return Site(Cluster("memory://not-this-one"), node)
+
+
+async def get(node: Node, path: str, cookie: str = "") -> httpx.Response:
+    headers = {"cookie": cookie} if cookie else {}
+    async with httpx.AsyncClient(base_url=node.url, timeout=15, headers=headers) as http:
+        return await http.get(path)
+
+
+async def signed_in(node: Node, user: str = "ada") -> str:
+    """The cookie of a new session of ``user``."""
+    response = await get(node, f"/login?user={user}")
+    assert response.status_code == 200, response.text
+    return str(response.headers["set-cookie"].partition(";")[0])
+
+
+async def test_logout_closes_sockets_on_daphne(prefix: str) -> None:
+    """All three kinds of sockets are closed with 4501, and the receipt says so."""
+    async with running("Daphne", APP, env={"PREFIX": prefix}) as node:
+        cookie = await signed_in(node)
+        site = client_of(node)
+        async with (
+            site.client(cookie) as client,
+            site.raw(cookie, path="/room") as room,
+            site.raw(cookie, path="/plain") as plain,
+        ):
+            assert await room.ws.recv() == "ready"
+            await plain.ws.send("hallo")
+            assert await plain.ws.recv() == "echo hallo"
+            answer: dict[str, Any] = (await get(node, "/logout", cookie)).json()
+            for socket in (client, room, plain):
+                assert (await socket.drained())[0] == 4501
+            assert answer == {"closed": 3, "complete": True}
+        assert "Traceback" not in node.log()
+
+
+async def test_every_close_code_reaches_the_client_on_daphne(prefix: str) -> None:
+    """Daphne takes plain integers only, and of those only what an app may send: others become 1000."""
+    async with running("Daphne", APP, env={"PREFIX": prefix}) as node:
+        site = client_of(node)
+        async with site.client() as client, site.raw(path="/away") as away:
+            await client.ws.send("nonsense")
+            assert (await client.drained())[0] == 3501
+            assert (await away.drained())[0] == 1000
+        assert "Traceback" not in node.log()
