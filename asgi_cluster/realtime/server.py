@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 import types
+from asyncio import WriteTransport
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any
 
-__all__ = ["discard", "drive", "forget_handshake", "known_server"]
+__all__ = ["discard", "drive", "forget_handshake", "known_server", "unsent_bytes"]
 
 _UVICORN_SOCKETS = "uvicorn.protocols.websockets."
 _TESTED_UVICORN = ("0.54.",)
@@ -35,6 +36,15 @@ def forget_handshake(server: Any) -> None:
     A known server keeps their headers as long as the socket lives, and never looks at them again.
     """
     server.request = server.response = None
+
+
+def unsent_bytes(transport: WriteTransport) -> int:
+    """What a transport, possibly a closed one, has not written yet."""
+    try:
+        return transport.get_write_buffer_size()
+    except AttributeError:
+        # The second close() of asyncio's TLS transport drops its protocol, and with it the buffer.
+        return 0
 
 
 def drive(awaitable: Awaitable[None]) -> Awaitable[None] | None:

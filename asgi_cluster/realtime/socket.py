@@ -10,7 +10,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 
 from asgi_cluster.ids import ConnectionId, new_token
-from asgi_cluster.realtime.server import discard, drive, forget_handshake, known_server
+from asgi_cluster.realtime.server import discard, drive, forget_handshake, known_server, unsent_bytes
 from asgi_cluster.scope import ScopeState
 from asgi_cluster.tasks import spawn
 
@@ -253,7 +253,7 @@ class Socket:
 
     def _cut_if_stuck(self) -> None:
         transport = self.transport
-        if transport is not None and transport.get_write_buffer_size() > 0:
+        if transport is not None and unsent_bytes(transport) > 0:
             transport.abort()
 
     def abort(self) -> None:

@@ -99,3 +99,39 @@ async def test_slow_client_is_disconnected(redis_site: Site, certificate: tuple[
         assert 0 < bound <= 200_000
         await eventually(lambda: node.cluster.stats().realtime.connections == 1)
         slow.ws.transport.abort()
+
+
+@pytest.mark.parametrize("ws", ["websockets-sansio", "websockets", "wsproto"])
+@pytest.mark.filterwarnings("ignore:.*websockets", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("goes", ["politely", "cut", "silent"])
+async def test_closing_leaves_no_traceback(
+    redis_site: Site, certificate: tuple[str, str], ws: str, goes: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A forced close under TLS, whatever the client does then: nothing is left to the loop's error handler."""
+    caught: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: caught.append(context))
+    member = Member()
+
+    async def app(websocket: WebSocket) -> None:
+        await member(websocket)
+
+    node = await redis_site.node(
+        routes=[WebSocketRoute("/ws", app)],
+        server={"ssl_certfile": certificate[0], "ssl_keyfile": certificate[1], "ws": ws},
+        close_timeout=0.2,
+    )
+    trust = ssl.create_default_context(cafile=certificate[0])
+    async with node.raw(path="/ws", ssl=trust) as client:
+        assert await client.ws.recv() == "ready"
+        if goes == "silent":
+            client.ws.transport.pause_reading()
+        await member.connections[0].close(4000, "enough")
+        if goes == "cut":
+            client.ws.transport.abort()
+        elif goes == "politely":
+            assert await client.closed() == (4000, "enough")
+        await asyncio.sleep(0.5)  # the time after which a socket that hangs is cut is over
+        client.ws.transport.abort()
+    await eventually(lambda: node.cluster.stats().realtime.connections == 0)
+    assert caught == []
+    assert "Traceback" not in caplog.text
