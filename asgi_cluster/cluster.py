@@ -31,6 +31,7 @@ from asgi_cluster.ids import NodeId, check_user
 from asgi_cluster.realtime.acceptance import Acceptance
 from asgi_cluster.realtime.endpoint import Endpoint
 from asgi_cluster.realtime.hub import Hub
+from asgi_cluster.realtime.origin import Origins
 from asgi_cluster.realtime.payload import encode_payload
 from asgi_cluster.realtime.rooms import Room, Rooms
 from asgi_cluster.remote import Reach, RemoteSession, RemoteUser, check_handle
@@ -184,6 +185,7 @@ class Cluster:
         self._reach = Reach(
             service=self.service, bus=bus, node=self._current_node, encode_payload=encode_payload
         )
+        self.origins = Origins(self.realtime.allowed_origins)
         self.endpoint = Endpoint(self)
         self.tasks: asyncio.TaskGroup | None = None
         """Owned by the supervisor while the cluster is started; ``None`` otherwise. For tasks of ``loop``."""
@@ -228,6 +230,7 @@ class Cluster:
         subprotocol: str | None = None,
         headers: Iterable[tuple[bytes, bytes]] = (),
         user_id: str | None = None,
+        check_origin: bool = True,
     ) -> Acceptance:
         """Accept a WebSocket of the app's own and make it a member of the cluster: ``async with
         cluster.accept(ws) as connection``.
@@ -236,13 +239,25 @@ class Cluster:
         the three. It may be accepted already. ``user_id`` names the user when the session does not. The
         connection is closed with 1000 on leaving.
 
+        A page of another origin is refused with 403 as on the built-in endpoint
+        (``RealtimeConfig.allowed_origins``). Then the body does not run, and the ``OSError`` that ends the
+        call is an ordinary end for the middleware. ``check_origin=False`` leaves that check to the app.
+
         Raises:
+            OSError: the origin is not allowed; the client has its answer.
             RuntimeError: no ``ClusterMiddleware`` with this cluster is around the app.
             TypeError, ValueError: no user id.
         """
         if user_id is not None:
             check_user(user_id)
-        return Acceptance(websocket, self, subprotocol=subprotocol, headers=tuple(headers), user_id=user_id)
+        return Acceptance(
+            websocket,
+            self,
+            subprotocol=subprotocol,
+            headers=tuple(headers),
+            user_id=user_id,
+            check_origin=check_origin,
+        )
 
     # Lifetime
 

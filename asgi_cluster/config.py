@@ -190,8 +190,9 @@ class RealtimeConfig:
     with 3508.
     """
     allowed_origins: Sequence[str] | None = None
-    """``None``: the same host as the request. Else full origins (``https://app.example``); ``*`` allows every
-    one.
+    """Pages that may open a WebSocket, on the built-in endpoint and with ``cluster.accept``. ``None``: those
+    of the host that the request names in ``Host``, ``X-Forwarded-Host`` or ``Forwarded``. Else full origins
+    (``https://app.example``); ``*`` allows every one. A request without ``Origin`` comes from no page.
     """
     on_bus_error: Literal["raise", "local"] = "raise"
     """A broadcast that cannot reach the bus raises ``BusUnavailable``, or reaches only members here."""

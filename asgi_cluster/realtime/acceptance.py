@@ -13,7 +13,9 @@ from asgi_cluster.scope import ScopeState
 if TYPE_CHECKING:
     from asgi_cluster.cluster import Cluster
 
-__all__ = ["Acceptance"]
+__all__ = ["Acceptance", "OriginRefused"]
+
+_POLICY_VIOLATION = 1008  # RFC 6455 section 7.4.1
 
 
 class Acceptance:
@@ -22,7 +24,15 @@ class Acceptance:
     A class of its own, because a generator in a context manager takes half a kilobyte more for each socket.
     """
 
-    __slots__ = ("_cluster", "_connection", "_headers", "_subprotocol", "_user", "_websocket")
+    __slots__ = (
+        "_check_origin",
+        "_cluster",
+        "_connection",
+        "_headers",
+        "_subprotocol",
+        "_user",
+        "_websocket",
+    )
 
     def __init__(
         self,
@@ -32,12 +42,14 @@ class Acceptance:
         subprotocol: str | None,
         headers: Sequence[tuple[bytes, bytes]],
         user_id: str | None,
+        check_origin: bool,
     ) -> None:
         self._websocket = websocket
         self._cluster = cluster
         self._subprotocol = subprotocol
         self._headers = headers
         self._user = user_id
+        self._check_origin = check_origin
         self._connection: Connection | None = None
 
     async def __aenter__(self) -> Connection:
@@ -54,8 +66,16 @@ class Acceptance:
         if socket.state == "connecting":
             if _waits_for_connect(self._websocket):
                 await receive()
+            if self._check_origin and not cluster.origins.permit(scope):
+                await send({"type": "websocket.close", "code": _POLICY_VIOLATION, "reason": ""})  # a 403
+                socket.close_code = _POLICY_VIOLATION
+                raise OriginRefused
             headers = list(self._headers)
             await send({"type": "websocket.accept", "subprotocol": self._subprotocol, "headers": headers})
+        elif self._check_origin and not cluster.origins.permit(scope):
+            socket.close(_POLICY_VIOLATION, str(OriginRefused()))
+            await socket.finished()
+            raise OriginRefused
         if self._user is not None:
             cluster.hub.set_user(socket, self._user)
         outbox = cluster.hub.outbox(socket, joins=False)
@@ -78,6 +98,13 @@ class Acceptance:
             await connection.outbox.drained()
             connection.socket.close(code, reason)
             connection.socket.connection = None
+
+
+class OriginRefused(OSError):
+    """The page that opened this WebSocket is of an origin that is not allowed."""
+
+    def __str__(self) -> str:
+        return "origin not allowed"
 
 
 def _parts(websocket: Any) -> tuple[Any, Receive, Send]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -77,9 +77,12 @@ class Endpoint:
         self, name: str, scope: Mapping[str, Any], receive: Receive, send: Send
     ) -> Client | None:
         await receive()  # websocket.connect
-        refused = 404 if name != "websocket" else 403 if not self._origin_allowed(scope) else None
+        refused = 404 if name != "websocket" else 403 if not self._cluster.origins.permit(scope) else None
         if refused is not None:
+            state = ScopeState.of(scope)
             await _refuse(scope, send, refused)
+            if state is not None and state.socket is not None:
+                state.socket.refused()
             return None
         state = ScopeState.of(scope)
         assert state is not None
@@ -90,27 +93,6 @@ class Endpoint:
         client = Client(socket, self._cluster, state.session, hub.outbox(socket, joins=True))
         socket.connection = client
         return client
-
-    def _origin_allowed(self, scope: Mapping[str, Any]) -> bool:
-        """Browsers always send Origin, native SDKs do not: an absent one cannot be somebody's browser (RFC
-        6455 section 10.2).
-        """
-        origin = _header(scope, b"origin")
-        if origin is None:
-            return True
-        allowed: Sequence[str] | None = self._config.allowed_origins
-        text = origin.decode("latin-1").lower()
-        if allowed is not None:
-            return "*" in allowed or text in [known.lower() for known in allowed]
-        host = _header(scope, b"host")
-        if host is None:
-            return False
-        # The scheme is not compared: behind a TLS proxy the server may not know its own.
-        scheme, separator, rest = text.partition("://")
-        default = {"http": ":80", "https": ":443"}.get(scheme, "")
-        return bool(separator) and rest.removesuffix(default) == host.decode("latin-1").lower().removesuffix(
-            default
-        )
 
 
 def _header(scope: Mapping[str, Any], name: bytes) -> bytes | None:
@@ -145,7 +127,8 @@ async def _respond(send: Send, status: int, headers: Headers, body: bytes) -> No
 
 
 async def _refuse(scope: Mapping[str, Any], send: Send, status: int) -> None:
-    logger.info("refused a client of the realtime endpoint with %d", status)
+    if status == 404:
+        logger.info("refused a WebSocket with 404: there is no %s", scope["path"])
     if "websocket.http.response" not in scope.get("extensions", {}):
         await send({"type": "websocket.close", "code": 1008, "reason": ""})  # which a server turns into 403
         return

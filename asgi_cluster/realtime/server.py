@@ -8,7 +8,7 @@ from asyncio import WriteTransport
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any
 
-__all__ = ["discard", "drive", "forget_handshake", "known_server", "unsent_bytes"]
+__all__ = ["discard", "drive", "forget_handshake", "known_server", "refuse_handshake", "unsent_bytes"]
 
 _UVICORN_SOCKETS = "uvicorn.protocols.websockets."
 _TESTED_UVICORN = ("0.54.",)
@@ -36,6 +36,15 @@ def forget_handshake(server: Any) -> None:
     A known server keeps their headers as long as the socket lives, and never looks at them again.
     """
     server.request = server.response = None
+
+
+def refuse_handshake(server: Any) -> None:
+    """Tell a known server that its handshake was answered with an HTTP response.
+
+    uvicorn 0.54 forgets that by itself, and logs an error when the app returns.
+    """
+    if getattr(server, "close_sent", False) and getattr(server, "initial_response", None):
+        server.handshake_complete = True
 
 
 def unsent_bytes(transport: WriteTransport) -> int:

@@ -10,7 +10,14 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 
 from asgi_cluster.ids import ConnectionId, new_token
-from asgi_cluster.realtime.server import discard, drive, forget_handshake, known_server, unsent_bytes
+from asgi_cluster.realtime.server import (
+    discard,
+    drive,
+    forget_handshake,
+    known_server,
+    refuse_handshake,
+    unsent_bytes,
+)
 from asgi_cluster.scope import ScopeState
 from asgi_cluster.tasks import spawn
 
@@ -157,6 +164,11 @@ class Socket:
                 forget_handshake(self.server)
             if self.close_code is not None:
                 self._close_now()
+
+    def refused(self) -> None:
+        """The handshake was answered with an HTTP response."""
+        self.state = "closed"
+        refuse_handshake(self.server)
 
     def _close_now(self) -> bool:
         """False when the server refused at once. A socket in its handshake is closed after it."""

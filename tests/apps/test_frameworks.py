@@ -10,11 +10,12 @@ import pytest
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 from websockets.asyncio.client import connect
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.typing import Origin
 
 from asgi_cluster import Cluster, ClusterMiddleware, SessionConfig
 from tests.apps.kit import CHUNKS, MakeApp, Seen, make_cluster
-from tests.support.nodes import several
+from tests.support.nodes import serve, several
 from tests.support.waiting import eventually
 
 
@@ -107,3 +108,18 @@ def test_framework_in_the_test_client(make_app: MakeApp, scope_key: str | None) 
             socket.receive_text()
         assert closed.value.code == 4501
     assert client.get("/me").json() == {"user": None, "visits": 0}
+
+
+async def test_foreign_page_is_refused(
+    make_app: MakeApp, scope_key: str | None, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``cluster.accept`` answers a page of another origin with 403; to the framework that is no error."""
+    cluster = make_cluster(f"memory://{prefix}", prefix, scope_key=scope_key)
+    async with serve(ClusterMiddleware(make_app(cluster, Seen()), cluster)) as node:
+        with pytest.raises(InvalidStatus) as refused:
+            await connect(f"{node.ws_url}/room", origin=Origin("https://evil.example"))
+        assert refused.value.response.status_code == 403
+        async with connect(f"{node.ws_url}/room", origin=Origin(node.url)):
+            pass
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+    assert "Traceback" not in caplog.text

@@ -107,7 +107,7 @@ async def test_slow_client_is_disconnected(redis_site: Site, certificate: tuple[
 async def test_closing_leaves_no_traceback(
     redis_site: Site, certificate: tuple[str, str], ws: str, goes: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A forced close under TLS, whatever the client does then: nothing is left to the loop's error handler."""
+    """A forced close under TLS, whatever the client does then, leaves nothing to the loop's error handler."""
     caught: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: caught.append(context))
     member = Member()

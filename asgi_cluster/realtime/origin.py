@@ -1,0 +1,96 @@
+"""Which pages may open a WebSocket here: ``Origin`` against the host that the browser asked for."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+__all__ = ["Origins"]
+
+logger = logging.getLogger("asgi_cluster.realtime")
+
+_REMEMBERED = 100  # origins that have had their log line
+_LONGEST = 200  # characters of a header in a log line
+_DEFAULT_PORTS = {"http": "80", "https": "443"}
+_FORWARDED_HOST = re.compile(r'(?:^|[;,])\s*host\s*=\s*(?:"([^"]*)"|([^\s;,"]*))', re.IGNORECASE)
+
+
+class Origins:
+    """The rule for one cluster object: ``RealtimeConfig.allowed_origins``, or the host of the request.
+
+    Browsers send ``Origin`` with every WebSocket, and pages cannot change it. Other clients send none, and no
+    page can make them send a cookie (RFC 6455 section 10.2). A page cannot set ``Host``, ``X-Forwarded-Host``
+    or ``Forwarded`` on a WebSocket either, so each of them may name the host.
+    """
+
+    def __init__(self, allowed: Sequence[str] | None) -> None:
+        self._allowed = None if allowed is None else frozenset(origin.lower() for origin in allowed)
+        self._logged: set[str] = set()
+
+    def permit(self, scope: Mapping[str, Any]) -> bool:
+        """Whether the handshake in ``scope`` may go on. A refusal is logged, once for each origin."""
+        headers: dict[bytes, list[str]] = {}
+        for name, value in scope["headers"]:
+            if (name := name.lower()) in (b"origin", b"host", b"x-forwarded-host", b"forwarded"):
+                headers.setdefault(name, []).append(value.decode("latin-1"))
+        for origin in headers.get(b"origin", ()):
+            if not self._allows(origin.lower(), headers):
+                self._log(origin, headers)
+                return False
+        return True
+
+    def _allows(self, origin: str, headers: Mapping[bytes, Iterable[str]]) -> bool:
+        if self._allowed is not None:
+            return origin in self._allowed or "*" in self._allowed
+        # The scheme is not compared: behind a TLS proxy the server may not know its own.
+        scheme, separator, rest = origin.partition("://")
+        host, port = _split(rest)
+        if not separator or not host:
+            return False
+        # A proxy's "Host $host" drops the port. Without one any port of the same host is allowed: cookies
+        # do not tell ports apart either.
+        ports = (None, port or _DEFAULT_PORTS.get(scheme))
+        return any(name == host and at in ports for name, at in map(_split, _hosts(headers)))
+
+    def _log(self, origin: str, headers: Mapping[bytes, Sequence[str]]) -> None:
+        if origin in self._logged or len(self._logged) >= _REMEMBERED:
+            return
+        self._logged.add(origin)
+        if self._allowed is not None:
+            logger.warning(
+                "refused a WebSocket of the origin %s with 403: RealtimeConfig.allowed_origins allows %s",
+                _shown([origin]),
+                ", ".join(sorted(self._allowed)) or "none",
+            )
+            return
+        logger.warning(
+            "refused a WebSocket of the origin %s with 403: the request is for Host %s, X-Forwarded-Host %s, "
+            "Forwarded %s. If that page is yours, let the proxy pass the browser's Host on "
+            "(nginx: proxy_set_header Host $http_host), or name the origin in "
+            "RealtimeConfig(allowed_origins=[…])",
+            _shown([origin]),
+            *(_shown(headers.get(name)) for name in (b"host", b"x-forwarded-host", b"forwarded")),
+        )
+
+
+def _hosts(headers: Mapping[bytes, Iterable[str]]) -> Iterator[str]:
+    """Every host that the request was sent to, as the browser or a proxy wrote it."""
+    yield from headers.get(b"host", ())
+    for value in headers.get(b"x-forwarded-host", ()):
+        yield from value.split(",")
+    for value in headers.get(b"forwarded", ()):
+        for quoted, token in _FORWARDED_HOST.findall(value):  # RFC 7239 section 4
+            yield quoted or token
+
+
+def _split(authority: str) -> tuple[str, str | None]:
+    host, separator, port = authority.strip().lower().rpartition(":")
+    if not separator or port.endswith("]"):  # an IPv6 address without a port
+        return authority.strip().lower(), None
+    return host, port
+
+
+def _shown(values: Sequence[str] | None) -> str:
+    return "(none)" if not values else repr(", ".join(values)[:_LONGEST])
