@@ -5,7 +5,7 @@ acknowledgement.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from time import monotonic
 
 from asgi_cluster.bus.bus import SUBSCRIBED_AGAIN, Bus
@@ -51,7 +51,7 @@ class Dispatch:
         bus: Bus,
         node: Callable[[], NodeId],
         verify: Callable[[], None],
-        recheck: Callable[[Iterable[Socket]], None],
+        recheck: Callable[[Sequence[Socket], Callable[[int], None]], None],
     ) -> None:
         self._cache = cache
         self._hub = hub
@@ -97,12 +97,18 @@ class Dispatch:
                 ended = {Handle(f"{bucket:02x}.{token}") for token in message.ended}
                 for handle in ended:
                     self._tombstones.remember(handle, run_id)
-                closed = self._hub.close_user(
-                    message.user, keep=message.keep, code=message.code, reason=message.reason, ended=ended
+                closed = self._hub.end_user(
+                    message.user, keep=message.keep, ended=ended, code=message.code, reason=message.reason
                 )
-                # The others began after it, if this was long under way; or the store had lost sight of them.
-                self._recheck(self._hub.sockets_of(message.user, keep=message.keep))
-                self._acknowledge(message.origin, message.request, closed)
+                # The others began after it, if this was long under way; or the store had lost sight of them,
+                # or they were too many to be named. The answer says that none of those that are over is open
+                # here.
+                doubtful = self._hub.sockets_of(message.user, keep=message.keep)
+                if doubtful:
+                    origin, request = message.origin, message.request
+                    self._recheck(doubtful, lambda more: self._acknowledge(origin, request, closed + more))
+                else:
+                    self._acknowledge(message.origin, message.request, closed)
             case Ack():
                 self._acks.answer(message.request, message.node, message.sockets)
             case PersonalMessage():
@@ -114,7 +120,7 @@ class Dispatch:
                 if message.handle is not None:
                     self._hub.close_session(message.handle, message.code, message.reason)
                 elif message.user is not None:
-                    self._hub.close_user(message.user, keep=None, code=message.code, reason=message.reason)
+                    self._hub.close_user(message.user, message.code, message.reason)
             case NodeDied():
                 self._rooms.node_died(message.node, message.incarnation)
             case _:

@@ -68,7 +68,8 @@ class Handshake:
         try:
             await session.commit()
             record = session.stored
-            user = None if record is None else str(record.user) if record.user is not None else None
+            user: str | None = None if record is None else record.user
+            socket.owner = user
             if user is None and cluster.identify is not None:
                 found = cluster.identify(self._scope)
                 found = await found if inspect.isawaitable(found) else found
@@ -77,6 +78,8 @@ class Handshake:
             socket.user = user
             # Register, then read: a logout that the read does not see finds the socket in the hub.
             cluster.hub.register(socket)
+            if user != socket.owner:
+                cluster.hub.close_if_logged_out(socket, since=socket.began)
             if session.failure is not None:
                 raise session.failure
             if record is not None:

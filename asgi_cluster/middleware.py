@@ -147,6 +147,7 @@ class ClusterMiddleware:
             crosses_loops=self.cluster.crosses_loops,
             close_timeout=self.cluster.realtime.close_timeout,
         )
+        socket.began = self.cluster.hub.logouts.last
         state.socket = socket
         handshake = Handshake(self._headers, scope, send, state, socket)
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from asgi_cluster.codes import CloseCode
@@ -67,22 +67,25 @@ class Verifier:
         if self._wake is not None:
             self._wake.set()
 
-    def recheck(self, sockets: Iterable[Socket]) -> None:
-        """Ask about the sessions of these sockets now. From any thread."""
-        for socket in sockets:
-            socket.call(self._recheck_soon, socket)
+    def recheck(self, sockets: Sequence[Socket], then: Callable[[int], None]) -> None:
+        """Ask about the sessions of these sockets (at least one) now. From any thread.
 
-    def _recheck_soon(self, socket: Socket) -> None:
-        if socket.handle is not None:
-            work = self._recheck(Handle(socket.handle))
-            spawn(socket.tasks, work, name="asgi-cluster session check")
+        ``then`` is called with the number of sockets that were closed, if the store answered for all of them.
+        """
+        handles = {socket.handle for socket in sockets if socket.handle is not None}
+        sockets[0].call(self._recheck_soon, sockets[0].tasks, handles, then)
 
-    async def _recheck(self, handle: Handle) -> None:
-        over = await self._is_over(handle)
-        if over is None:
+    def _recheck_soon(
+        self, tasks: asyncio.TaskGroup, handles: Iterable[str], then: Callable[[int], None]
+    ) -> None:
+        spawn(tasks, self._recheck(handles, then), name="asgi-cluster session check")
+
+    async def _recheck(self, handles: Iterable[str], then: Callable[[int], None]) -> None:
+        closed = await self._close_ended(handles)
+        if closed is None:
             self.wake()
-        elif over:
-            self._sockets.close_session(handle, CloseCode.SESSION_ENDED, "session ended")
+        else:
+            then(closed)
 
     async def run(self) -> None:
         """For as long as the cluster is started."""
@@ -91,7 +94,7 @@ class Verifier:
         try:
             while True:
                 pause = _PERIOD * random.uniform(0.75, 1.25)
-                if await self._sweep():
+                if await self._close_ended(self._sockets.handles()) is not None:
                     verified_at = self._clock()
                 else:
                     pause = _RETRY * random.uniform(0.5, 1.0)
@@ -133,17 +136,21 @@ class Verifier:
         else:
             self.watch(socket, record.expires_in)
 
-    async def _sweep(self) -> bool:
-        handles = [Handle(handle) for handle in self._sockets.handles()]
+    async def _close_ended(self, asked: Iterable[str]) -> int | None:
+        """Close the sockets of those sessions that are over: how many; ``None`` when the store did not
+        answer.
+        """
+        handles = [Handle(handle) for handle in asked]
+        closed = 0
         for start in range(0, len(handles), _AT_ONCE):
             some = handles[start : start + _AT_ONCE]
             answers = await asyncio.gather(*map(self._is_over, some))
             for handle, over in zip(some, answers, strict=True):
                 if over:
-                    self._sockets.close_session(handle, CloseCode.SESSION_ENDED, "session ended")
+                    closed += self._sockets.close_session(handle, CloseCode.SESSION_ENDED, "session ended")
             if None in answers:
-                return False
-        return True
+                return None
+        return closed
 
     async def _is_over(self, handle: Handle) -> bool | None:
         try:

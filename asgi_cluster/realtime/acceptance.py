@@ -63,7 +63,8 @@ class Acceptance:
         socket = state.socket
         if socket.connection is not None:
             raise RuntimeError("this WebSocket is accepted by the cluster already")
-        if socket.state == "connecting":
+        in_handshake = socket.state == "connecting"
+        if in_handshake:
             if _waits_for_connect(self._websocket):
                 await receive()
             if self._check_origin and not cluster.origins.permit(scope):
@@ -78,6 +79,8 @@ class Acceptance:
             raise OriginRefused
         if self._user is not None:
             cluster.hub.set_user(socket, self._user)
+            # When the app began to decide is not known for a socket that was open before.
+            cluster.hub.close_if_logged_out(socket, since=socket.began, final=in_handshake)
         outbox = cluster.hub.outbox(socket, joins=False)
         connection = self._connection = socket.connection = Connection(socket, cluster, state.session, outbox)
         connection.read_with(receive)

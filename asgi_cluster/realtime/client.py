@@ -213,10 +213,14 @@ class Client(Connection):
         if self._connected:
             self._end(DisconnectCode.BAD_REQUEST)
             return
+        hub = self.cluster.hub
+        began = hub.logouts.last
         answer = await self._ask_connect(request.token, request.data, request.headers)
-        user = self.user_id if answer.user_id is None else answer.user_id
-        if user != self.user_id:
-            self.cluster.hub.set_user(self.socket, user)
+        if answer.user_id not in (None, self.user_id):
+            hub.set_user(self.socket, answer.user_id)
+            hub.close_if_logged_out(self.socket, since=began)
+        if self.socket.state != "open":
+            return  # its user or its session was logged out while the hook waited
         self.info = answer.info
         if not await self.cluster.endpoint.limits.enter(self):
             self._end(DisconnectCode.CONNECTION_LIMIT)

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from asgi_cluster.bus.messages import PersonalMessage
+from asgi_cluster.codes import CloseCode
 from asgi_cluster.config import RealtimeConfig
 from asgi_cluster.realtime.audience import Audience
 from asgi_cluster.realtime.flusher import Flusher
+from asgi_cluster.realtime.logouts import RecentLogouts
 from asgi_cluster.realtime.outbox import Counters, Outbox
 from asgi_cluster.realtime.packet import Packet
 from asgi_cluster.realtime.protocol import DisconnectCode, encode_push, to_json
@@ -72,6 +74,9 @@ class Hub:
         self._sockets: set[Socket] = set()
         self._by_handle: dict[str, set[Socket]] = {}
         self._by_user: dict[str, set[Socket]] = {}
+        # Sockets that act as another user than their session's: by the session's user.
+        self._by_owner: dict[str, set[Socket]] = {}
+        self.logouts = RecentLogouts()
         self._rooms: dict[str, Audience] = {}
         self._flushers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Flusher] = (
             weakref.WeakKeyDictionary()
@@ -89,8 +94,13 @@ class Hub:
             self._sockets.add(socket)
             if socket.handle is not None:
                 self._by_handle.setdefault(socket.handle, set()).add(socket)
-            if socket.user is not None:
-                self._by_user.setdefault(socket.user, set()).add(socket)
+            self._index_user(socket)
+
+    def _index_user(self, socket: Socket) -> None:
+        if socket.user is not None:
+            self._by_user.setdefault(socket.user, set()).add(socket)
+        if socket.owner is not None and socket.owner != socket.user:
+            self._by_owner.setdefault(socket.owner, set()).add(socket)
 
     def unregister(self, socket: Socket) -> None:
         """It is found no more, and leaves its rooms. Harmless when it was never registered."""
@@ -98,6 +108,7 @@ class Hub:
             self._sockets.discard(socket)
             _discard(self._by_handle, socket.handle, socket)
             _discard(self._by_user, socket.user, socket)
+            _discard(self._by_owner, socket.owner, socket)
         connection = socket.connection
         if connection is not None:
             for name in list(connection.rooms):
@@ -106,12 +117,29 @@ class Hub:
             socket.outbox.close()
 
     def set_user(self, socket: Socket, user: str | None) -> None:
-        """The socket belongs to ``user`` from now on."""
+        """The socket acts as ``user`` from now on."""
         with self._lock:
             _discard(self._by_user, socket.user, socket)
+            _discard(self._by_owner, socket.owner, socket)
             socket.user = user
-            if user is not None and socket in self._sockets:
-                self._by_user.setdefault(user, set()).add(socket)
+            if socket in self._sockets:
+                self._index_user(socket)
+
+    def close_if_logged_out(self, socket: Socket, *, since: int, final: bool = True) -> None:
+        """Close a socket whose user was named just now, if that user was logged out after ``since`` (a
+        reading of ``logouts.last``).
+
+        With 4501; with 3011, so that the client comes back and is decided anew, when ``final`` is false or it
+        is not known any more who was logged out since. The socket is in the index already: a logout that is
+        not found here finds the socket.
+        """
+        if socket.user is None:
+            return
+        ended = self.logouts.since(since, socket.user, socket.handle)
+        if ended and final:
+            socket.close(CloseCode.SESSION_ENDED, "logged out")
+        elif ended is not False:
+            socket.close(CloseCode.FORCE_RECONNECT, "the user may have been logged out meanwhile")
 
     def outbox(self, socket: Socket, *, joins: bool) -> Outbox:
         """The outbox of a socket of ours; ``joins`` as there."""
@@ -132,31 +160,34 @@ class Hub:
         """Close a session's sockets; how many there were."""
         return sum(socket.close(code, reason) for socket in tuple(self._by_handle.get(handle, ())))
 
-    def close_user(
-        self,
-        user: str,
-        *,
-        keep: str | None,
-        code: int,
-        reason: str,
-        ended: Container[str] | None = None,
-    ) -> int:
-        """Close a user's sockets but those of the session ``keep``; how many there were. With ``ended`` only
-        those of these sessions, and those without one.
+    def close_user(self, user: str, code: int, reason: str) -> int:
+        """Close the sockets that act as a user; how many there were."""
+        return sum(socket.close(code, reason) for socket in tuple(self._by_user.get(user, ())))
+
+    def end_user(self, user: str, *, keep: str | None, ended: Container[str], code: int, reason: str) -> int:
+        """A user was logged out and the sessions ``ended`` are over: close the sockets of these sessions,
+        whoever they act as, and the sockets that act as the user with another session than one of the user's,
+        or with none. How many there were. Those of the session ``keep`` stay.
         """
+        # First: a socket that is given this user while the others are being closed finds the record.
+        self.logouts.record(user, keep)
         return sum(
             socket.close(code, reason)
-            for socket in tuple(self._by_user.get(user, ()))
-            if socket.handle is None or (socket.handle != keep and (ended is None or socket.handle in ended))
+            for socket in self._acting_as(user)
+            if socket.handle is None
+            or (socket.handle != keep and (socket.owner != user or socket.handle in ended))
         )
 
     def sockets_of(self, user: str, *, keep: str | None) -> tuple[Socket, ...]:
-        """A user's open sockets that belong to a session other than ``keep``."""
+        """The open sockets of a user's sessions, but those of ``keep``."""
         return tuple(
             socket
-            for socket in tuple(self._by_user.get(user, ()))
-            if socket.handle not in (None, keep) and socket.close_code is None
+            for socket in self._acting_as(user)
+            if socket.owner == user and socket.handle != keep and socket.close_code is None
         )
+
+    def _acting_as(self, user: str) -> tuple[Socket, ...]:
+        return (*tuple(self._by_user.get(user, ())), *tuple(self._by_owner.get(user, ())))
 
     def send_session(self, handle: str, message: PersonalMessage) -> int:
         """Send to a session's sockets that the cluster serves; to how many."""

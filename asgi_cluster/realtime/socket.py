@@ -86,6 +86,7 @@ class Socket:
         "__weakref__",
         "_closing",
         "_receiving",
+        "began",
         "close_code",
         "close_reason",
         "close_timeout",
@@ -95,6 +96,7 @@ class Socket:
         "id",
         "loop",
         "outbox",
+        "owner",
         "scope",
         "send",
         "server",
@@ -123,6 +125,11 @@ class Socket:
         self.loop = asyncio.get_running_loop()
         self.handle: str | None = None
         self.user: str | None = None
+        """Whom it acts as."""
+        self.owner: str | None = None
+        """Whom its session belongs to, whoever it acts as."""
+        self.began = 0
+        """The latest logout (``RecentLogouts.last``) when it began."""
         self.state: Literal["connecting", "open", "closed"] = "connecting"
         self.close_code: int | None = None
         self.close_reason = ""

@@ -25,7 +25,10 @@ class LogoutReceipt:
     nodes_missing: Sequence[NodeId]
     """Registered nodes that did not answer in time. They stop serving them when their lease lapses."""
     complete: bool
-    """No node serves any of them any more: all acknowledged, or a whole lease has passed since."""
+    """No node serves any of them any more: all acknowledged, or a whole lease has passed since. When all
+    acknowledged, every socket is closed as well: of these sessions, and after a user's logout of whatever
+    else acted as the user.
+    """
     sockets_closed: int
     """Sockets closed on the nodes that acknowledged."""
     elapsed: float
@@ -46,10 +49,14 @@ class PendingAck:
         self._changed: asyncio.Event | None = None
 
     def add(self, node: str, sockets: int) -> None:
-        """A node has done it. A repeated answer changes nothing."""
+        """A node has done it, and closed that many sockets that no other answer counts.
+
+        The node that logs out may answer twice: when it has committed, and when its own message comes back
+        over the bus. Whichever is the first closes the sockets.
+        """
+        self.sockets += sockets
         if node not in self.acked:
             self.acked.add(node)
-            self.sockets += sockets
             if self._changed is not None:
                 self._changed.set()
 

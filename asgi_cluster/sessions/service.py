@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Container, Iterable, Mapping
 from time import monotonic
 from typing import Protocol, TypeVar
 
@@ -34,8 +34,10 @@ class LocalSockets(Protocol):
         """Close the sockets of a session; how many there were."""
         ...
 
-    def close_user(self, user: str, *, keep: str | None, code: int, reason: str) -> int:
-        """Close the sockets of a user but those of the session ``keep``; how many there were."""
+    def end_user(self, user: str, *, keep: str | None, ended: Container[str], code: int, reason: str) -> int:
+        """Close the sockets of a user whose sessions ``ended`` are over, but those of the session ``keep``;
+        how many there were.
+        """
         ...
 
     async def failed_closes(self, since: float) -> int:
@@ -135,7 +137,10 @@ class SessionService:
             return ending
 
         receipt = await self._end(
-            commit, lambda: self._sockets.close_session(handle, code, reason), timeout=timeout, budget=budget
+            commit,
+            lambda ending: self._sockets.close_session(handle, code, reason),
+            timeout=timeout,
+            budget=budget,
         )
         return receipt, held
 
@@ -164,7 +169,9 @@ class SessionService:
 
         return await self._end(
             commit,
-            lambda: self._sockets.close_user(user, keep=keep, code=code, reason=reason),
+            lambda ending: self._sockets.end_user(
+                user, keep=keep, ended=frozenset(ending.handles), code=code, reason=reason
+            ),
             timeout=timeout,
             budget=budget,
         )
@@ -181,7 +188,7 @@ class SessionService:
     async def _end(
         self,
         commit: Callable[[PendingAck, Budget], Awaitable[Ending]],
-        close_here: Callable[[], int],
+        close_here: Callable[[Ending], int],
         *,
         timeout: float,
         budget: Budget | None,
@@ -194,7 +201,7 @@ class SessionService:
             ending = await commit(pending, budget or Budget(self.deadline))
             committed = clock()
             # This node does not wait for its own message: its bus may be the one that is down.
-            pending.add(self._node(), close_here())
+            pending.add(self._node(), close_here(ending))
             lease = self.config.cache.lease
             everyone = await pending.wait_for(ending.nodes, timeout=max(0.0, min(timeout, lease)))
             finished = clock()

@@ -102,7 +102,7 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True):
     replicas: int | None = None
     """Replicas that confirmed the write, when ``WAIT`` was asked for; else ``None``."""
     handles: Sequence[Handle] = ()
-    """Of ``end_all``: the sessions that were ended, where the store could lose that again."""
+    """Of ``end_all``: the sessions that were ended."""
     fields: Mapping[str, bytes] = {}
     """Of ``end`` with ``take``: what the session held at its end."""
 

@@ -58,7 +58,7 @@ async def test_test_client_beside_a_started_cluster(prefix: str) -> None:
         strangers = asyncio.all_tasks() - before - {visiting}
         await cluster.room("room").broadcast("from here")
         await closing.wait()
-        assert cluster.hub.close_user("ada", keep=None, code=4000, reason="enough") == 1
+        assert cluster.hub.close_user("ada", 4000, "enough") == 1
         heard, code = await visiting
     assert heard == ["ready", *(f"echo {number}" for number in range(_ROUNDS)), "from here"]
     assert code == 4000

@@ -234,7 +234,8 @@ class MemorySessionStore:
             nodes = [seat.node for seat in self._world.living()]
             ended = sorted(self._sessions.of_user.get(user, set()) - {keep})
             self._world.tell_sessions(name_ended(message, [handle[3:] for handle in ended]))
-            return Ending(sessions=sum(self._sessions.remove(handle) for handle in ended), nodes=nodes)
+            count = sum(self._sessions.remove(handle) for handle in ended)
+            return Ending(sessions=count, nodes=nodes, handles=ended)
 
     async def lock(self, handle: Handle, *, token: str, hold: float, timeout: float) -> bool:
         """See ``SessionStore.lock``."""
