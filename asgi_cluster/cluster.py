@@ -66,7 +66,8 @@ class Cluster:
             ``redis+cluster://``. ``None``: the environment variable ``ASGI_CLUSTER_URL``, else ``memory://``.
         prefix: starts every key and channel name; clusters with different prefixes do not see each other.
         node_label: readable part of the node id (``label-pid-random``); ``None``: the host name.
-        listen: ``False`` for a publisher outside the web: no subscriber, no registration, no sockets.
+        listen: ``False`` for a publisher outside the web: no registration, no sockets, and no subscriber but
+            the one that its first logout opens for the nodes' acknowledgements.
         deadline: seconds, or a ``timedelta``, of Redis work per request, in all; at most
             ``sessions.cache.lease``.
         rooms_url: a Redis of its own for rooms; ``None``: the same one.
@@ -150,6 +151,8 @@ class Cluster:
             deadline=deadline,
             sockets=self.hub,
             node=self._current_node,
+            listens=listen,
+            reachable=lambda timeout: bus.reachable(timeout=timeout),
             ensure_started=self.ensure_started,
         )
         self.rooms = Rooms(
@@ -376,7 +379,7 @@ class Cluster:
         self._attach()
 
     def _attach(self) -> None:
-        self._backend.attach(self._current_node(), self._dispatch)
+        self._backend.attach(self._current_node(), self._dispatch, listen=self.listen)
 
     def _current_node(self) -> NodeId:
         return self._node or self._new_node()

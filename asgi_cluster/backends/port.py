@@ -43,11 +43,12 @@ class Backend(Protocol):
 
         Entering returns when sessions can be read and messages arrive, or raises ``StoreUnavailable`` with a
         reason that names the address and what is wrong, never the password. Later outages do not end it.
-        ``listen=False``: no subscriber, no registration; publishing and stores only.
+        ``listen=False``: no registration, and no subscriber but for the answers to this node's own logouts
+        (``Bus.reachable``).
         """
         ...
 
-    def attach(self, node: NodeId, receiver: Receiver) -> None:
+    def attach(self, node: NodeId, receiver: Receiver, *, listen: bool) -> None:
         """Receive without having been opened. Does nothing where a start is needed."""
         ...
 

@@ -149,6 +149,13 @@ class Bus(Protocol):
         """To one node, without waiting, best effort: acknowledgements."""
         ...
 
+    async def reachable(self, *, timeout: float) -> None:
+        """Returns when what is posted to this node will be received, or after ``timeout`` seconds.
+
+        At once on a node that listens. A publisher (``listen=False``) opens its inbox at the first call.
+        """
+        ...
+
     async def nodes(self, *, timeout: float) -> Mapping[NodeId, NodeInfo]:
         """The registered nodes, the dead ones already removed.
 

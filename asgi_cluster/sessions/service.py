@@ -56,6 +56,8 @@ class SessionService:
         deadline: float,
         sockets: LocalSockets,
         node: Callable[[], NodeId],
+        listens: bool,
+        reachable: Callable[[float], Awaitable[None]],
         ensure_started: Callable[[str], None],
     ) -> None:
         self.store = store
@@ -67,6 +69,8 @@ class SessionService:
         self.ensure_started = ensure_started
         self._sockets = sockets
         self._node = node
+        self._listens = listens
+        self._reachable = reachable
 
     def changed(self, handle: Handle) -> bytes:
         """The message that a session's record changed."""
@@ -196,12 +200,16 @@ class SessionService:
         self.ensure_started("logging out")
         clock = asyncio.get_running_loop().time
         started, began = clock(), monotonic()
+        if timeout > 0:
+            await self._reachable(min(timeout, self.deadline) / 2)
         pending = self.acks.open()
         try:
             ending = await commit(pending, budget or Budget(self.deadline))
             committed = clock()
-            # This node does not wait for its own message: its bus may be the one that is down.
-            pending.add(self._node(), close_here(ending))
+            closed_here = close_here(ending)
+            if self._listens:
+                # This node does not wait for its own message: its bus may be the one that is down.
+                pending.add(self._node(), closed_here)
             lease = self.config.cache.lease
             everyone = await pending.wait_for(ending.nodes, timeout=max(0.0, min(timeout, lease)))
             finished = clock()

@@ -39,6 +39,7 @@ class MemoryBackend:
         self.store = MemorySessionStore(self._world)
         self.history = MemoryHistory(self._world)
         self._opened = False
+        self._letterbox: Seat | None = None  # of a publisher
 
     @property
     def bus(self) -> MemoryBus:
@@ -58,8 +59,7 @@ class MemoryBackend:
     @asynccontextmanager
     async def open(self, node: NodeId, receiver: Receiver, *, listen: bool) -> AsyncIterator[None]:
         """See ``Backend.open``. Registers the node until it is left; that is all there is to do."""
-        if listen:
-            self._sit(Seat(node, lambda: receiver, self._bus.rooms))
+        self._sit(Seat(node, lambda: receiver, self._bus.rooms, listens=listen))
         self._opened = True
         try:
             yield
@@ -67,24 +67,28 @@ class MemoryBackend:
             self._opened = False
             self._rise()
 
-    def attach(self, node: NodeId, receiver: Receiver) -> None:
+    def attach(self, node: NodeId, receiver: Receiver, *, listen: bool = True) -> None:
         """Register a node that nobody starts, for as long as its ``receiver`` exists. Costs nothing when it
         is there already.
         """
-        seat = self._bus.seat
+        seat = self._bus.seat or self._letterbox
         if self._opened or (seat is not None and seat.node == node):
             return
-        self._sit(Seat(node, weakref.ref(receiver), self._bus.rooms))
+        self._sit(Seat(node, weakref.ref(receiver), self._bus.rooms, listens=listen))
 
     def _sit(self, seat: Seat) -> None:
         with self._world.lock:
             self._rise()
-            self._bus.seat = seat
+            if seat.listens:
+                self._bus.seat = seat
+            else:
+                self._letterbox = seat
             self._world.sit(seat)
 
     def _rise(self) -> None:
         with self._world.lock:
-            seat, self._bus.seat = self._bus.seat, None
+            seat = self._bus.seat or self._letterbox
+            self._bus.seat = self._letterbox = None
             if seat is not None:
                 self._world.leave(seat)
 

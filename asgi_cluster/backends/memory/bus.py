@@ -81,6 +81,9 @@ class MemoryBus:
         """See ``Bus.post``."""
         self._world.tell_node(node, payload)
 
+    async def reachable(self, *, timeout: float) -> None:
+        """See ``Bus.reachable``: whoever is here is."""
+
     async def nodes(self, *, timeout: float) -> Mapping[NodeId, NodeInfo]:
         """See ``Bus.nodes``. A node of this process cannot lag."""
         found: dict[NodeId, NodeInfo] = {}

@@ -24,14 +24,25 @@ logger = logging.getLogger("asgi_cluster.memory")
 
 
 class Seat:
-    """One node's place: who receives for it, and which rooms it hears."""
+    """One node's place: who receives for it, and which rooms it hears.
 
-    __slots__ = ("incarnation", "node", "received", "receiver", "rooms", "started_at")
+    ``listens=False``: of a publisher, which is no node and receives only what is posted to it.
+    """
 
-    def __init__(self, node: NodeId, receiver: Callable[[], Receiver | None], rooms: set[str]) -> None:
+    __slots__ = ("incarnation", "listens", "node", "received", "receiver", "rooms", "started_at")
+
+    def __init__(
+        self,
+        node: NodeId,
+        receiver: Callable[[], Receiver | None],
+        rooms: set[str],
+        *,
+        listens: bool = True,
+    ) -> None:
         self.node = node
         self.receiver = receiver
         self.rooms = rooms
+        self.listens = listens
         self.incarnation = new_token()
         self.started_at = time.time()
         self.received = 0
@@ -78,6 +89,9 @@ class World:
 
     def living(self) -> list[Seat]:
         """Who is there. A node that was attached and whose cluster object is gone has left without a word."""
+        return [seat for seat in self._seated() if seat.listens]
+
+    def _seated(self) -> list[Seat]:
         with self.lock:
             for seat in [seat for seat in self.seats.values() if seat.receiver() is None]:
                 self.leave(seat)
@@ -123,11 +137,12 @@ class World:
                 self._delivering = False
 
     def _deliver(self, audience: str, name: str, payload: bytes) -> None:
-        for seat in self.living():
+        for seat in self._seated():
             receiver = seat.receiver()
             if (
                 receiver is None
                 or (audience == "node" and seat.node != name)
+                or (audience != "node" and not seat.listens)
                 or (audience == "room" and name not in seat.rooms)
             ):
                 continue

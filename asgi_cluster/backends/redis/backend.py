@@ -80,11 +80,11 @@ class RedisBackend:
                 await stack.enter_async_context(topology.opened())
             # A right to run scripts that is missing should stop the start, and not the first visitor.
             await self.store.read(Handle(f"00.{'-' * 22}"), timeout=1.0)
-            if listen:
-                await stack.enter_async_context(self.bus.opened(node, receiver))
+            bus = self.bus.opened(node, receiver) if listen else self.bus.publishing(node, receiver)
+            await stack.enter_async_context(bus)
             yield
 
-    def attach(self, node: NodeId, receiver: Receiver) -> None:
+    def attach(self, node: NodeId, receiver: Receiver, *, listen: bool) -> None:
         """Redis needs a start: nothing to attach to without one."""
 
     @property

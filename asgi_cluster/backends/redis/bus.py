@@ -4,10 +4,13 @@ links.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from asgi_cluster.backends.redis.feed import Feed
+from asgi_cluster.backends.redis.lifetime import background
 from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.registry import Registry
 from asgi_cluster.backends.redis.topology import Topology
@@ -18,6 +21,10 @@ from asgi_cluster.exceptions import BusUnavailable, NotStarted, StoreUnavailable
 from asgi_cluster.ids import NodeId
 
 __all__ = ["RedisBus"]
+
+logger = logging.getLogger("asgi_cluster.bus")
+
+_INBOX_RETRY = 1.0
 
 
 class RedisBus:
@@ -42,6 +49,9 @@ class RedisBus:
         if rooms is not None:
             self._rooms = Feed(*rooms, lease_duration=lease_duration, sessions=False, rooms=True)
         self._feeds = [self._sessions] if rooms is None else [self._sessions, self._rooms]
+        self._inbox = Feed(topology, names, lease_duration=lease_duration, sessions=False, rooms=False)
+        self._inbox_wanted: asyncio.Event | None = None
+        self._inbox_open = asyncio.Event()
         self._node: NodeId | None = None
         self._listening = False
         self.on_dead: Callable[[str, str], None] | None = None
@@ -70,6 +80,31 @@ class RedisBus:
                 yield
             finally:
                 self._listening = False
+
+    @asynccontextmanager
+    async def publishing(self, node: NodeId, receiver: Receiver) -> AsyncIterator[None]:
+        """Not registered. Receives what is posted to ``node``, from the first ``reachable`` on."""
+        self._node = node
+        self._inbox_wanted, self._inbox_open = asyncio.Event(), asyncio.Event()
+        try:
+            async with background() as tasks:
+                tasks.start(self._keep_inbox(node, receiver, self._inbox_wanted), name="asgi-cluster inbox")
+                yield
+        finally:
+            self._inbox_wanted = None
+
+    async def _keep_inbox(self, node: NodeId, receiver: Receiver, wanted: asyncio.Event) -> None:
+        await wanted.wait()
+        while True:
+            try:
+                async with self._inbox.opened(node, receiver):
+                    self._inbox_open.set()
+                    await asyncio.Event().wait()
+            except BusUnavailable as error:
+                logger.warning("this publisher cannot receive the answers to its logouts: %s", error.reason)
+            finally:
+                self._inbox_open.clear()
+            await asyncio.sleep(_INBOX_RETRY)
 
     def _died(self, node: str, incarnation: str) -> None:
         if self.on_dead is not None:
@@ -132,6 +167,17 @@ class RedisBus:
         names = self._sessions.names
         channel = names.node_channel(node)
         self._sessions.topology.post(channel, names.publish, channel, payload)
+
+    async def reachable(self, *, timeout: float) -> None:
+        """See ``Bus.reachable``."""
+        if self._inbox_wanted is None:
+            return
+        self._inbox_wanted.set()
+        try:
+            async with asyncio.timeout(timeout):
+                await self._inbox_open.wait()
+        except TimeoutError:
+            return  # the receipt says that the nodes did not answer
 
     async def nodes(self, *, timeout: float) -> Mapping[NodeId, NodeInfo]:
         """See ``Bus.nodes``."""

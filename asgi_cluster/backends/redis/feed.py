@@ -12,7 +12,7 @@ from asgi_cluster.backends.redis.lifetime import Background, background
 from asgi_cluster.backends.redis.listener import Heartbeat
 from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.primary import Primary
-from asgi_cluster.backends.redis.registry import Registry, SideBeat
+from asgi_cluster.backends.redis.registry import InboxBeat, Registry, SideBeat
 from asgi_cluster.backends.redis.subscriber import Subscriber
 from asgi_cluster.backends.redis.topology import Topology
 from asgi_cluster.bus.bus import SUBSCRIBED_AGAIN, Receiver
@@ -28,7 +28,11 @@ _UNKNOWN = "?"
 
 
 class Feed:
-    """One subscriber, and one lease, per primary. Carries sessions, or rooms, or both."""
+    """One subscriber, and one lease, per primary. Carries sessions, or rooms, or both.
+
+    With neither it carries only what is posted to this node: the node is not registered then, and there is
+    one subscriber, at the primary that has the node's channel.
+    """
 
     def __init__(
         self, topology: Topology, names: Names, *, lease_duration: float, sessions: bool, rooms: bool
@@ -50,6 +54,7 @@ class Feed:
         self._receiver: Receiver | None = None
         self._tasks: Background | None = None
         self._open = False
+        self._node = NodeId("")
         self.registry: Registry | None = None
         self.gaps = 0
         self.last_gap: tuple[float, str] | None = None
@@ -59,7 +64,9 @@ class Feed:
     @asynccontextmanager
     async def opened(self, node: NodeId, receiver: Receiver) -> AsyncIterator[None]:
         """Registered and receiving while entered. Raises ``StoreUnavailable``, ``BusUnavailable``."""
-        registry = self.registry = Registry(self.topology, self.names, node, receiver.load)
+        if self._carries_sessions or self._carries_rooms:
+            self.registry = Registry(self.topology, self.names, node, receiver.load)
+        registry, self._node = self.registry, node
         self._receiver = receiver
         self._wanted = {self.names.node_channel(node)}
         if self._carries_sessions:
@@ -74,16 +81,17 @@ class Feed:
                 self._open = True
                 self.topology.watch(self._replan)
                 self._replan()
-                tasks.start(
-                    registry.run(lambda: self.lease_of(self.names.nodes())), name="asgi-cluster registry"
-                )
+                if registry is not None:
+                    tasks.start(
+                        registry.run(lambda: self.lease_of(self.names.nodes())), name="asgi-cluster registry"
+                    )
                 try:
                     yield
                 finally:
                     self.topology.watch(None)
                     self._open = False
             # Only now: a beat of ours must not find the registration gone and renew it.
-            if self.topology.answering:
+            if registry is not None and self.topology.answering:
                 await registry.leave()
         finally:
             self._received, self._reconnects = self.received, self.reconnects
@@ -104,6 +112,9 @@ class Feed:
         loop = asyncio.get_running_loop()
         started: list[asyncio.Future[None]] = []
         primaries = self.topology.primaries()
+        if self.registry is None:
+            home = self.topology.home(self.names.node_channel(self._node))
+            primaries = [primary for primary in primaries if primary is home]
         fresh = [primary for primary in primaries if primary not in self._subscribers]
         for primary in fresh:
             lease = Lease(self._duration) if self.names.sharded else self._lease
@@ -192,7 +203,8 @@ class Feed:
 
     def heartbeat(self, subscriber: Subscriber) -> Heartbeat:
         """See ``Listener.heartbeat``."""
-        assert self.registry is not None
+        if self.registry is None:
+            return InboxBeat(self.names, self._node)
         if self.topology.home(self.names.nodes()) is subscriber.primary:
             return self.registry
         tag = self.topology.tag_at(subscriber.primary)

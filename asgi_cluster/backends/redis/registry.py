@@ -21,10 +21,11 @@ from asgi_cluster.backends.redis.scripts import load
 from asgi_cluster.backends.redis.topology import Topology
 from asgi_cluster.bus.bus import NodeInfo
 from asgi_cluster.bus.lease import Lease
+from asgi_cluster.bus.messages import Ack, encode
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import NodeId, new_token
 
-__all__ = ["BEAT_TTL", "Registry", "SideBeat"]
+__all__ = ["BEAT_TTL", "InboxBeat", "Registry", "SideBeat"]
 
 logger = logging.getLogger("asgi_cluster.registry")
 
@@ -191,6 +192,27 @@ class SideBeat:
     def beat(self) -> Command:
         """See ``Heartbeat.beat``."""
         return ("PEXPIRE", self._key, BEAT_TTL)
+
+    def interrupted(self) -> None:
+        """See ``Heartbeat.interrupted``: nobody is observed here."""
+
+
+class InboxBeat:
+    """The heartbeat of a publisher, which is not registered and has nothing to cache: a message to its own
+    inbox, which answers 1 while the inbox is subscribed. Writes no key.
+    """
+
+    def __init__(self, names: Names, node: NodeId) -> None:
+        # An answer to no request is ignored by whoever receives it.
+        self._command = (names.publish, names.node_channel(node), encode(Ack("", node, 0)))
+
+    def registration(self) -> Command:
+        """See ``Heartbeat.registration``: there is nothing to register."""
+        return ("PING",)
+
+    def beat(self) -> Command:
+        """See ``Heartbeat.beat``."""
+        return self._command
 
     def interrupted(self) -> None:
         """See ``Heartbeat.interrupted``: nobody is observed here."""
