@@ -132,6 +132,7 @@ class Cluster:
             ssl_context=ssl_context,
             credential_provider=credential_provider,
             wait_replicas=sessions.wait_replicas,
+            stale_for=sessions.stale_for if sessions.on_store_error == "stale" else 0.0,
         )
         if not url and not os.environ.get("ASGI_CLUSTER_URL") and _has_siblings():
             logger.warning(
@@ -153,6 +154,7 @@ class Cluster:
             node=self._current_node,
             listens=listen,
             reachable=lambda timeout: bus.reachable(timeout=timeout),
+            nodes=lambda timeout: bus.nodes(timeout=timeout),
             ensure_started=self.ensure_started,
         )
         self.rooms = Rooms(

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
 __all__ = ["CacheConfig", "CookieConfig", "RealtimeConfig", "SessionConfig"]
 
+_LONGEST_SERVICE = 240.0
+"""Seconds. A node that stopped writing is registered for five minutes at least (``registry.BEAT_TTL``), and
+must not be able to serve anything for longer than that.
+"""
+
 _COOKIE_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 6265 section 4.1.1: an RFC 7230 token
 
 
@@ -108,7 +113,11 @@ class CacheConfig:
     max_entries: int = 10_000
     """Sessions kept; the least recently used go first. 0 turns the cache off."""
     lease: Seconds[float] = Seconds(2.0)
-    """Seconds: no cached read is older than this with respect to changes made through this library."""
+    """Seconds: no cached read is older than this with respect to changes made through this library.
+
+    Above 4 s it also delays the moment at which a crashed node is taken off the registry: until then logouts
+    count on its answer, and its members are listed as present.
+    """
 
     def __post_init__(self) -> None:
         _durations(self, "ttl", "lease")
@@ -138,7 +147,12 @@ class SessionConfig:
     ``stale_for``.
     """
     stale_for: Seconds[float] = Seconds(60.0)
-    """Seconds after its last confirmed read for which ``on_store_error="stale"`` serves an entry."""
+    """Seconds after its last confirmed read for which ``on_store_error="stale"`` serves an entry.
+
+    A node that is cut off from the store may serve an ended session for as long. So a logout that such a node
+    did not acknowledge is complete only after this time, and a crashed node stays on the registry for
+    ``cache.lease`` + ``stale_for``. The two together are at most 240 s.
+    """
     wait_replicas: int = 0
     """Above 0: after a logout ask Redis (``WAIT``, for a few milliseconds) how many replicas have it, up to
     this many; ``LogoutReceipt.replicas`` says so. A logout that none has can be lost with the primary.
@@ -159,10 +173,28 @@ class SessionConfig:
         _whole("wait_replicas", self.wait_replicas, 0)
         if self.idle_timeout > self.absolute_timeout:
             raise ValueError("idle_timeout must not be longer than absolute_timeout")
+        serving = self.cache.lease + self._stale_for
+        if serving > _LONGEST_SERVICE:
+            raise ValueError(
+                f"cache.lease and, with on_store_error='stale', stale_for are together at most "
+                f"{_LONGEST_SERVICE:g} s, not {serving:g}: a node that is cut off may serve a session "
+                "that has ended for as long"
+            )
         if self.scope_key is not None and (not self.scope_key or self.scope_key == "asgi_cluster"):
             raise ValueError(f"scope_key must be a name of its own, or None, not {self.scope_key!r}")
         _one_of("conflict", self.conflict, ("merge", "error"))
         _one_of("on_store_error", self.on_store_error, ("unavailable", "anonymous", "stale"))
+
+    @property
+    def _stale_for(self) -> float:
+        return self.stale_for if self.on_store_error == "stale" else 0.0
+
+    @property
+    def serves_for(self) -> float:
+        """Seconds for which a node so configured may go on serving a session whose end it has not
+        received.
+        """
+        return max(self.cache.lease, self._stale_for)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,6 +24,7 @@ def open_backend(
     ssl_context: SSLContext | None,
     credential_provider: Any,
     wait_replicas: int = 0,
+    stale_for: float = 0.0,
 ) -> Backend:
     """The backend for ``url``; connects to nothing yet.
 
@@ -42,6 +43,7 @@ def open_backend(
         url,
         prefix=prefix,
         lease_duration=lease_duration,
+        stale_for=stale_for,
         rooms_url=rooms_url,
         ssl_context=ssl_context,
         credential_provider=credential_provider,

@@ -54,6 +54,10 @@ class NodeInfo:
     """Seconds since the store last saw its beat."""
     incarnation: str
     """Changes when a node had to register again."""
+    serves_for: float
+    """Seconds for which it may go on serving a session whose end it has not received: its lease, or its
+    ``stale_for`` if that is longer.
+    """
 
 
 class Receiver(Protocol):

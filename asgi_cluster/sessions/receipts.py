@@ -10,6 +10,9 @@ from asgi_cluster.ids import NodeId, new_token
 
 __all__ = ["Acknowledgements", "LogoutReceipt", "PendingAck"]
 
+_MOMENT = 0.1
+"""Seconds."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogoutReceipt:
@@ -23,11 +26,14 @@ class LogoutReceipt:
     nodes_acked: Sequence[NodeId]
     """Nodes that serve none of them any more, and have closed their sockets."""
     nodes_missing: Sequence[NodeId]
-    """Registered nodes that did not answer in time. They stop serving them when their lease lapses."""
+    """Registered nodes that did not answer in time. They stop serving them when their lease lapses, or
+    ``stale_for`` seconds after their last read with ``on_store_error="stale"``.
+    """
     complete: bool
-    """No node serves any of them any more: all acknowledged, or a whole lease has passed since. When all
-    acknowledged, every socket is closed as well: of these sessions, and after a user's logout of whatever
-    else acted as the user.
+    """No node serves any of them any more: all acknowledged, or so much time has passed since that those
+    missing cannot serve them any more (``NodeInfo.serves_for``, which takes a ``timeout`` of at least that).
+    When all acknowledged, every socket is closed as well: of these sessions, and after a user's logout of
+    whatever else acted as the user.
     """
     sockets_closed: int
     """Sockets closed on the nodes that acknowledged."""
@@ -63,6 +69,8 @@ class PendingAck:
     async def wait_for(self, nodes: Collection[str], *, timeout: float) -> bool:
         """Whether all of ``nodes`` have answered within ``timeout`` seconds."""
         wanted = set(nodes)
+        if timeout <= 0:
+            return wanted <= self.acked
         self._changed = asyncio.Event()
         try:
             async with asyncio.timeout(timeout):
@@ -79,6 +87,7 @@ class Acknowledgements:
 
     def __init__(self) -> None:
         self._pending: dict[str, PendingAck] = {}
+        self._silent: set[str] = set()
 
     def open(self) -> PendingAck:
         """Before the request is sent, so that no answer can be missed."""
@@ -91,7 +100,27 @@ class Acknowledgements:
         self._pending.pop(pending.id, None)
 
     def answer(self, request: str, node: str, sockets: int) -> None:
-        """An answer came; one that nobody waits for is ignored."""
+        """An answer came. One that comes too late says no more than that its node is there."""
+        self._silent.discard(node)
         pending = self._pending.get(request)
         if pending is not None:
             pending.add(node, sockets)
+
+    async def wait_for(self, pending: PendingAck, nodes: Collection[str], *, timeout: float) -> bool:
+        """Whether all of ``nodes`` have answered within ``timeout`` seconds.
+
+        A node that let an earlier request run out of its time, and has answered none since, is given a
+        moment: a node that crashed would cost every logout the whole timeout until it is taken off the
+        registry.
+        """
+        self._silent.intersection_update(nodes)  # bounded: those that are gone are forgotten
+        clock = asyncio.get_running_loop().time
+        give_up_at = clock() + timeout
+        answering = set(nodes) - self._silent
+        if await pending.wait_for(answering, timeout=timeout):
+            left = give_up_at - clock()
+            if await pending.wait_for(nodes, timeout=min(left, _MOMENT) if self._silent else left):
+                return True
+        if timeout > 0:
+            self._silent.update(node for node in nodes if node not in pending.acked)
+        return False

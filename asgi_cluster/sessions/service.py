@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Container, Iterable, Mapping
+import math
+from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, Sequence
 from time import monotonic
 from typing import Protocol, TypeVar
 
+from asgi_cluster.bus.bus import NodeInfo
 from asgi_cluster.bus.lease import boot_clock
 from asgi_cluster.bus.messages import Changed, Ended, UserEnded, encode
 from asgi_cluster.codes import CloseCode
@@ -17,7 +19,7 @@ from asgi_cluster.ids import Handle, NodeId, UserId, bucket_of, new_token
 from asgi_cluster.sessions.cached import CachedStore
 from asgi_cluster.sessions.cookies import Cookie
 from asgi_cluster.sessions.receipts import Acknowledgements, LogoutReceipt, PendingAck
-from asgi_cluster.sessions.store import Ending
+from asgi_cluster.sessions.store import UNKNOWN_NODES, Ending
 from asgi_cluster.sessions.tombstones import Tombstones
 
 __all__ = ["LocalSockets", "SessionService"]
@@ -58,6 +60,7 @@ class SessionService:
         node: Callable[[], NodeId],
         listens: bool,
         reachable: Callable[[float], Awaitable[None]],
+        nodes: Callable[[float], Awaitable[Mapping[NodeId, NodeInfo]]],
         ensure_started: Callable[[str], None],
     ) -> None:
         self.store = store
@@ -71,6 +74,7 @@ class SessionService:
         self._node = node
         self._listens = listens
         self._reachable = reachable
+        self._nodes = nodes
 
     def changed(self, handle: Handle) -> bytes:
         """The message that a session's record changed."""
@@ -105,7 +109,8 @@ class SessionService:
     async def end(
         self, handle: Handle, *, code: int, reason: str, timeout: float, budget: Budget | None = None
     ) -> LogoutReceipt:
-        """End one session everywhere; returns when every node has said so, or after ``timeout`` seconds.
+        """End one session everywhere; returns when every node has said so, or after ``timeout`` seconds. 0:
+        when it is committed and published; nothing is waited for.
 
         Raises:
             StoreUnavailable: not stored, as far as is known; nobody was logged out.
@@ -210,15 +215,23 @@ class SessionService:
             if self._listens:
                 # This node does not wait for its own message: its bus may be the one that is down.
                 pending.add(self._node(), closed_here)
-            lease = self.config.cache.lease
-            everyone = await pending.wait_for(ending.nodes, timeout=max(0.0, min(timeout, lease)))
+            serves_for = self.config.serves_for
+            everyone = await self.acks.wait_for(pending, ending.nodes, timeout=min(timeout, serves_for))
+            if not everyone and timeout >= serves_for:
+                # The caller waits for so long that time alone may do it: when those missing cannot serve any
+                # more.
+                serves_for = await self._longest_service(
+                    [node for node in ending.nodes if node not in pending.acked]
+                )
+                rest = committed + min(timeout, serves_for) - clock()
+                everyone = await pending.wait_for(ending.nodes, timeout=rest)
             finished = clock()
             if pending.sockets:
                 pending.sockets = max(0, pending.sockets - await self._sockets.failed_closes(began))
         finally:
             self.acks.close(pending)
         missing = [NodeId(node) for node in ending.nodes if node not in pending.acked]
-        if missing:
+        if missing and timeout > 0:
             logger.warning(
                 "%d of %d nodes did not acknowledge a logout in time", len(missing), len(ending.nodes)
             )
@@ -226,11 +239,22 @@ class SessionService:
             sessions=ending.sessions,
             nodes_acked=tuple(sorted(NodeId(node) for node in pending.acked)),
             nodes_missing=tuple(missing),
-            complete=everyone or finished - committed >= lease,
+            complete=everyone or finished - committed >= serves_for,
             sockets_closed=pending.sockets,
             elapsed=finished - started,
             replicas=ending.replicas,
         )
+
+    async def _longest_service(self, missing: Sequence[str]) -> float:
+        """Seconds after which none of these nodes serves a session that was ended without its knowledge."""
+        try:
+            nodes = await self._nodes(self.deadline)
+        except StoreUnavailable:
+            return math.inf
+        known = [
+            info.serves_for for node, info in nodes.items() if node in missing or UNKNOWN_NODES in missing
+        ]
+        return max(self.config.serves_for, *known, 0.0)
 
 
 class Budget:

@@ -82,7 +82,9 @@ class Session(StoredSession):
     # Who it is
 
     async def login(self, user_id: str, lifetime: float | timedelta | None = None) -> None:
-        """Sign ``user_id`` in: a new handle and a new secret; the old ones are dead when this returns.
+        """Sign ``user_id`` in: a new handle and a new secret; the old ones are dead when this returns. Those
+        of an anonymous session are dead in the store, and on every node within the lease: a login does not
+        wait for other nodes to acknowledge it.
 
         Data of an anonymous session, or of the same user, is kept, as the store has it at that moment; what
         this request assigned before wins. Another user's data is dropped. ``lifetime``, seconds or a
@@ -161,7 +163,8 @@ class Session(StoredSession):
         """End this session on every node and close its sockets with 4501 and ``reason``.
 
         Returns when every registered node has acknowledged, or after ``timeout`` seconds; the receipt says
-        which. Without a stored session there is nothing to end.
+        which. A node that let an earlier logout run out of its time is given 0.1 s, until it answers again.
+        Without a stored session there is nothing to end.
 
         Raises:
             StoreUnavailable: it could not be stored; the session goes on, unless ``outcome_unknown``.

@@ -440,12 +440,14 @@ class StoredSession(SessionData):
         """End the session that ``record`` replaces. ``known`` is what of it went into ``record``, besides the
         request's ``own`` keys: what it really held at its end goes there too. ``None``: nothing does.
         """
+        # An anonymous session gives nobody any right: nodes may take a lease to stop serving it.
+        anonymous = self._record is not None and self._record.user is None
         with self._noting():
             _, held = await self._service.take(
                 handle,
                 code=CloseCode.FORCE_RECONNECT,
                 reason="signed in",
-                timeout=self._service.deadline,
+                timeout=0.0 if anonymous else self._service.deadline,
                 budget=self._allowance(),
                 fields=known is not None,
             )

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
+import msgspec
 import pytest
 
+from asgi_cluster.backends.redis.names import Names
+from asgi_cluster.backends.redis.registry import BEAT_TTL, Registry
+from asgi_cluster.backends.redis.scripts import Script, load
+from asgi_cluster.bus.lease import Lease
+from asgi_cluster.ids import NodeId
 from tests.bus.nodes import opened
 from tests.support.proxy import Proxy
 from tests.support.servers import Server, start_valkey
@@ -88,3 +95,47 @@ async def test_the_living_are_not_removed_after_a_stall_of_the_server(prefix: st
             await asyncio.sleep(2.5)
             assert dead == []
             assert {one.bus.identity(), two.bus.identity()} == identities
+
+
+class Observed:
+    """A registry server with one node in it, whose beat stands still."""
+
+    def __init__(self, info: bytes) -> None:
+        self.info = info
+        self.reaped = False
+
+    async def run(self, script: Script, keys: list[str], args: list[object], *, timeout: float) -> object:
+        if script is load("node_reap"):
+            self.reaped = True
+            return 1
+        return [1_000_000, [] if self.reaped else [[b"other", self.info, BEAT_TTL - 1000]]]
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "dead_after"),
+    [
+        ((2.0, 0.0), (2.0, 0.0), 4.0),
+        ((2.0, 0.0), (9.0, 0.0), 9.0),
+        ((9.0, 0.0), (2.0, 0.0), 9.0),
+        ((2.0, 0.0), (2.0, 30.0), 32.0),
+        ((9.0, 0.0), None, 9.0),
+    ],
+)
+async def test_a_node_is_not_dead_before_it_cannot_serve_any_more(
+    own: tuple[float, float], other: tuple[float, float] | None, dead_after: float
+) -> None:
+    """Silent for four seconds, and for its lease and what it may serve stale; by what it has registered or,
+    when that cannot be read, by the observer's own configuration.
+    """
+    now = 100.0
+    server = Observed(b"" if other is None else msgspec.msgpack.encode([0.0, 0, 0, "i", *other]))
+    topology: Any = server
+    registry = Registry(topology, Names("p"), NodeId("me"), lambda: (0, 0), lease=own[0], stale_for=own[1])
+    lease = Lease(1000.0, clock=lambda: now)
+    lease.renew(now)
+    for passed in (0.0, dead_after - 0.01):
+        now = 100.0 + passed
+        assert set(await registry.observe(lease)) == {"other"}
+    now = 100.0 + dead_after
+    assert set(await registry.observe(lease)) == set()
+    assert server.reaped

@@ -99,6 +99,7 @@ class MemoryBus:
                         rooms=rooms,
                         lag=0.0,
                         incarnation=seat.incarnation,
+                        serves_for=0.0,
                     )
         return found
 

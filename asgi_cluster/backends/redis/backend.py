@@ -50,6 +50,7 @@ class RedisBackend:
         *,
         prefix: str,
         lease_duration: float,
+        stale_for: float = 0.0,
         rooms_url: str | None = None,
         ssl_context: SSLContext | None = None,
         credential_provider: Any = None,
@@ -67,7 +68,9 @@ class RedisBackend:
             rooms_names = Names(prefix, db=rooms_target.db, sharded=rooms_topology.sharded)
             rooms = (rooms_topology, rooms_names)
             self._topologies.append(rooms_topology)
-        self.bus = RedisBus(self._topology, names, lease_duration=lease_duration, rooms=rooms)
+        self.bus = RedisBus(
+            self._topology, names, lease_duration=lease_duration, stale_for=stale_for, rooms=rooms
+        )
         self.store = RedisSessionStore(self._topology, names, wait_replicas=wait_replicas)
         self.history = RedisHistory(rooms_topology, rooms_names)
         self.presence = RedisPresence(rooms_topology, rooms_names, self.bus)

@@ -40,10 +40,16 @@ class RedisBus:
         names: Names,
         *,
         lease_duration: float,
+        stale_for: float = 0.0,
         rooms: tuple[Topology, Names] | None = None,
     ) -> None:
         self._sessions = Feed(
-            topology, names, lease_duration=lease_duration, sessions=True, rooms=rooms is None
+            topology,
+            names,
+            lease_duration=lease_duration,
+            sessions=True,
+            rooms=rooms is None,
+            stale_for=stale_for,
         )
         self._rooms = self._sessions
         if rooms is not None:
@@ -185,7 +191,7 @@ class RedisBus:
 
     def _registry(self, feed: Feed) -> Registry:
         # A publisher that does not listen is not registered, and may look all the same.
-        return feed.registry or Registry(feed.topology, feed.names, self._node or NodeId(""), lambda: (0, 0))
+        return feed.registry or feed.registry_for(self._node or NodeId(""), lambda: (0, 0))
 
     @property
     def incarnation(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from asgi_cluster.backends.redis.errors import LinkBroken
@@ -35,11 +35,19 @@ class Feed:
     """
 
     def __init__(
-        self, topology: Topology, names: Names, *, lease_duration: float, sessions: bool, rooms: bool
+        self,
+        topology: Topology,
+        names: Names,
+        *,
+        lease_duration: float,
+        sessions: bool,
+        rooms: bool,
+        stale_for: float = 0.0,
     ) -> None:
         self.topology = topology
         self.names = names
         self._duration = lease_duration
+        self._stale_for = stale_for
         self._carries_sessions = sessions
         self._carries_rooms = rooms
         self._lease = Lease(lease_duration)  # of the only primary, when there is only one
@@ -65,7 +73,7 @@ class Feed:
     async def opened(self, node: NodeId, receiver: Receiver) -> AsyncIterator[None]:
         """Registered and receiving while entered. Raises ``StoreUnavailable``, ``BusUnavailable``."""
         if self._carries_sessions or self._carries_rooms:
-            self.registry = Registry(self.topology, self.names, node, receiver.load)
+            self.registry = self.registry_for(node, receiver.load)
         registry, self._node = self.registry, node
         self._receiver = receiver
         self._wanted = {self.names.node_channel(node)}
@@ -103,6 +111,12 @@ class Feed:
             self._wanted.clear()
             self._lost.clear()
             self._tasks = self._receiver = None
+
+    def registry_for(self, node: NodeId, load: Callable[[], tuple[int, int]]) -> Registry:
+        """The registry at these servers, for a node that may not be in it."""
+        # Where only rooms are, no logout counts on anybody.
+        lease = self._duration if self._carries_sessions else 0.0
+        return Registry(self.topology, self.names, node, load, lease=lease, stale_for=self._stale_for)
 
     # Where everything is
 

@@ -3,7 +3,9 @@
 A node's beat key carries no value: its *expiry time* is the beat. Every heartbeat pushes it into the future,
 so an observer that sees it stand still for four seconds, while its own lease was live without a break, has
 seen four seconds in which the server answered and that node did not write. Judging by the key's expiry itself
-would reap the living after a stall.
+would reap the living after a stall. A node that may serve sessions for longer than that after its last beat
+(its lease, and then ``stale_for``) says so in its entry, and is given that time: a logout does not count on a
+node that was removed.
 """
 
 from __future__ import annotations
@@ -50,21 +52,34 @@ class _Info(msgspec.Struct, array_like=True):
     sockets: int
     rooms: int
     incarnation: str
+    lease: float = -1.0
+    """-1: not registered. That node is taken to be configured as the observer."""
+    stale_for: float = 0.0
 
 
 class Registry:
     """This node's entry, and its view of the others.
 
-    The heartbeat of the subscriber at the primary that has the registry.
+    The heartbeat of the subscriber at the primary that has the registry. ``lease`` and ``stale_for``: seconds
+    for which this node may serve sessions from its cache after a beat; 0 when it carries none.
     """
 
     def __init__(
-        self, topology: Topology, names: Names, node: NodeId, load_of: Callable[[], tuple[int, int]]
+        self,
+        topology: Topology,
+        names: Names,
+        node: NodeId,
+        load_of: Callable[[], tuple[int, int]],
+        *,
+        lease: float,
+        stale_for: float,
     ) -> None:
         self._topology = topology
         self._names = names
         self.node = node
         self._load_of = load_of
+        self._lease = lease
+        self._stale_for = stale_for
         self._started_at = time.time()
         self._seen: dict[str, _Seen] = {}
         self._written: bytes | None = None
@@ -93,7 +108,9 @@ class Registry:
 
     def _info(self) -> bytes:
         sockets, rooms = self._load_of()
-        return msgspec.msgpack.encode(_Info(self._started_at, sockets, rooms, self.incarnation))
+        return msgspec.msgpack.encode(
+            _Info(self._started_at, sockets, rooms, self.incarnation, self._lease, self._stale_for)
+        )
 
     async def leave(self) -> None:
         """Take this node off, best effort."""
@@ -146,7 +163,9 @@ class Registry:
                 info = msgspec.msgpack.decode(raw_info, type=_Info)
             except msgspec.DecodeError:
                 info = _Info(0.0, 0, 0, "")
-            if lease is not None and node != self.node and self._is_dead(node, expiry, lease):
+            if info.lease < 0:
+                info.lease, info.stale_for = self._lease, self._stale_for
+            if lease is not None and node != self.node and self._is_dead(node, expiry, lease, info):
                 await self._reap(node, expiry, info.incarnation)
                 continue
             found[node] = NodeInfo(
@@ -156,18 +175,21 @@ class Registry:
                 rooms=info.rooms,
                 lag=max(0, BEAT_TTL - pttl) / 1000,
                 incarnation=info.incarnation,
+                serves_for=max(info.lease, info.stale_for),
             )
         if lease is not None:
             self._seen = {node: seen for node, seen in self._seen.items() if node in found}
         return found
 
-    def _is_dead(self, node: str, expiry: int, lease: Lease) -> bool:
+    def _is_dead(self, node: str, expiry: int, lease: Lease, info: _Info) -> bool:
         now = lease.clock()
         seen = self._seen.get(node)
         if seen is None or abs(seen.expiry - expiry) > _SAME_MS:
             self._seen[node] = _Seen(expiry, now)
             return False
-        return lease.live and now - seen.since >= _DEAD_AFTER
+        # What it read last was read under its lease, and may be served stale for that long after.
+        last_service = max(info.lease + info.stale_for, self._lease + self._stale_for)
+        return lease.live and now - seen.since >= max(_DEAD_AFTER, last_service)
 
     async def _reap(self, node: str, expiry: int, incarnation: str) -> None:
         keys = [self._names.nodes(), self._names.beat(node)]
