@@ -20,7 +20,8 @@ async function call(method, path, body) {
     throw new ApiError(0, "The node does not answer. Trying again may find another.");
   }
   const answer = await response.json().catch(() => ({}));
-  if (!response.ok) throw new ApiError(response.status, answer.error ?? `The server answered ${response.status}.`);
+  const reason = response.status === 503 ? "Redis does not answer. Please try again." : `The server answered ${response.status}.`;
+  if (!response.ok) throw new ApiError(response.status, answer.error ?? reason);
   return answer;
 }
 

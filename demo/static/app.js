@@ -37,6 +37,7 @@ function enter({ user: name, node }) {
     gate();
     return;
   }
+  if (user !== null && user !== name) notes.clear(); // what another person typed here is not this one's
   user = name;
   people.me = name;
   $("gate").hidden = $("lock").hidden = true;
@@ -234,13 +235,13 @@ for (const colour of COLOURS) {
 }
 $("adder").addEventListener("submit", (event) => {
   event.preventDefault();
-  void notes.add();
+  notes.add();
 });
 document.addEventListener("keydown", (event) => {
   const typing = event.target.closest?.("input[type=text], input:not([type]), textarea");
   if (event.key !== "n" || typing || event.ctrlKey || event.metaKey || event.altKey || $("page").inert) return;
   event.preventDefault();
-  void notes.add();
+  notes.add();
 });
 
 void start();

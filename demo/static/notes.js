@@ -11,6 +11,7 @@ const HOLE_PATIENCE = 500; // ms that a missing change may take before the board
 export class Notes {
   #state = new BoardState();
   #elements = new Map();
+  #drafts = new Set(); // notes that are not on the board yet
   #area = $("notes");
   #top = 1;
   #live = null;
@@ -21,7 +22,7 @@ export class Notes {
   constructor() {
     $("board").addEventListener("dblclick", (event) => {
       if (event.target.closest(".note")) return;
-      void this.add(this.#at(event.clientX - this.#size() / 2, event.clientY - 30));
+      this.add(this.#at(event.clientX - this.#size() / 2, event.clientY - 30));
     });
   }
 
@@ -100,21 +101,28 @@ export class Notes {
     }, 1500);
   }
 
-  async add(place) {
+  /** Begin a note. It is this window's alone until it has a text: what is left empty was never on the board. */
+  add(place) {
     const colour = document.querySelector("#colours input:checked")?.value ?? COLOURS[0];
-    const { x, y } = place ?? { x: 0.08 + Math.random() * 0.84, y: 0.08 + Math.random() * 0.7 };
-    const note = await this.#try(api.addNote({ text: "", colour, x, y }));
-    if (!note) return;
-    this.changed({ type: "note", note });
-    this.#edit(this.#elements.get(note.id));
+    const { x, y } = rounded(place ?? { x: 0.08 + Math.random() * 0.84, y: 0.08 + Math.random() * 0.7 });
+    const shown = this.#make();
+    shown.dataset.colour = colour;
+    shown.setAttribute("aria-label", "New note");
+    this.#place(shown, x, y);
+    this.#drafts.add(shown);
+    this.#area.append(shown);
+    this.#count();
+    this.#edit(shown);
   }
 
   clear() {
     this.#state = new BoardState();
     clearTimeout(this.#holeTimer);
     this.#holeTimer = null;
-    for (const shown of this.#elements.values()) shown.remove();
-    this.#elements.clear();
+    const all = [...this.#elements.values(), ...this.#drafts];
+    this.#elements.clear(); // first: an editor that loses the focus here has nothing to save any more
+    this.#drafts.clear();
+    for (const shown of all) shown.remove();
   }
 
   // Showing
@@ -126,15 +134,18 @@ export class Notes {
   }
 
   #count() {
-    $("empty").hidden = this.#state.notes.size > 0;
+    $("empty").hidden = this.#state.notes.size + this.#drafts.size > 0;
   }
 
   #render(note) {
     let shown = this.#elements.get(note.id);
     if (!shown) {
-      shown = this.#make(note.id);
+      shown = this.#draftOf(note) ?? this.#make();
+      this.#drafts.delete(shown);
       this.#elements.set(note.id, shown);
-      this.#area.append(shown);
+      shown.dataset.noteId = note.id;
+      shown.style.setProperty("--tilt", tilt(note.id));
+      if (!shown.isConnected) this.#area.append(shown);
     }
     const text = shown.querySelector(".text");
     if (text && text.textContent !== note.text) {
@@ -155,7 +166,15 @@ export class Notes {
     }
   }
 
-  #make(id) {
+  /** The draft that has become this note: the announcement may come before the answer to the request. */
+  #draftOf({ x, y, text }) {
+    return [...this.#drafts].find((shown) => {
+      const place = placeOf(shown);
+      return shown.dataset.saving === text && place.x === x && place.y === y;
+    });
+  }
+
+  #make() {
     const button = (name, label, act) => {
       const made = element("button", { type: "button", title: label, "aria-label": label }, icon(name));
       made.addEventListener("click", act);
@@ -174,10 +193,6 @@ export class Notes {
         button("remove", "Delete", () => void this.#delete(shown)),
       ),
     );
-    shown.dataset.noteId = id;
-    let hash = 0;
-    for (const character of id) hash = (hash * 31 + character.charCodeAt(0)) % 997;
-    shown.style.setProperty("--tilt", `${(hash % 50) / 10 - 2.5}deg`);
     shown.addEventListener("pointerdown", (event) => this.#grab(shown, event));
     shown.addEventListener("dblclick", (event) => {
       if (!event.target.closest("button, textarea")) this.#edit(shown);
@@ -252,9 +267,9 @@ export class Notes {
   async #move(shown, place) {
     const id = shown.dataset.noteId;
     if (!id) return;
-    const rounded = { x: Math.round(place.x * 1e4) / 1e4, y: Math.round(place.y * 1e4) / 1e4 };
-    const note = await this.#try(api.editNote(id, rounded));
-    this.#live?.({ type: "drag", id, ...rounded, end: true });
+    const there = rounded(place);
+    const note = await this.#try(api.editNote(id, there));
+    this.#live?.({ type: "drag", id, ...there, end: true });
     if (note) this.changed({ type: "note", note });
     else this.#restore(id);
   }
@@ -283,44 +298,77 @@ export class Notes {
 
   // Changing
 
-  #edit(shown) {
+  /** `typed` is what could not be saved before, and is still there. */
+  #edit(shown, typed = null) {
     if (!shown || shown.classList.contains("editing")) return;
-    const id = shown.dataset.noteId;
-    const before = this.#state.notes.get(id)?.text ?? "";
+    const before = this.#textOf(shown);
     const text = shown.querySelector(".text");
     const count = element("span", { className: "count" });
-    const area = element("textarea", { value: before, maxLength: LONGEST_TEXT, rows: 4, "aria-label": "Text of the note" });
+    const area = element("textarea", { value: typed ?? before, maxLength: LONGEST_TEXT, rows: 4, "aria-label": "Text of the note" });
     const tell = () => { count.textContent = area.value.length > LONGEST_TEXT - 100 ? `${LONGEST_TEXT - area.value.length}` : ""; };
     tell();
     shown.classList.add("editing");
     shown.style.zIndex = String(++this.#top);
     text.replaceWith(area);
     shown.querySelector(".by").after(count);
-    area.focus();
-    area.select();
-    let done = false;
-    const finish = async (keep) => {
-      if (done) return;
-      done = true;
+    const editing = new AbortController();
+    const finish = () => {
+      if (editing.signal.aborted) return;
+      editing.abort();
       const wanted = area.value.trim();
-      text.textContent = keep ? wanted : (this.#state.notes.get(id)?.text ?? before);
+      text.textContent = wanted || before;
       area.replaceWith(text);
       count.remove();
       shown.classList.remove("editing");
-      if (!keep || wanted === before || !this.#elements.has(id)) return;
-      const note = await this.#try(api.editNote(id, { text: wanted }));
-      if (note) this.changed({ type: "note", note });
-      else this.#restore(id);
+      if (wanted !== before || this.#drafts.has(shown)) void this.#save(shown, wanted);
+      else this.#restore(shown.dataset.noteId); // others may have changed it meanwhile
     };
     area.addEventListener("input", tell);
-    area.addEventListener("blur", () => void finish(true));
+    shown.addEventListener("focusout", ({ relatedTarget }) => {
+      if (!shown.contains(relatedTarget)) finish(); // the note's own buttons are no reason to stop
+    }, { signal: editing.signal });
     area.addEventListener("keydown", (event) => {
-      const save = event.key === "Enter" && (event.ctrlKey || event.metaKey);
-      if (!save && event.key !== "Escape") return;
+      if (event.key !== "Escape" && !(event.key === "Enter" && (event.ctrlKey || event.metaKey))) return;
       event.stopPropagation();
-      void finish(save);
+      finish();
       shown.focus();
     });
+    if (typed !== null) return; // the person may be elsewhere by now
+    area.focus();
+    area.select();
+  }
+
+  #textOf(shown) {
+    return this.#state.notes.get(shown.dataset.noteId)?.text ?? "";
+  }
+
+  /** Put on the board what was typed; without a text there is no note. What cannot be saved stays in its editor. */
+  async #save(shown, text) {
+    if (this.#drafts.has(shown)) {
+      if (text === "") {
+        this.#drafts.delete(shown);
+        shown.remove();
+        this.#count();
+        return;
+      }
+      const place = rounded(placeOf(shown));
+      this.#place(shown, place.x, place.y);
+      shown.dataset.saving = text;
+      const note = await this.#try(api.addNote({ text, colour: shown.dataset.colour, ...place }));
+      delete shown.dataset.saving;
+      if (note) this.changed({ type: "note", note });
+      else if (this.#drafts.has(shown)) this.#edit(shown, text);
+      return;
+    }
+    const id = shown.dataset.noteId;
+    if (!this.#elements.has(id)) return;
+    if (text === "") {
+      await this.#delete(shown);
+      return;
+    }
+    const note = await this.#try(api.editNote(id, { text }));
+    if (note) this.changed({ type: "note", note });
+    else if (this.#elements.get(id) === shown) this.#edit(shown, text);
   }
 
   #palette(shown) {
@@ -329,15 +377,19 @@ export class Notes {
     let closed = false;
     const close = ({ refocus }) => {
       if (closed) return;
-      closed = true; // taking the focused button away is itself a loss of focus, which would come here again
-      palette.remove();
-      if (refocus) shown.focus();
+      closed = true; // moving the focus is a loss of focus, which would come here again
+      if (refocus) (shown.querySelector("textarea") ?? shown).focus();
+      palette.remove(); // without the focus: it would leave the note, and end the editing
     };
     for (const colour of COLOURS) {
       const swatch = element("button", { type: "button", className: "swatch", title: colour, "aria-label": colour });
       swatch.dataset.colour = colour;
       swatch.addEventListener("click", async () => {
         close({ refocus: true });
+        if (this.#drafts.has(shown)) {
+          shown.dataset.colour = colour;
+          return;
+        }
         const note = await this.#try(api.editNote(shown.dataset.noteId, { colour }));
         if (note) this.changed({ type: "note", note });
       });
@@ -355,8 +407,11 @@ export class Notes {
   }
 
   async #delete(shown) {
-    const id = shown.dataset.noteId;
-    const gone = await this.#try(api.deleteNote(id));
+    if (this.#drafts.has(shown)) {
+      void this.#save(shown, "");
+      return;
+    }
+    const gone = await this.#try(api.deleteNote(shown.dataset.noteId));
     if (gone) this.changed({ type: "gone", ...gone });
   }
 
@@ -374,4 +429,21 @@ export class Notes {
       return null;
     }
   }
+}
+
+function placeOf(shown) {
+  const at = (axis) => Number(shown.style.getPropertyValue(axis));
+  return { x: at("--x"), y: at("--y") };
+}
+
+/** As exact as the board needs it, and as Redis gives it back. */
+function rounded({ x, y }) {
+  return { x: Math.round(x * 1e4) / 1e4, y: Math.round(y * 1e4) / 1e4 };
+}
+
+/** How crooked a note hangs, the same in every window. */
+function tilt(id) {
+  let hash = 0;
+  for (const character of id) hash = (hash * 31 + character.charCodeAt(0)) % 997;
+  return `${(hash % 50) / 10 - 2.5}deg`;
 }
