@@ -10,7 +10,7 @@ import re
 import secrets
 import socket as sockets
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -26,8 +26,9 @@ from asgi_cluster.bus.lease import boot_clock
 from asgi_cluster.config import CacheConfig, CookieConfig, RealtimeConfig, SessionConfig
 from asgi_cluster.dispatch import Dispatch
 from asgi_cluster.draining import draining_on_sigterm
-from asgi_cluster.exceptions import NotStarted
+from asgi_cluster.exceptions import ClusterError, NotStarted
 from asgi_cluster.ids import NodeId, check_user
+from asgi_cluster.lazy import LazyStart
 from asgi_cluster.realtime.acceptance import Acceptance
 from asgi_cluster.realtime.endpoint import Endpoint
 from asgi_cluster.realtime.hub import Hub
@@ -41,7 +42,7 @@ from asgi_cluster.sessions.cached import CachedStore
 from asgi_cluster.sessions.service import SessionService
 from asgi_cluster.sessions.session import Session
 from asgi_cluster.stats import ClusterStats
-from asgi_cluster.tasks import check_loop
+from asgi_cluster.tasks import check_loop, running_asyncio_loop
 from asgi_cluster.verification import Verifier
 
 __all__ = ["Cluster", "get_session"]
@@ -58,8 +59,8 @@ class Cluster:
     """This process's membership in a cluster of nodes that share sessions and rooms.
 
     Pass it to ``ClusterMiddleware``, which starts and stops it in ASGI lifespan, or enter it with ``async
-    with cluster:``. It can be started again after it was stopped, on another event loop too. ``memory://``
-    needs no start.
+    with cluster:``. On a server without lifespan the first request starts it. It can be started again after
+    it was stopped, on another event loop too. ``memory://`` needs no start.
 
     Args:
         url: ``memory://``, ``redis://``, ``rediss://``, ``unix://``, ``redis+sentinel://`` or
@@ -199,6 +200,8 @@ class Cluster:
         self.draining = False
         """Whether ``drain`` was called: new sockets are closed at once, and ``ready`` is false."""
         self.warned_insecure = False
+        self.lazy: LazyStart | None = LazyStart(self._start, self.__aexit__)
+        """For servers without lifespan; ``None`` once the cluster has been started in another way."""
         self._supervisor: asyncio.Task[None] | None = None
         self._stop: asyncio.Event | None = None
 
@@ -274,11 +277,17 @@ class Cluster:
                 where.
             RuntimeError: already started, or not on asyncio.
         """
+        lazy, self.lazy = self.lazy, None
         try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError as error:
-            raise RuntimeError("asgi-cluster runs on asyncio; trio is not supported") from error
-        if self._supervisor is not None:
+            await self._start()
+        except BaseException:
+            self.lazy = lazy
+            raise
+        return self
+
+    async def _start(self) -> None:
+        loop = running_asyncio_loop()
+        if self._supervisor is not None and not self._supervisor.done():
             raise RuntimeError("this cluster is already started")
         self._new_node()
         self.draining = False
@@ -293,12 +302,11 @@ class Cluster:
             await asyncio.wait([self._supervisor])
             self._supervisor = None
             raise
-        return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         """Stop: sockets are closed with 3001, the node is taken off the registry, connections are closed."""
         supervisor, self._supervisor = self._supervisor, None
-        if supervisor is None:
+        if supervisor is None or supervisor.done():
             return
         if self._stop is not None:
             self._stop.set()
@@ -350,6 +358,8 @@ class Cluster:
                 logger.info("node %s stopped", node)
         except BaseException as error:
             if started.done():
+                if self.lazy is not None and isinstance(error, asyncio.CancelledError):
+                    await self._sign_off()
                 raise
             # Every task group on the way has wrapped it; who starts the cluster is to see what is wrong.
             started.set_exception(_innermost(error))
@@ -358,10 +368,24 @@ class Cluster:
         finally:
             self._stop = None
 
+    async def _sign_off(self) -> None:
+        # The loop ends and cancels everything at once, the connections too: once more, with new ones.
+        with suppress(ClusterError, TimeoutError):
+            async with (
+                asyncio.timeout(self.deadline),
+                self._backend.open(self._current_node(), self._dispatch, listen=self.listen),
+            ):
+                logger.info("node %s stopped", self._node)
+
     @property
     def started(self) -> bool:
         """Whether it was started and not stopped."""
         return self.tasks is not None
+
+    @property
+    def needs_start(self) -> bool:
+        """Whether it can be used only after a start; ``memory://`` cannot only then."""
+        return self._backend.needs_start
 
     @property
     def crosses_loops(self) -> bool:

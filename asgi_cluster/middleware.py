@@ -18,11 +18,12 @@ from starlette.websockets import WebSocketDisconnect
 from asgi_cluster.cluster import Cluster
 from asgi_cluster.codes import CloseCode
 from asgi_cluster.exceptions import BusUnavailable
+from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.handshake import Handshake, SocketClosed
 from asgi_cluster.headers import SessionHeaders
 from asgi_cluster.lifespan import Lifespan
 from asgi_cluster.realtime.socket import Socket
-from asgi_cluster.response import Response, error_of_ours
+from asgi_cluster.response import Response, error_of_ours, refuse
 from asgi_cluster.scope import SCOPE_KEY, ScopeState
 from asgi_cluster.sessions.session import Session
 
@@ -52,6 +53,7 @@ class ClusterMiddleware:
         self._cached = cluster.service.store.cache.get
         self._cookie = cluster.service.cookie
         self._headers = SessionHeaders(cluster)
+        self._needs_start = cluster.needs_start
         self._scope_key = cluster.service.config.scope_key
         realtime = cluster.realtime.path
         self._endpoint_path = None if realtime is None else f"{realtime}/"
@@ -59,11 +61,18 @@ class ClusterMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
         if kind == "lifespan":
+            self.cluster.lazy = None
             await Lifespan(self.app, self.cluster)(scope, receive, send)
             return
         if kind not in ("http", "websocket") or SCOPE_KEY in scope:
             await self.app(scope, receive, send)
             return
+        if self._needs_start and self.cluster.tasks is None and (start := self.cluster.lazy) is not None:
+            try:
+                await start()
+            except StoreUnavailable as error:
+                await refuse(kind, receive, send, error)
+                return
         scope_key = self._scope_key
         if scope_key is not None and scope_key in scope:
             # Another session middleware is around us: it must not find our session in its scope, and sign it

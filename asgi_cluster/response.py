@@ -7,14 +7,16 @@ import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from asgi_cluster.codes import CloseCode
 from asgi_cluster.exceptions import BusUnavailable, SessionConflict, StoreUnavailable
 from asgi_cluster.headers import SessionHeaders
 from asgi_cluster.sessions.session import Session
 
-__all__ = ["Response", "error_of_ours"]
+__all__ = ["Response", "error_of_ours", "refuse"]
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 logger = logging.getLogger("asgi_cluster.middleware")
@@ -70,18 +72,35 @@ class Response:
         """Answer in place of the app: 503 with Retry-After, or 409."""
         self.started = self.replaced = True
         await self._session.withdraw()
-        headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"cache-control", b"no-store")]
-        if isinstance(error, StoreUnavailable | BusUnavailable):
-            logger.warning("answered 503: %s", error)
-            what = b"session store" if isinstance(error, StoreUnavailable) else b"message bus"
-            status, body = 503, b"The %s is unavailable. Please try again.\n" % what
-            after = error.retry_after if isinstance(error, StoreUnavailable) else 1.0
-            headers.append((b"retry-after", b"%d" % max(1, round(after))))
-        else:
-            status, body = 409, b"Another request changed the session meanwhile. Please try again.\n"
-        headers.append((b"content-length", b"%d" % len(body)))
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
-        await self._send({"type": "http.response.body", "body": body})
+        await _answer(self._send, error)
+
+
+async def refuse(kind: str, receive: Receive, send: Send, error: StoreUnavailable) -> None:
+    """Answer a request, or the handshake of a WebSocket, that is not given to the app at all."""
+    if kind == "http":
+        await _answer(send, error)
+        return
+    logger.warning("closed a WebSocket with %d: %s", CloseCode.STORE_UNAVAILABLE, error)
+    await receive()
+    # Browsers see no code on a handshake that is refused.
+    await send({"type": "websocket.accept", "subprotocol": None, "headers": []})
+    code = int(CloseCode.STORE_UNAVAILABLE)
+    await send({"type": "websocket.close", "code": code, "reason": "session store unavailable"})
+
+
+async def _answer(send: Send, error: StoreUnavailable | BusUnavailable | SessionConflict) -> None:
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"cache-control", b"no-store")]
+    if isinstance(error, StoreUnavailable | BusUnavailable):
+        logger.warning("answered 503: %s", error)
+        what = b"session store" if isinstance(error, StoreUnavailable) else b"message bus"
+        status, body = 503, b"The %s is unavailable. Please try again.\n" % what
+        after = error.retry_after if isinstance(error, StoreUnavailable) else 1.0
+        headers.append((b"retry-after", b"%d" % max(1, round(after))))
+    else:
+        status, body = 409, b"Another request changed the session meanwhile. Please try again.\n"
+    headers.append((b"content-length", b"%d" % len(body)))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def error_of_ours(error: BaseException | None) -> StoreUnavailable | BusUnavailable | SessionConflict | None:

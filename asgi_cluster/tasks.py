@@ -7,7 +7,7 @@ import logging
 from collections.abc import Coroutine
 from typing import Any
 
-__all__ = ["check_loop", "spawn"]
+__all__ = ["check_loop", "running_asyncio_loop", "spawn"]
 
 logger = logging.getLogger("asgi_cluster.tasks")
 
@@ -34,6 +34,14 @@ def spawn(
     except BaseException:
         coroutine.close()
         raise
+
+
+def running_asyncio_loop() -> asyncio.AbstractEventLoop:
+    """Raises ``RuntimeError`` where asyncio does not run: on trio."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError as error:
+        raise RuntimeError("asgi-cluster runs on asyncio; trio is not supported") from error
 
 
 def check_loop(owner: asyncio.AbstractEventLoop | None) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 from typing import Any
 
 import httpx
+import pytest
 
 from asgi_cluster import Cluster
 from tests.realtime.site import Node as Site
 from tests.support.asgi import running
 from tests.support.nodes import Node
+from tests.support.waiting import eventually
 
 APP = "tests.realtime.served:app"
 
@@ -61,3 +65,44 @@ async def test_every_close_code_reaches_the_client_on_daphne(prefix: str) -> Non
             assert (await client.drained())[0] == 3501
             assert (await away.drained())[0] == 1000
         assert "Traceback" not in node.log()
+
+
+async def alone(observer: Cluster) -> bool:
+    return len(await observer.nodes()) == 1
+
+
+WITHOUT_LIFESPAN = [
+    "Daphne",
+    "uvicorn, lifespan off",
+    "gunicorn, own ASGI worker, lifespan off",
+    "granian, without lifespan",
+]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("server", WITHOUT_LIFESPAN)
+async def test_server_without_lifespan(
+    server: str, number: signal.Signals, redis_url: str, prefix: str
+) -> None:
+    """The first request starts the cluster; the end of the process takes the node off the registry, with no
+    traceback and without hanging.
+    """
+    env = {"ASGI_CLUSTER_URL": redis_url, "PREFIX": prefix}
+    async with Cluster(redis_url, prefix=prefix) as observer, running(server, APP, env=env) as node:
+        assert len(await observer.nodes()) == 1
+        cookie = await signed_in(node)
+        assert len(await observer.nodes()) == 2
+        async with client_of(node).raw(cookie, path="/room") as room:
+            assert await room.ws.recv() == "ready"
+            assert (await get(node, "/logout", cookie)).json() == {"closed": 1, "complete": True}
+            assert (await room.drained())[0] == 4501
+        node.signal(number)
+        assert node.process is not None
+        await asyncio.to_thread(node.process.wait, 15)
+        if (server, number) != ("uvicorn, lifespan off", signal.SIGTERM):
+            assert len(await observer.nodes()) == 1
+        else:
+            # uvicorn ends with the signal's own effect, and nothing runs after that: the others notice.
+            await eventually(lambda: alone(observer), timeout=20, interval=0.2)
+        for bad in ("Traceback", "never retrieved", "was destroyed", "never awaited"):
+            assert bad not in node.log(), node.log()

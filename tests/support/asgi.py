@@ -54,6 +54,7 @@ SERVERS: Mapping[str, Command] = {
     "uvicorn, 2 workers": uvicorn("--ws", "websockets-sansio", "--workers", "2"),
     "gunicorn, uvicorn worker, 2 workers": gunicorn("uvicorn_worker.UvicornWorker", "-w", "2"),
     "gunicorn, own ASGI worker": gunicorn("asgi"),
+    "gunicorn, own ASGI worker, lifespan off": gunicorn("asgi", "--asgi-lifespan", "off"),
     "hypercorn": hypercorn(),
     "hypercorn, 0 workers": hypercorn("--workers", "0"),
     "granian": granian("--interface", "asgi"),
