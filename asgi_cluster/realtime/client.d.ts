@@ -193,7 +193,10 @@ export class Subscription<T = any> extends Emitter<SubscriptionEvents<T>> {
 
 /** One connection to the cluster, to whichever node answers. */
 export class ClusterClient extends Emitter<ClientEvents> {
-  /** `url` defaults to `websocket` beside the place this module was loaded from. */
+  /**
+   * `url` defaults to `websocket` beside this module when an endpoint served it (`<path>/client.js`). A bundle or a copy of the
+   * file connects to `/realtime/websocket` of the page's origin; give the URL where the endpoint has another path or host.
+   */
   constructor(url?: string | URL, options?: Options);
   readonly state: State;
   readonly url: string;

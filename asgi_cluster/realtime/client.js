@@ -75,9 +75,18 @@ function isTerminal(code) {
   return code === 1009 || (code >= 3500 && code < 4000) || (code >= 4500 && code < 5000);
 }
 
-/** Where the socket is, when this module was loaded from `<path>/client.js`. */
+/** The endpoint serves this line with `true`: only then is the socket beside the module. */
+const FROM_ENDPOINT = false;
+
+/** `websocket` beside this module when an endpoint served it; else, as in a bundle, `/realtime/websocket` of the page's origin. */
 function defaultUrl() {
-  const url = new URL("websocket", import.meta.url);
+  // In two steps: bundlers take a `new URL` of a literal and import.meta.url for the name of a file.
+  const module = import.meta.url;
+  const origin = globalThis.location?.origin ?? "null";
+  if (!FROM_ENDPOINT && !origin.startsWith("http")) {
+    throw new TypeError("there is no page whose origin could be the server: pass the URL of the WebSocket");
+  }
+  const url = FROM_ENDPOINT ? new URL("websocket", module) : new URL("/realtime/websocket", origin);
   url.protocol = url.protocol === "https:" ? "wss:" : "ws:";
   return url.href;
 }

@@ -67,8 +67,8 @@ async def subscribed(page: Page, peer: Peer, **result: Any) -> None:
     await page.evaluate("room.ready()")
 
 
-async def test_connection_is_made_beside_the_module(page: Page, fake: Fake) -> None:
-    """Without a URL the socket is where client.js came from; the reply's ids are the client's."""
+async def test_connection_is_made_without_a_url(page: Page, fake: Fake) -> None:
+    """Without a URL the socket is below the page's origin; the reply's ids are the client's."""
     await connected(page, fake, node="node-7", data={"hello": 1})
     assert await page.evaluate("[client.state, client.id, client.node, client.data]") == [
         "connected",
