@@ -17,8 +17,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from asgi_cluster.cluster import Cluster
 from asgi_cluster.codes import CloseCode
-from asgi_cluster.exceptions import BusUnavailable
-from asgi_cluster.exceptions import StoreUnavailable
+from asgi_cluster.exceptions import BusUnavailable, StoreUnavailable
 from asgi_cluster.handshake import Handshake, SocketClosed
 from asgi_cluster.headers import SessionHeaders
 from asgi_cluster.lifespan import Lifespan
