@@ -42,7 +42,7 @@ from asgi_cluster.sessions.cached import CachedStore
 from asgi_cluster.sessions.service import SessionService
 from asgi_cluster.sessions.session import Session
 from asgi_cluster.stats import ClusterStats
-from asgi_cluster.tasks import check_loop, running_asyncio_loop
+from asgi_cluster.tasks import check_loop, keep_running, running_asyncio_loop
 from asgi_cluster.verification import Verifier
 
 __all__ = ["Cluster", "get_session"]
@@ -202,6 +202,7 @@ class Cluster:
         self.warned_insecure = False
         self.lazy: LazyStart | None = LazyStart(self._start, self.__aexit__)
         """For servers without lifespan; ``None`` once the cluster has been started in another way."""
+        self._failing: dict[str, str] = {}
         self._supervisor: asyncio.Task[None] | None = None
         self._stop: asyncio.Event | None = None
 
@@ -342,9 +343,12 @@ class Cluster:
                         stack.enter_context(
                             draining_on_sigterm(partial(self.drain, self.realtime.drain), tasks)
                         )
+                    works = {"verification": self.verifier.run, "tombstones": self.service.tombstones.run}
                     background = [
-                        tasks.create_task(self.verifier.run(), name="asgi-cluster verification"),
-                        tasks.create_task(self.service.tombstones.run(), name="asgi-cluster tombstones"),
+                        tasks.create_task(
+                            keep_running(work, name=name, failing=self._failing), name=f"asgi-cluster {name}"
+                        )
+                        for name, work in works.items()
                     ]
                     logger.info("node %s started", node)
                     started.set_result(None)
@@ -360,6 +364,8 @@ class Cluster:
             if started.done():
                 if self.lazy is not None and isinstance(error, asyncio.CancelledError):
                     await self._sign_off()
+                if isinstance(error, Exception):
+                    logger.critical("node %s has ended with an unexpected error", node, exc_info=error)
                 raise
             # Every task group on the way has wrapped it; who starts the cluster is to see what is wrong.
             started.set_exception(_innermost(error))
@@ -427,18 +433,20 @@ class Cluster:
     def ready(self) -> bool:
         """Whether this node should get traffic.
 
-        False before start, while draining, and for a deaf node: the store answers and the bus's echo does
-        not. True, though degraded, when Redis does not answer at all: taking every node out for that would
-        take anonymous traffic down too.
+        False before start, while draining, while background work has failed (``stats().failing``), after the
+        cluster has ended with an error (logged as critical), and for a deaf node: the store answers and the
+        bus's echo does not. True, though degraded, when Redis does not answer at all: taking every node out
+        for that would take anonymous traffic down too.
         """
-        startable = self.started or not self._backend.needs_start
-        return startable and not self.draining and self._backend.ready
+        startable = self.started or (self._supervisor is None and not self._backend.needs_start)
+        return startable and not self.draining and not self._failing and self._backend.ready
 
     def stats(self) -> ClusterStats:
         """A snapshot of this node; does no I/O."""
         return ClusterStats(
             node=self._node,
             ready=self.ready,
+            failing=dict(self._failing),
             cache=self.service.store.cache.stats(),
             bus=replace(self._backend.bus.stats(), malformed=self._dispatch.malformed),
             realtime=self.hub.stats(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from asgi_cluster.bus.bus import BusStats
@@ -21,6 +22,10 @@ class ClusterStats:
     node: NodeId | None
     """``None`` before the first start."""
     ready: bool
+    failing: Mapping[str, str]
+    """Background work of this node that failed and is being started again: its name, and the kind of the
+    error. The log has the traceback. ``ready`` is false meanwhile.
+    """
     cache: CacheStats
     bus: BusStats
     realtime: HubStats

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+import random
+from collections.abc import Callable, Coroutine, MutableMapping
 from typing import Any
 
-__all__ = ["check_loop", "running_asyncio_loop", "spawn"]
+__all__ = ["check_loop", "keep_running", "running_asyncio_loop", "spawn"]
 
 logger = logging.getLogger("asgi_cluster.tasks")
+
+_FIRST_PAUSE = 0.1
+_LONGEST_PAUSE = 30.0
+_STEADY = 2.0
+"""Seconds for which work that had failed must have gone on before it counts as running again."""
 
 
 async def _guarded(coroutine: Coroutine[Any, Any, object], name: str) -> None:
@@ -29,9 +35,11 @@ def spawn(
     Raises:
         RuntimeError: the group is not open (any more); the coroutine is closed unrun.
     """
+    guarded = _guarded(coroutine, name)
     try:
-        return group.create_task(_guarded(coroutine, name), name=name)
+        return group.create_task(guarded, name=name)
     except BaseException:
+        guarded.close()
         coroutine.close()
         raise
 
@@ -42,6 +50,50 @@ def running_asyncio_loop() -> asyncio.AbstractEventLoop:
         return asyncio.get_running_loop()
     except RuntimeError as error:
         raise RuntimeError("asgi-cluster runs on asyncio; trio is not supported") from error
+
+
+async def keep_running(
+    work: Callable[[], Coroutine[Any, Any, None]],
+    *,
+    name: str,
+    failing: MutableMapping[str, str] | None = None,
+) -> None:
+    """Run ``work()`` and, when it fails, again after a pause that grows from 0.1 to 30 s; returns when it
+    returns.
+
+    Each failure is logged with its traceback. From the first one until the work has gone on for two seconds,
+    ``failing`` has its name and the kind of the last error.
+    """
+    loop = asyncio.get_running_loop()
+    failing = {} if failing is None else failing
+    pause = _FIRST_PAUSE
+    try:
+        while True:
+            began = loop.time()
+            steady = loop.call_later(_STEADY, failing.pop, name, None)
+            try:
+                await work()
+                return
+            except Exception as error:
+                if _cancelled():
+                    raise asyncio.CancelledError from error
+                if loop.time() - began >= _STEADY:
+                    pause = _FIRST_PAUSE
+                failing[name] = type(error).__name__
+                logger.exception("%s failed: it is started again in %.1f s at most", name, pause)
+            finally:
+                steady.cancel()
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(pause * 2, _LONGEST_PAUSE)
+    finally:
+        failing.pop(name, None)
+
+
+def _cancelled() -> bool:
+    # Before Python 3.13 a TaskGroup whose child fails in the moment in which it is cancelled raises the error
+    # alone.
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def check_loop(owner: asyncio.AbstractEventLoop | None) -> None:

@@ -114,7 +114,11 @@ class Verifier:
             self._wake = None
 
     def watch(self, socket: Socket, expires_in: float) -> None:
-        """Ask again when the session's time is up; requests may have extended it meanwhile."""
+        """Ask again when the session's time is up; requests may have extended it meanwhile. Nothing is asked
+        for a socket that is closed: it may have gone while the last answer was under way.
+        """
+        if socket.state == "closed":
+            return
         # asyncio refuses timers of more than a day or so on some platforms, and an hour costs nothing.
         delay = min(expires_in, _LONGEST_TIMER) + 0.01
         loop = asyncio.get_running_loop()

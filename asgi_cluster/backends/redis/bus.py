@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 from asgi_cluster.backends.redis.feed import Feed
 from asgi_cluster.backends.redis.lifetime import background
@@ -94,7 +95,8 @@ class RedisBus:
         self._inbox_wanted, self._inbox_open = asyncio.Event(), asyncio.Event()
         try:
             async with background() as tasks:
-                tasks.start(self._keep_inbox(node, receiver, self._inbox_wanted), name="asgi-cluster inbox")
+                keep = partial(self._keep_inbox, node, receiver, self._inbox_wanted)
+                tasks.keep(keep, name="asgi-cluster inbox")
                 yield
         finally:
             self._inbox_wanted = None

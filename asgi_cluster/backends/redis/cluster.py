@@ -66,7 +66,7 @@ class ClusterTopology(Routed):
             try:
                 self._adopt(await self._look_from_outside())
                 await asyncio.gather(*[member.started for member in self._members.values()])
-                tasks.start(self._watch_slots(), name="asgi-cluster slots")
+                tasks.keep(self._watch_slots, name="asgi-cluster slots")
                 yield
             finally:
                 self._tasks = None

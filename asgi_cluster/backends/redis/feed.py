@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 from asgi_cluster.backends.redis.errors import LinkBroken
 from asgi_cluster.backends.redis.lifetime import Background, background
@@ -90,9 +91,8 @@ class Feed:
                 self.topology.watch(self._replan)
                 self._replan()
                 if registry is not None:
-                    tasks.start(
-                        registry.run(lambda: self.lease_of(self.names.nodes())), name="asgi-cluster registry"
-                    )
+                    lease = partial(self.lease_of, self.names.nodes())
+                    tasks.keep(partial(registry.run, lease), name="asgi-cluster registry")
                 try:
                     yield
                 finally:
@@ -141,8 +141,8 @@ class Feed:
             outcome: asyncio.Future[None] = loop.create_future()
             outcome.add_done_callback(_retrieve)  # nobody waits for a primary that comes later
             started.append(outcome)
-            run = self._subscribers[primary].run(outcome)
-            self._running[primary] = self._tasks.start(run, name="asgi-cluster subscriber")
+            run = partial(self._subscribers[primary].run, outcome)
+            self._running[primary] = self._tasks.keep(run, name="asgi-cluster subscriber")
         for primary in [primary for primary in self._subscribers if primary not in primaries]:
             subscriber = self._subscribers.pop(primary)
             self._running.pop(primary).cancel()

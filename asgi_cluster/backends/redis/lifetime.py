@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
+
+from asgi_cluster.tasks import keep_running
 
 __all__ = ["Background", "background", "stop_if_cancelled"]
 
@@ -23,6 +25,10 @@ class Background:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    def keep(self, work: Callable[[], Coroutine[Any, Any, None]], *, name: str) -> asyncio.Task[None]:
+        """Run ``work()`` until the block ends. An exception is logged, and the work started again."""
+        return self.start(keep_running(work, name=name), name=name)
 
     def cancel(self) -> None:
         """All of them; the block waits for their end."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 
 from redis.exceptions import RedisError
 
@@ -30,7 +31,7 @@ class Member:
         self.commands = CommandLink(self.primary)
         self.started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.started.add_done_callback(lambda done: done.cancelled() or done.exception())
-        self.task = tasks.start(self.commands.run(self.started), name="asgi-cluster commands")
+        self.task = tasks.keep(partial(self.commands.run, self.started), name="asgi-cluster commands")
         self.tag: str | None = None
 
     async def retire(self) -> None:

@@ -131,7 +131,7 @@ class SentinelTopology(OnePrimary):
         """See ``Topology.opened``."""
         async with background() as tasks:
             for sentinel in self._sentinels:
-                tasks.start(sentinel.run(), name="asgi-cluster sentinel")
+                tasks.keep(sentinel.run, name="asgi-cluster sentinel")
             async with super().opened():
                 await self._warn()
                 yield

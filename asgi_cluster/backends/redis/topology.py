@@ -7,6 +7,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import Any, Protocol
 
 from redis.exceptions import NoScriptError, RedisError
@@ -137,7 +138,7 @@ class OnePrimary(Routed):
         commands = CommandLink(self.primary)
         started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         async with background() as tasks:
-            tasks.start(commands.run(started), name="asgi-cluster commands")
+            tasks.keep(partial(commands.run, started), name="asgi-cluster commands")
             await started
             self._commands = commands
             try:
