@@ -246,7 +246,8 @@ class Cluster:
 
         ``websocket`` has ``scope``, ``receive`` and ``send`` (Starlette, FastAPI, Litestar), or is a tuple of
         the three. It may be accepted already. ``user_id`` names the user when the session does not. The
-        connection is closed with 1000 on leaving.
+        connection is closed with 1000 on leaving, after what was sent, or is cut when the client has not read
+        it within ``RealtimeConfig.close_timeout``.
 
         A page of another origin is refused with 403 as on the built-in endpoint
         (``RealtimeConfig.allowed_origins``). Then the body does not run, and the ``OSError`` that ends the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -98,9 +99,17 @@ class Acceptance:
         try:
             await self._cluster.rooms.leave_all(connection)
         finally:
-            await connection.outbox.drained()
-            connection.socket.close(code, reason)
-            connection.socket.connection = None
+            socket = connection.socket
+            try:
+                async with asyncio.timeout(socket.close_timeout):
+                    await connection.outbox.drained()
+            except TimeoutError:
+                # The client does not read, and would not read the close either.
+                socket.close(code, reason)
+                socket.abort()
+            else:
+                socket.close(code, reason)
+            socket.connection = None
 
 
 class OriginRefused(OSError):

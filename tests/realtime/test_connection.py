@@ -235,3 +235,35 @@ async def test_send_to_people(site: Site) -> None:
         assert (await client.closed())[0] == 3503
         assert (await own.closed())[0] == 3503
         assert "rpc" not in await other.call("rpc", {"method": "x"})
+
+
+@pytest.mark.filterwarnings("ignore:.*websockets", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("ws", UVICORN)
+async def test_leaving_the_body_does_not_wait_for_a_client_that_does_not_read(
+    lone_site: Site, ws: str
+) -> None:
+    """After ``close_timeout`` the connection is cut, however much waits for the client."""
+    left: list[float] = []
+
+    async def pour(websocket: WebSocket) -> None:
+        clock = asyncio.get_running_loop().time
+        began = 0.0
+        async with cluster_of(websocket).accept(websocket) as connection:
+            for _ in range(4):
+                await connection.send("x" * 5_000_000)
+            await connection.outbox.socket.loop.run_in_executor(None, lambda: None)  # and they are written
+            began = clock()
+        left.append(clock() - began)
+
+    node = await lone_site.node(
+        routes=[WebSocketRoute("/pour", pour)],
+        server={"ws": ws},
+        close_timeout=0.3,
+        outbox_bytes=1 << 26,
+    )
+    async with node.raw(path="/pour", max_size=None, max_queue=1) as client:
+        client.ws.transport.pause_reading()
+        await eventually(lambda: left, timeout=10)
+        await eventually(lambda: node.cluster.stats().realtime.connections == 0)
+        client.ws.transport.abort()
+    assert left[0] < 5
