@@ -15,6 +15,7 @@ from asgi_cluster.middleware import ClusterMiddleware
 from asgi_cluster.realtime.connection import Connection
 from asgi_cluster.realtime.rooms import ConnectRequest, Publication, Room, RoomRequest, RoomRule
 from asgi_cluster.remote import RemoteSession, RemoteUser, SessionInfo
+from asgi_cluster.sessions.ended import SessionEnded
 from asgi_cluster.sessions.receipts import LogoutReceipt
 from asgi_cluster.sessions.session import Session
 from asgi_cluster.stats import ClusterStats
@@ -45,6 +46,7 @@ __all__ = [
     "Session",
     "SessionConfig",
     "SessionConflict",
+    "SessionEnded",
     "SessionInfo",
     "StoreUnavailable",
     "get_session",

@@ -116,6 +116,9 @@ class ClusterMiddleware:
             if ours is None or not response.replaced:
                 raise
             return
+        finally:
+            if session.watched is not None:
+                session.unwatch()
         if session.exposed and response.saved:
             session.check_sealed()
 
@@ -171,6 +174,7 @@ class ClusterMiddleware:
         finally:
             self.cluster.hub.unregister(socket)
             socket.detach()
+            state.session.unwatch()
             if state.session.unsaved:
                 logger.warning("a WebSocket ended with unsaved session changes: call session.save()")
 

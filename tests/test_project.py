@@ -26,7 +26,7 @@ MODULES = {
 PUBLIC = """
     Cluster ClusterMiddleware get_session
     SessionConfig CookieConfig CacheConfig RealtimeConfig RoomRule RoomRequest ConnectRequest
-    Session SessionInfo Connection Room RemoteUser RemoteSession
+    Session SessionEnded SessionInfo Connection Room RemoteUser RemoteSession
     Publication LogoutReceipt ClusterStats NodeInfo
     ClusterError NotStarted StoreUnavailable BusUnavailable SessionConflict NotPermitted
 """

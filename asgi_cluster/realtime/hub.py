@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from asgi_cluster.bus.messages import PersonalMessage
 from asgi_cluster.codes import CloseCode
@@ -28,7 +28,9 @@ from asgi_cluster.realtime.socket import Closes, Socket
 if TYPE_CHECKING:
     from asgi_cluster.realtime.connection import Connection
 
-__all__ = ["Hub", "HubStats", "Subscriptions"]
+__all__ = ["Hub", "HubStats", "Subscriptions", "Watcher"]
+
+S = TypeVar("S")
 
 logger = logging.getLogger("asgi_cluster.realtime")
 
@@ -53,6 +55,23 @@ class HubStats:
     """Open sockets that go through ASGI ``send``, by reason."""
 
 
+class Watcher(Protocol):
+    """Something that ends with a session as a socket does, and is none."""
+
+    @property
+    def handle(self) -> str: ...
+    @property
+    def owner(self) -> str | None: ...
+
+    def close(self, code: int, reason: str) -> bool:
+        """The session has ended. False: it does not count as a socket."""
+        ...
+
+    def doubt(self) -> None:
+        """The session may have ended."""
+        ...
+
+
 class Subscriptions(Protocol):
     """The part of the bus that a hub needs."""
 
@@ -72,10 +91,10 @@ class Hub:
         self._subscriptions = subscriptions
         self._config = config
         self._sockets: set[Socket] = set()
-        self._by_handle: dict[str, set[Socket]] = {}
+        self._by_handle: dict[str, set[Socket | Watcher]] = {}
         self._by_user: dict[str, set[Socket]] = {}
-        # Sockets that act as another user than their session's: by the session's user.
-        self._by_owner: dict[str, set[Socket]] = {}
+        # Watchers, and sockets that act as another user than their session's: by the session's user.
+        self._by_owner: dict[str, set[Socket | Watcher]] = {}
         self.logouts = RecentLogouts()
         self._rooms: dict[str, Audience] = {}
         self._flushers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Flusher] = (
@@ -116,6 +135,19 @@ class Hub:
         if socket.outbox is not None:
             socket.outbox.close()
 
+    def watch(self, watcher: Watcher) -> None:
+        """From now on ``watcher`` ends with its session."""
+        with self._lock:
+            self._by_handle.setdefault(watcher.handle, set()).add(watcher)
+            if watcher.owner is not None:
+                self._by_owner.setdefault(watcher.owner, set()).add(watcher)
+
+    def unwatch(self, watcher: Watcher) -> None:
+        """It does not any more. Harmless when it never did."""
+        with self._lock:
+            _discard(self._by_handle, watcher.handle, watcher)
+            _discard(self._by_owner, watcher.owner, watcher)
+
     def set_user(self, socket: Socket, user: str | None) -> None:
         """The socket acts as ``user`` from now on."""
         with self._lock:
@@ -153,11 +185,11 @@ class Hub:
         return socket.outbox
 
     def handles(self) -> Iterable[str]:
-        """Sessions with an open socket here."""
+        """Sessions with an open socket, or a watcher, here."""
         return tuple(self._by_handle)
 
     def close_session(self, handle: str, code: int, reason: str) -> int:
-        """Close a session's sockets; how many there were."""
+        """Close a session's sockets and watchers; how many sockets there were."""
         return sum(socket.close(code, reason) for socket in tuple(self._by_handle.get(handle, ())))
 
     def close_user(self, user: str, code: int, reason: str) -> int:
@@ -179,19 +211,26 @@ class Hub:
         )
 
     def sockets_of(self, user: str, *, keep: str | None) -> tuple[Socket, ...]:
-        """The open sockets of a user's sessions, but those of ``keep``."""
-        return tuple(
-            socket
-            for socket in self._acting_as(user)
-            if socket.owner == user and socket.handle != keep and socket.close_code is None
-        )
+        """The open sockets of a user's sessions, but those of ``keep``. Their watchers look for
+        themselves.
+        """
+        found = []
+        for each in self._acting_as(user):
+            if each.owner != user or each.handle == keep:
+                continue
+            if not isinstance(each, Socket):
+                each.doubt()
+            elif each.close_code is None:
+                found.append(each)
+        return tuple(found)
 
-    def _acting_as(self, user: str) -> tuple[Socket, ...]:
+    def _acting_as(self, user: str) -> tuple[Socket | Watcher, ...]:
         return (*tuple(self._by_user.get(user, ())), *tuple(self._by_owner.get(user, ())))
 
     def send_session(self, handle: str, message: PersonalMessage) -> int:
         """Send to a session's sockets that the cluster serves; to how many."""
-        return _send_to(self._by_handle.get(handle, ()), message)
+        found = self._by_handle.get(handle, ())
+        return _send_to([each for each in tuple(found) if isinstance(each, Socket)], message)
 
     def send_user(self, user: str, message: PersonalMessage) -> int:
         """Send to a user's sockets that the cluster serves; to how many."""
@@ -332,10 +371,10 @@ class Hub:
         return f"<Hub {len(self._sockets)} sockets, {len(self._rooms)} rooms>"
 
 
-def _discard(index: dict[str, set[Socket]], key: str | None, socket: Socket) -> None:
+def _discard(index: dict[str, set[S]], key: str | None, found: S) -> None:
     if key is None or key not in index:
         return
-    index[key].discard(socket)
+    index[key].discard(found)
     if not index[key]:
         del index[key]
 

@@ -18,8 +18,9 @@ from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import Handle, NodeId, UserId, bucket_of, new_token
 from asgi_cluster.sessions.cached import CachedStore
 from asgi_cluster.sessions.cookies import Cookie
+from asgi_cluster.sessions.ended import SessionEnded
 from asgi_cluster.sessions.receipts import Acknowledgements, LogoutReceipt, PendingAck
-from asgi_cluster.sessions.store import UNKNOWN_NODES, Ending
+from asgi_cluster.sessions.store import UNKNOWN_NODES, Ending, Record
 from asgi_cluster.sessions.tombstones import Tombstones
 
 __all__ = ["LocalSockets", "SessionService"]
@@ -44,6 +45,14 @@ class LocalSockets(Protocol):
 
     async def failed_closes(self, since: float) -> int:
         """How many closes, begun and counted, the server has refused after ``since`` (``time.monotonic``)."""
+        ...
+
+    def watch(self, watcher: SessionEnded) -> None:
+        """Let it end with its session, as the session's sockets do."""
+        ...
+
+    def unwatch(self, watcher: SessionEnded) -> None:
+        """No more of that. Harmless when it was never watched."""
         ...
 
 
@@ -184,6 +193,22 @@ class SessionService:
             timeout=timeout,
             budget=budget,
         )
+
+    def watch(self, record: Record) -> SessionEnded:
+        """The end of this session, until ``unwatch``."""
+        self.ensure_started("waiting for the end of a session")
+
+        async def left() -> float | None:
+            fresh = await self.store.read_fresh(record.handle, timeout=self.deadline)
+            return None if fresh is None else fresh.expires_in
+
+        ended = SessionEnded(record.handle, record.user, left)
+        self._sockets.watch(ended)
+        return ended
+
+    def unwatch(self, ended: SessionEnded) -> None:
+        """Its request is over."""
+        self._sockets.unwatch(ended)
 
     def _remember(self, handles: Iterable[Handle], run_id: str | None) -> None:
         for handle in handles:

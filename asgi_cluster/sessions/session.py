@@ -21,6 +21,7 @@ from asgi_cluster.codes import CloseCode
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import Handle, UserId, check_user, new_secret, new_token, secret_hash
 from asgi_cluster.sessions.cache import Entry
+from asgi_cluster.sessions.ended import SessionEnded
 from asgi_cluster.sessions.receipts import LogoutReceipt
 from asgi_cluster.sessions.stored import StoredSession
 
@@ -78,6 +79,25 @@ class Session(StoredSession):
         if self._record is None:
             return None
         return datetime.now(UTC) + timedelta(seconds=self._expires_at - boot_clock())
+
+    @property
+    def ended(self) -> SessionEnded:
+        """The end of this session, wherever and however it ends, to be awaited during this request: ``await
+        session.ended.wait()``.
+
+        For responses that go on for long (SSE, streaming); sockets are closed without it. Requests that do
+        not use it pay nothing. After ``login`` it is that of the new session.
+        """
+        self.mark_accessed()
+        record, watched = self._record, self.watched
+        if record is None:
+            if watched is None:
+                over = self._lost or self._cookie == "clear"
+                watched = self.watched = SessionEnded("", None, None, over=over)
+        elif watched is None or watched.handle != record.handle:
+            self.unwatch()
+            watched = self.watched = self._service.watch(record)
+        return watched
 
     # Who it is
 

@@ -26,6 +26,7 @@ from asgi_cluster.sessions.cache import Entry
 from asgi_cluster.sessions.codec import Decoded, encode_value
 from asgi_cluster.sessions.data import SessionData
 from asgi_cluster.sessions.device import device_of
+from asgi_cluster.sessions.ended import SessionEnded
 from asgi_cluster.sessions.service import Budget, SessionService
 from asgi_cluster.sessions.store import Draft, Record
 
@@ -65,6 +66,8 @@ class StoredSession(SessionData):
     sealed: bool = False
     """The response has started: from now on a change is an error."""
     _budget: Budget | None = None
+    watched: SessionEnded | None = None
+    """What the app was given to wait for the session's end; ``None`` when it never asked."""
     raised: StoreUnavailable | SessionConflict | None = None
     """The last error of ours that the app got from this session: what a 500 of the app's is really about."""
 
@@ -141,6 +144,11 @@ class StoredSession(SessionData):
             and boot_clock() < entry.read_at + record.previous_for
         ):
             self._bind(entry, record)
+
+    def unwatch(self) -> None:
+        """The request is over: nobody waits for the session's end any more."""
+        if self.watched is not None:
+            self._service.unwatch(self.watched)
 
     async def verify(self) -> float | None:
         """Whether the store still has this session for this user: the seconds it has left, or ``None``. Never
