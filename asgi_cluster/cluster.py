@@ -60,7 +60,8 @@ class Cluster:
 
     Pass it to ``ClusterMiddleware``, which starts and stops it in ASGI lifespan, or enter it with ``async
     with cluster:``. On a server without lifespan the first request starts it. It can be started again after
-    it was stopped, on another event loop too. ``memory://`` needs no start.
+    it was stopped, on another event loop too. ``memory://`` needs no start, and works on any loop without
+    one; started, it belongs to the loop that did it, as the others.
 
     Args:
         url: ``memory://``, ``redis://``, ``rediss://``, ``unix://``, ``redis+sentinel://`` or
@@ -203,6 +204,7 @@ class Cluster:
         self.lazy: LazyStart | None = LazyStart(self._start, self.__aexit__)
         """For servers without lifespan; ``None`` once the cluster has been started in another way."""
         self._failing: dict[str, str] = {}
+        self._told_unstarted = False
         self._supervisor: asyncio.Task[None] | None = None
         self._stop: asyncio.Event | None = None
 
@@ -402,13 +404,20 @@ class Cluster:
     def ensure_started(self, action: str) -> None:
         """Raises ``NotStarted`` when ``action`` needs a start, ``RuntimeError`` on another loop than the one
         that did it. Attaches a ``memory://`` node that nobody started.
+
+        A started ``memory://`` cluster could be used from any loop, and refuses what Redis would refuse: a
+        test is to find what production would. Only a loop that does not run any more has nothing to be used
+        on.
         """
         if self.tasks is not None:
-            if not self.crosses_loops:
+            if not self.crosses_loops or (self.loop is not None and self.loop.is_running()):
                 check_loop(self.loop)
             return
         if self._backend.needs_start:
             raise NotStarted(action)
+        if not self._told_unstarted:
+            self._told_unstarted = True
+            logger.info("memory:// is used without a start: another backend would raise NotStarted here")
         self._attach()
 
     def _attach(self) -> None:

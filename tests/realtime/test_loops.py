@@ -14,9 +14,10 @@ from asgi_cluster import Cluster, ClusterMiddleware
 _ROUNDS = 20
 
 
-async def test_test_client_beside_a_started_cluster(prefix: str) -> None:
-    """Starlette's TestClient, on a thread and a loop of its own, works beside a cluster that another loop
-    started: its messages, broadcasts from here, and a close from here that its app sees.
+async def test_test_client_beside_another_loop(prefix: str) -> None:
+    """Starlette's TestClient, on a thread and a loop of its own, works with a cluster that nobody started and
+    that is used from here as well: its messages, broadcasts from here, and a close from here that its app
+    sees.
     """
     cluster = Cluster(f"memory://{prefix}")
     ended: list[int | None] = []
@@ -51,7 +52,7 @@ async def test_test_client_beside_a_started_cluster(prefix: str) -> None:
                 return heard, disconnect.code
         return heard, 0
 
-    async with cluster, asyncio.timeout(10):
+    async with asyncio.timeout(10):
         before = asyncio.all_tasks()
         visiting = asyncio.create_task(asyncio.to_thread(visit))
         await joined.wait()
