@@ -167,6 +167,7 @@ class Cluster:
             config=self.realtime,
             node=self._current_node,
             deadline=deadline,
+            listens=listen,
             ensure_started=self.ensure_started,
             # On memory:// its work belongs to other loops, too, and goes with a socket there.
             tasks=lambda: None if self.crosses_loops else self.tasks,
@@ -340,13 +341,18 @@ class Cluster:
                 self._backend.open(node, self._dispatch, listen=self.listen),
                 asyncio.TaskGroup() as tasks,
             ):
+                await self.rooms.retention.start()
                 self.tasks, self.loop = tasks, asyncio.get_running_loop()
                 with ExitStack() as stack:
                     if self.realtime.drain is not None:
                         stack.enter_context(
                             draining_on_sigterm(partial(self.drain, self.realtime.drain), tasks)
                         )
-                    works = {"verification": self.verifier.run, "tombstones": self.service.tombstones.run}
+                    works = {
+                        "verification": self.verifier.run,
+                        "tombstones": self.service.tombstones.run,
+                        "room rules": self.rooms.retention.run,
+                    }
                     background = [
                         tasks.create_task(
                             keep_running(work, name=name, failing=self._failing), name=f"asgi-cluster {name}"

@@ -69,7 +69,7 @@ async def subscribe(client: Client, request: SubscribeCommand) -> Result:
     client.entering.append(channel)
     try:
         await _permit(client, rule.subscribe, channel, params, request.data)
-        since = Position(request.offset, request.epoch) if request.recover and rule.history else None
+        since = Position(request.offset, request.epoch) if request.recover else None
         entered = await client.cluster.rooms.enter(client, channel, since=since)
     finally:
         client.entering.remove(channel)

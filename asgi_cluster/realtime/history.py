@@ -14,8 +14,11 @@ from typing import Protocol
 import msgspec
 
 __all__ = [
+    "EPOCH_LASTS",
+    "JUMP",
     "NUMBERING_OUTLIVES",
     "ONCE",
+    "Declarations",
     "Entry",
     "HistoryStore",
     "Page",
@@ -28,9 +31,19 @@ ONCE = 300.0
 """Seconds for which the result of an idempotency key is kept."""
 
 NUMBERING_OUTLIVES = 24 * 3600.0
-"""Seconds by which a room's numbering outlives its last entry, or its last reader: so long a position means
-something.
+"""Seconds by which a room's numbering outlives its last publication, or its last reader after that: so long a
+position means something.
 """
+
+EPOCH_LASTS = 23 * 3600.0
+"""Seconds for which all rooms in which nothing has been published share one epoch. Less than
+``NUMBERING_OUTLIVES``: while the epoch of such a position is current, a numbering that began after it cannot
+have been forgotten, and so nothing can have been missed unnoticed.
+"""
+
+JUMP = 1 << 20
+"""A numbering that may follow a lost one begins a random multiple of this later, so that no number is given
+twice: more publications than a primary can have accepted and lost at a failover, by far."""
 
 
 class Position(msgspec.Struct, frozen=True):
@@ -60,8 +73,36 @@ class Page(msgspec.Struct, frozen=True):
     complete: bool
 
 
+class Declarations(msgspec.Struct, frozen=True):
+    """What the processes of the cluster say of their rooms."""
+
+    epoch: str
+    """What ``publish`` and ``read`` are to be given: the epoch of all rooms without a numbering. Nothing is
+    stored for such a room, and yet its first publication follows a position that was read before."""
+    wait: float
+    """Seconds until no process relies on a reading from before this declaration; 0.0 when it was there."""
+    others: Sequence[tuple[str, bytes]]
+    """Rules other than the caller's own, each once, with one of the nodes that declared them."""
+
+
 class HistoryStore(Protocol):
-    """Where publications are remembered."""
+    """Where publications are remembered, and what the nodes' rules say about that."""
+
+    @property
+    def in_process(self) -> bool:
+        """Whether ``declare`` costs nothing and may be asked each time."""
+        ...
+
+    async def declare(
+        self, digest: str, rules: bytes, *, node: str, view: float, timeout: float
+    ) -> Declarations:
+        """Declare the ``rules`` of ``node`` and read those of the others, in one step. An empty ``digest``
+        declares nothing.
+
+        The caller may rely on what it got for at most ``view`` seconds from the call. Declarations outlive
+        their nodes until others have taken their place. Raises ``BusUnavailable`` as ``publish``.
+        """
+        ...
 
     async def publish(
         self,
@@ -77,8 +118,8 @@ class HistoryStore(Protocol):
         """Number, remember and publish in one atomic step; return the position it got.
 
         ``size`` publications are kept, for ``ttl`` seconds after the last. ``epoch`` names the numbering if
-        the room has none. The same ``idempotency_key`` within five minutes returns the first result and
-        publishes nothing.
+        the room has none; it begins with a random offset then. The same ``idempotency_key`` within five
+        minutes returns the first result and publishes nothing.
 
         Raises:
             BusUnavailable: not sent, or no reply in ``timeout`` seconds (``outcome_unknown``).
@@ -102,7 +143,8 @@ class HistoryStore(Protocol):
         ``reverse``: the newest first; with ``since`` those *before* it, as the Centrifuge protocol has it. A
         ``since`` of another epoch gives no entries and is not complete.
 
-        ``epoch`` names the numbering if the room has none yet. Raises ``BusUnavailable`` as ``publish``.
+        ``epoch`` is the epoch of a room without numbering; its position has offset 0, and reading it stores
+        nothing. Raises ``BusUnavailable`` as ``publish``.
         """
         ...
 

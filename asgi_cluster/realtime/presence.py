@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
-__all__ = ["PresenceStore", "count_people"]
+__all__ = ["PresenceStore", "count_people", "read_info"]
 
 
 class PresenceStore(Protocol):
@@ -36,17 +36,25 @@ class PresenceStore(Protocol):
 
 class _Info(msgspec.Struct):
     user: str = ""
+    conn_info: Any = None
 
 
-_decode_info = msgspec.json.Decoder(_Info).decode
+_decoder = msgspec.json.Decoder(_Info)
+
+
+def read_info(info: bytes) -> tuple[str, Any] | None:
+    """User id and connection info of a client info; ``None`` when it is none."""
+    try:
+        found = _decoder.decode(info)
+    except (ValueError, RecursionError):
+        return None
+    return found.user, found.conn_info
 
 
 def count_people(members: Mapping[str, bytes]) -> tuple[int, int]:
     """Connections, and distinct users among their client infos. Everybody without a user id counts as one."""
     users = set()
     for info in members.values():
-        try:
-            users.add(_decode_info(info).user)
-        except msgspec.DecodeError:
-            users.add("")
+        read = read_info(info)
+        users.add("" if read is None else read[0])
     return len(members), len(users)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import msgspec
 
 from asgi_cluster.ids import check_user
 from asgi_cluster.realtime.connection import Connection
 from asgi_cluster.realtime.history import Entry, Position
 from asgi_cluster.realtime.payload import decode_payload, encode_payload
+from asgi_cluster.realtime.presence import read_info
 from asgi_cluster.realtime.publications import published
 
 if TYPE_CHECKING:
     from asgi_cluster.realtime.rooms import Rooms
+
+logger = logging.getLogger("asgi_cluster.realtime")
 
 __all__ = ["Publication", "Room", "RoomHistory", "RoomMember"]
 
@@ -113,12 +115,9 @@ class Room:
         members = await self._rooms.present(self.name)
         found = []
         for connection, encoded in members.items():
-            info = msgspec.json.decode(encoded)
-            found.append(
-                RoomMember(
-                    connection_id=connection, user_id=info.get("user") or None, info=info.get("conn_info")
-                )
-            )
+            read = read_info(encoded)
+            if read is not None:
+                found.append(RoomMember(connection_id=connection, user_id=read[0] or None, info=read[1]))
         return found
 
     async def disconnect(self, *, user: str | None = None) -> None:
@@ -135,12 +134,15 @@ def _publication(entry: Entry) -> Publication | None:
     message = published(entry)
     if message is None:
         return None
-    user = None
-    if message.info is not None:
-        user = msgspec.json.decode(message.info).get("user") or None
+    read = None if message.info is None else read_info(message.info)
+    try:
+        data = decode_payload(message.kind, message.data)
+    except (ValueError, RecursionError):
+        logger.warning("a remembered publication is no JSON: left out")
+        return None
     return Publication(
-        data=decode_payload(message.kind, message.data),
+        data=data,
         offset=entry.offset,
         client=message.client,
-        user_id=user,
+        user_id=None if read is None else read[0] or None,
     )

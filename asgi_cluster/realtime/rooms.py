@@ -30,9 +30,10 @@ from asgi_cluster.realtime.connection import Connection
 from asgi_cluster.realtime.history import Entry, HistoryStore, Page, Position, seal_envelope
 from asgi_cluster.realtime.hub import Hub
 from asgi_cluster.realtime.payload import encode_payload
-from asgi_cluster.realtime.presence import PresenceStore
+from asgi_cluster.realtime.presence import PresenceStore, read_info
 from asgi_cluster.realtime.protocol import ClientInfo, UnsubscribeCode
 from asgi_cluster.realtime.reception import Reception
+from asgi_cluster.realtime.retention import Kept, Retention
 from asgi_cluster.realtime.room import Publication, Room, RoomHistory, RoomMember
 from asgi_cluster.realtime.rules import (
     Connected,
@@ -85,6 +86,7 @@ class Rooms:
         config: RealtimeConfig,
         node: Callable[[], NodeId],
         deadline: float,
+        listens: bool,
         ensure_started: Callable[[str], None],
         tasks: Callable[[], asyncio.TaskGroup | None],
     ) -> None:
@@ -98,6 +100,7 @@ class Rooms:
         self._ensure_started = ensure_started
         self._tasks = tasks
         self._reception = Reception(hub)
+        self.retention = Retention(config.rules, history, node=node, declares=listens, timeout=deadline)
         bus.on_dead = self.report_dead
 
     def room(self, name: str) -> Room:
@@ -138,26 +141,28 @@ class Rooms:
             client=client,
             info=info,
         )
-        found = self.rule(room)
-        history = 0 if found is None else found[0].history
-        if idempotency_key is not None and not history:
-            raise ValueError(f"idempotency_key needs a room with history, and no rule gives one to {room!r}")
         payload = encode(message)
         local = self._config.on_bus_error == "local"
         if local:
             self._reception.follow(message.id)
         try:
-            if found is None or not history:
-                await self._bus.publish_room(room, seal_envelope(None, 0, payload), timeout=self._deadline)
+            timeout = await self.retention.refresh(self._deadline)
+            kept = self.retention.of(room)
+            if kept is None:
+                if idempotency_key is not None:
+                    raise ValueError(
+                        f"idempotency_key needs a room with history, and no rule gives one to {room!r}"
+                    )
+                await self._bus.publish_room(room, seal_envelope(None, 0, payload), timeout=timeout)
                 return None
             return await self._history.publish(
                 room,
                 payload,
-                size=history,
-                ttl=found[0].history_ttl,
+                size=kept.size,
+                ttl=kept.ttl,
                 idempotency_key=idempotency_key,
-                epoch=new_token(),
-                timeout=self._deadline,
+                epoch=self.retention.epoch,
+                timeout=timeout,
             )
         except BusUnavailable:
             if not local:
@@ -174,23 +179,26 @@ class Rooms:
     ) -> Page:
         """A page of history. As ``Room.history``."""
         self._ensure_started("reading history")
-        found = self.rule(room)
-        if found is None or not found[0].history:
-            raise ValueError(f"no rule gives {room!r} a history")
+        timeout = await self.retention.refresh(self._deadline)
+        kept = self.retention.of(room)
+        if kept is None:
+            raise ValueError(f"no rule gives {room!r} a history, neither here nor on any node")
         return await self._history.read(
             room,
             since=since,
             limit=limit,
             reverse=reverse,
-            epoch=new_token(),
-            ttl=found[0].history_ttl,
-            timeout=self._deadline,
+            epoch=self.retention.epoch,
+            ttl=kept.ttl,
+            timeout=timeout,
         )
 
     async def present(self, room: str) -> Mapping[str, bytes]:
         """Connection ids, with their client info as JSON. As ``Room.presence``."""
         self._check_presence(room)
-        return await self._attendance.members(room)
+        found = await self._attendance.members(room)
+        # It goes to clients as it is: an entry that is none, by whoever it was, is left out.
+        return {client: info for client, info in found.items() if read_info(info) is not None}
 
     async def presence_stats(self, room: str) -> tuple[int, int]:
         """Connections and distinct users. Raises as ``Room.presence``."""
@@ -240,21 +248,24 @@ class Rooms:
             return Entered(None if already.sequence is None else already.sequence.last, None)
         found = self.rule(room)
         rule = None if found is None else found[0]
+        await self.retention.refresh(self._deadline)
+        kept = self.retention.of(room)
         audience = await self._hub.hold(room)
         try:
             if rule is not None and rule.presence:
                 await self._attendance.appear(connection, room)
             missed: Sequence[Entry] | None = None
             position: Position | None = None
-            if rule is not None and rule.history:
-                missed, position = await self._sequence(audience, rule).recover(since)
+            if kept is not None:
+                missed, position = await self._sequence(audience, kept).recover(since)
         except BaseException:
             self._release(audience)
             await self._attendance.vanish(connection, room)
             raise
         # No await from here to the return: what is delivered after this goes to this member too.
         if rule is not None:
-            audience.slow = rule.slow
+            # Whatever a rule here says: of what is kept, nothing is left out unnoticed.
+            audience.slow = rule.slow if kept is None else "disconnect"
         if connection.outbox.closed or room in connection.rooms:
             self._release(audience)
         else:
@@ -314,7 +325,7 @@ class Rooms:
             info = msgspec.structs.replace(info, conn_info=msgspec.Raw(msgspec.json.encode(connection.info)))
         return msgspec.json.encode(info)
 
-    def _sequence(self, audience: Audience, rule: RoomRule) -> RoomSequence:
+    def _sequence(self, audience: Audience, kept: Kept) -> RoomSequence:
         if audience.sequence is None:
             room = audience.name
 
@@ -324,9 +335,10 @@ class Rooms:
             audience.sequence = RoomSequence(
                 room,
                 history=self._history,
-                size=rule.history,
-                ttl=rule.history_ttl,
+                size=kept.size,
+                ttl=kept.ttl,
                 timeout=self._deadline,
+                epoch=lambda: self.retention.epoch,
                 lease=lambda: self._bus.room_lease(room),
                 deliver=lambda entry: self._reception.deliver(audience, entry.payload, entry.offset),
                 lost=lambda: self._reception.lost(audience),

@@ -21,7 +21,6 @@ from typing import Any
 
 from asgi_cluster.bus.lease import Lease
 from asgi_cluster.exceptions import ClusterError
-from asgi_cluster.ids import new_token
 from asgi_cluster.realtime.history import Entry, HistoryStore, Page, Position
 
 __all__ = ["Sequence"]
@@ -50,6 +49,7 @@ class Sequence:
         size: int,
         ttl: float,
         timeout: float,
+        epoch: Callable[[], str],
         lease: Callable[[], Lease],
         deliver: Callable[[Entry], None],
         lost: Callable[[], None],
@@ -60,6 +60,7 @@ class Sequence:
         self._size = size
         self._ttl = ttl
         self._timeout = timeout
+        self._epoch = epoch
         self._lease = lease
         self._deliver = deliver
         self._lost = lost
@@ -176,7 +177,7 @@ class Sequence:
                 self._room,
                 since=None if full else last,
                 limit=0 if last is None and not full else None,
-                epoch=new_token(),
+                epoch=self._epoch(),
                 ttl=self._ttl,
                 timeout=self._timeout,
             )

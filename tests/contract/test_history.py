@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from asgi_cluster.ids import new_token
-from asgi_cluster.realtime.history import HistoryStore, Page, Position, open_envelope
+from asgi_cluster.realtime.history import JUMP, HistoryStore, Page, Position, open_envelope
 from tests.contract.sites import TIMEOUT, Site
 from tests.support.waiting import eventually
 
@@ -52,12 +52,10 @@ async def test_publish_reaches_members_and_history(site: Site) -> None:
     await c.backend.bus.subscribe("r2")
     messages = [b"one", b"\x00\xff\n binary", b""]
     positions = [await publish(a.backend.history, message) for message in messages]
-    assert [position.offset for position in positions] == [1, 2, 3]
+    start = positions[0].offset
+    assert [position.offset - start for position in positions] == [0, 1, 2]
     assert len({position.epoch for position in positions}) == 1
-    expected = [
-        (position, position.offset - 1, message)
-        for position, message in zip(positions, messages, strict=True)
-    ]
+    expected = list(zip(positions, (0, start, start + 1), messages, strict=True))
     for node in (a, b):
         await eventually(lambda node=node: len(node.heard.rooms) == 3)
         assert [open_envelope(envelope) for _, envelope in node.heard.rooms] == expected
@@ -74,8 +72,9 @@ async def test_rooms_have_numberings_of_their_own(site: Site) -> None:
     """Offsets and epochs of one room are not another's."""
     history = (await site.node()).backend.history
     first, second = await publish(history, b"1", "r1"), await publish(history, b"1", "r2")
-    assert (first.offset, second.offset) == (1, 1)
     assert first.epoch != second.epoch
+    assert (await publish(history, b"2", "r1")).offset == first.offset + 1
+    assert (await publish(history, b"2", "r2")).offset == second.offset + 1
 
 
 async def test_read_of_a_room_without_history(site: Site) -> None:
@@ -83,21 +82,33 @@ async def test_read_of_a_room_without_history(site: Site) -> None:
     epoch.
     """
     history = (await site.node()).backend.history
-    page = await read(history, epoch="first")
-    assert (page.entries, page.top, page.complete) == ([], Position(0, "first"), True)
-    assert (await read(history, epoch="second")).top == Position(0, "first")
-    assert await publish(history, b"1", epoch="third") == Position(1, "first")
+    epoch = (await history.declare("", b"", node="n", view=0.1, timeout=TIMEOUT)).epoch
+    page = await read(history, epoch=epoch)
+    assert (page.entries, page.top, page.complete) == ([], Position(0, epoch), True)
+    again = (await history.declare("", b"", node="m", view=0.1, timeout=TIMEOUT)).epoch
+    assert (await read(history, epoch=again)).top == page.top
+    assert (await publish(history, b"1", epoch=again)).epoch == epoch
     later = await read(history, page.top)
     assert (payloads(later), later.complete) == ([b"1"], True)
+    assert not (await read(history, Position(0, "lost"))).complete
+
+
+async def test_numbering_begins_with_a_random_offset(site: Site) -> None:
+    """All rooms begin in one epoch: one that begins once more, after a loss, must give no number twice."""
+    history = (await site.node()).backend.history
+    starts = [await publish(history, b"1", f"r{n}", epoch="e") for n in range(20)]
+    assert len({position.offset for position in starts}) == 20
+    assert all(position.offset > JUMP for position in starts)
 
 
 async def test_read_since_limit_and_reverse(site: Site) -> None:
     """After a position, at most so many; backwards the newest first, before a position."""
     history = (await site.node()).backend.history
-    epoch = (await fill(history, 5)).epoch
+    top = await fill(history, 5)
 
     async def got(since: int | None, **how: Any) -> list[bytes]:
-        return payloads(await read(history, None if since is None else Position(since, epoch), **how))
+        position = None if since is None else Position(top.offset - 5 + since, top.epoch)
+        return payloads(await read(history, position, **how))
 
     assert await got(None) == [b"1", b"2", b"3", b"4", b"5"]
     assert await got(2) == [b"3", b"4", b"5"]
@@ -118,15 +129,16 @@ async def test_read_is_complete_or_says_that_it_is_not(site: Site) -> None:
     does its being 0.
     """
     history = (await site.node()).backend.history
-    epoch = (await fill(history, 7, size=3)).epoch
+    top = await fill(history, 7, size=3)
+    before = top.offset - 7
 
-    async def complete(offset: int, name: str = epoch, **how: Any) -> bool:
-        return (await read(history, Position(offset, name), **how)).complete
+    async def complete(offset: int, **how: Any) -> bool:
+        return (await read(history, Position(before + offset, top.epoch), **how)).complete
 
     for how in ({}, {"limit": 0}, {"limit": 1}):
         assert [await complete(offset, **how) for offset in range(9)] == [False] * 4 + [True] * 4 + [False]
-    other = await read(history, Position(6, "another"))
-    assert (other.complete, other.entries, other.top) == (False, [], Position(7, epoch))
+    other = await read(history, Position(before + 6, "another"))
+    assert (other.complete, other.entries, other.top) == (False, [], top)
 
 
 async def test_history_keeps_exactly_its_size(site: Site) -> None:
@@ -153,7 +165,7 @@ async def test_history_after_its_time(site: Site) -> None:
     await eventually(empty)
     assert (await read(history, top)).complete
     assert not (await read(history, first)).complete
-    assert await publish(history, b"3") == Position(3, top.epoch)
+    assert await publish(history, b"3") == Position(top.offset + 1, top.epoch)
     assert (await read(history, top)).complete
     assert payloads(await read(history, top)) == [b"3"]
 
@@ -166,8 +178,8 @@ async def test_idempotency_key(site: Site) -> None:
     await a.backend.bus.subscribe("r")
     first = await publish(a.backend.history, b"1", idempotency_key="k")
     assert await publish(b.backend.history, b"again", idempotency_key="k") == first
-    assert (await publish(b.backend.history, b"2", idempotency_key="k2")).offset == 2
-    assert (await publish(b.backend.history, b"other", room="r2", idempotency_key="k")).offset == 1
+    assert (await publish(b.backend.history, b"2", idempotency_key="k2")).offset == first.offset + 1
+    assert await publish(b.backend.history, b"other", room="r2", idempotency_key="k") != first
     assert payloads(await read(b.backend.history)) == [b"1", b"2"]
     await eventually(lambda: len(a.heard.rooms) == 2)
 
@@ -193,9 +205,9 @@ async def test_publishers_at_once(site: Site) -> None:
     await eventually(lambda: len(a.heard.rooms) == len(b.heard.rooms) == 200)
     assert a.heard.rooms == b.heard.rooms
     opened = [open_envelope(envelope) for _, envelope in a.heard.rooms]
-    assert [(position.offset, previous) for position, previous, _ in opened if position] == [
-        (n, n - 1) for n in range(1, 201)
-    ]
+    offsets = [position.offset for position, _, _ in opened if position]
+    assert [offset - offsets[0] for offset in offsets] == list(range(200))
+    assert [previous for _, previous, _ in opened] == [0, *offsets[:-1]]
     assert payloads(await read(b.backend.history)) == [payload for _, _, payload in opened]
 
 
@@ -204,6 +216,6 @@ async def test_room_names_are_exact(site: Site, room: str) -> None:
     """Any name is a room of its own."""
     node = await site.node()
     await node.backend.bus.subscribe(room)
-    assert (await publish(node.backend.history, b"1", room)).offset == 1
+    await publish(node.backend.history, b"1", room)
     await eventually(lambda: node.heard.rooms)
     assert [name for name, _ in node.heard.rooms] == [room]

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from asgi_cluster.ids import Handle, UserId, bucket_of, new_token
-from asgi_cluster.realtime.history import Page, Position, open_envelope
+from asgi_cluster.realtime.history import Entry, Page, Position, open_envelope
 from asgi_cluster.sessions.store import Draft
 from tests.contract.drafts import end, end_all, write
 from tests.contract.sites import TIMEOUT, Member, Site
@@ -252,6 +252,15 @@ async def _histories(members: tuple[Member, Member], steps: list[tuple[Any, ...]
     keys: dict[str, Position] = {}
     memory = members[0]
     await memory.backend.bus.subscribe(room)
+    starts = [0, 0]  # each numbering begins with a random offset; here they count from 1
+
+    def count(offset: int, start: int) -> int:
+        return offset - start if offset else 0
+
+    def counted(page: Page, start: int) -> Page:
+        entries = [Entry(count(e.offset, start), count(e.previous, start), e.payload) for e in page.entries]
+        return Page(entries, Position(count(page.top.offset, start), page.top.epoch), page.complete)
+
     for step in steps:
         if step[0] == "publish":
             _, size, key = step
@@ -261,6 +270,12 @@ async def _histories(members: tuple[Member, Member], steps: list[tuple[Any, ...]
                     room, payload, size=size, ttl=100, idempotency_key=key, epoch=epoch, timeout=TIMEOUT
                 )
                 for member in members
+            ]
+            if not log:
+                starts = [position.offset - 1 for position in positions]
+            positions = [
+                Position(count(position.offset, start), position.epoch)
+                for position, start in zip(positions, starts, strict=True)
             ]
             assert positions[0] == positions[1]
             if key in keys:
@@ -273,13 +288,14 @@ async def _histories(members: tuple[Member, Member], steps: list[tuple[Any, ...]
                 keys[key] = positions[0]
         else:
             _, offset, limit, reverse, everything = step
-            since = None if everything else Position(offset, epoch)
-            pages: list[Page] = [
-                await member.backend.history.read(
-                    room, since=since, limit=limit, reverse=reverse, epoch=epoch, ttl=100, timeout=TIMEOUT
+            since = None if everything else offset
+            pages = []
+            for member, start in zip(members, starts, strict=True):
+                place = None if everything else Position(start + offset if offset else 0, epoch)
+                page = await member.backend.history.read(
+                    room, since=place, limit=limit, reverse=reverse, epoch=epoch, ttl=100, timeout=TIMEOUT
                 )
-                for member in members
-            ]
+                pages.append(counted(page, start))
             assert pages[0] == pages[1]
             numbers = list(range(len(log) - held + 1, len(log) + 1))
             if since is not None:
@@ -289,4 +305,7 @@ async def _histories(members: tuple[Member, Member], steps: list[tuple[Any, ...]
             assert [entry.offset for entry in pages[0].entries] == numbers[:limit]
             assert [entry.payload for entry in pages[0].entries] == [log[n - 1] for n in numbers[:limit]]
     heard = [open_envelope(envelope) for name, envelope in memory.heard.rooms if name == room]
-    assert heard == [(Position(n + 1, epoch), n, payload) for n, payload in enumerate(log)]
+    start = starts[0]
+    assert heard == [
+        (Position(start + n + 1, epoch), start + n if n else 0, payload) for n, payload in enumerate(log)
+    ]

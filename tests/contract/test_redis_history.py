@@ -9,13 +9,12 @@ import pytest
 import redis
 
 from asgi_cluster.exceptions import BusUnavailable
-from asgi_cluster.realtime.history import Position, open_envelope
+from asgi_cluster.realtime.history import JUMP, Position, open_envelope
 from tests.contract.sites import TIMEOUT, Site
 from tests.contract.test_history import payloads, publish, read
 from tests.support.servers import start_valkey
 from tests.support.waiting import eventually
 
-JUMP = 2**20
 AT_ONCE = ("--repl-diskless-sync-delay", "0")
 
 USUAL = """
@@ -100,7 +99,9 @@ async def test_offsets_after_a_failover(stack: AsyncExitStack) -> None:
     assert payloads(page) == [b"3", b"new 4", b"new 5", b"new 6", b"new 7", b"new 8"]
     await eventually(lambda: len(member.heard.rooms) == 5)
     chain = [open_envelope(envelope) for _, envelope in member.heard.rooms]
-    assert [previous for _, previous, _ in chain] == [3] + [position.offset for position in fresh[:-1]]
+    assert [previous for _, previous, _ in chain] == [
+        position.offset for position in (shared[-1], *fresh[:-1])
+    ]
 
 
 async def test_offsets_after_a_failover_and_back(stack: AsyncExitStack) -> None:
@@ -147,7 +148,7 @@ async def test_positions_across_two_failovers(server_site: Site, server: redis.R
     assert not (await read(history, phantom)).complete
     page = await read(history, start)
     assert (payloads(page), page.complete) == ([b"2", b"3"], True)
-    assert page.top.offset >= 3 + 2 * JUMP
+    assert page.top.offset >= start.offset + 2 + 2 * JUMP
 
 
 async def test_numbers_that_run_out(server_site: Site, server: redis.Redis) -> None:
@@ -192,9 +193,32 @@ async def test_log_without_its_numbering(server_site: Site, server: redis.Redis)
     assert page.top.epoch != before.epoch
     server.delete(f"{server_site.prefix}:{{room:r}}:meta")
     after = await publish(history, b"2")
-    assert after.offset == 1
     assert payloads(await read(history)) == [b"2"]
     assert not (await read(history, before)).complete
+    assert after.epoch != before.epoch
+
+
+async def test_log_without_its_numbering_in_the_same_epoch(server_site: Site, server: redis.Redis) -> None:
+    """All rooms begin in one epoch. A position of the lost numbering is no position of the next, however far
+    that has come.
+    """
+    history = (await server_site.node()).backend.history
+    before = [await publish(history, b"old %d" % n, epoch="e") for n in range(5)]
+    server.delete(f"{server_site.prefix}:{{room:r}}:meta")
+    for n in range(10):
+        assert (await publish(history, b"new %d" % n, epoch="e")).epoch == "e"
+    for position in before:
+        assert not (await read(history, position)).complete
+
+
+async def test_reading_rooms_stores_nothing(server_site: Site, server: redis.Redis) -> None:
+    """Whoever may subscribe can name rooms without end: a room in which nothing was published has no key."""
+    history = (await server_site.node()).backend.history
+    before = set(server.scan_iter(f"{server_site.prefix}:*"))
+    for n in range(50):
+        page = await read(history, room=f"r{n}", epoch="e")
+        await read(history, page.top, room=f"r{n}", epoch="e")
+    assert set(server.scan_iter(f"{server_site.prefix}:*")) <= before
 
 
 @pytest.mark.parametrize("key", ["log", "meta"])
@@ -213,8 +237,8 @@ async def test_log_that_is_ahead_of_its_numbering(server_site: Site, server: red
     """Meta of an older time than the log: the log is dropped rather than the publication."""
     history = (await server_site.node()).backend.history
     first = await publish(history, b"1")
-    server.xadd(f"{server_site.prefix}:{{room:r}}:log", {"p": "8", "d": "ahead"}, id="9-0")
-    assert (await publish(history, b"2")).offset == 2
+    server.xadd(f"{server_site.prefix}:{{room:r}}:log", {"p": "8", "d": "ahead"}, id=f"{first.offset + 8}-0")
+    assert (await publish(history, b"2")).offset == first.offset + 1
     page = await read(history)
     assert payloads(page) == [b"2"]
     assert (await read(history, first)).complete

@@ -135,7 +135,7 @@ async def test_recovers_after_a_cut(site: Site) -> None:
         for number in range(1, 6):
             await room.broadcast(number)
         await eventually(lambda: at.data == [0, 1, 2, 3, 4, 5])
-        assert at.offsets == [1, 2, 3, 4, 5, 6]
+        assert [offset - at.offsets[0] for offset in at.offsets] == [0, 1, 2, 3, 4, 5]
         assert at.subscribed[-1].recovered
         assert not heard.disconnected
 
@@ -171,8 +171,8 @@ async def test_history_and_presence(site: Site) -> None:
         page = await subscription.history(limit=-1)
         assert [pub.data for pub in page.publications] == [0, 1, 2, 3, 4]
         assert [pub.info.user for pub in page.publications] == ["ada"] * 5
-        assert (page.offset, page.publications[-1].offset) == (5, 5)
-        since = centrifuge.StreamPosition(2, page.epoch)
+        assert page.offset == page.publications[-1].offset
+        since = centrifuge.StreamPosition(page.offset - 3, page.epoch)
         assert [pub.data for pub in (await subscription.history(limit=2, since=since)).publications] == [2, 3]
         newest = await subscription.history(limit=2, reverse=True)
         assert [pub.data for pub in newest.publications] == [4, 3]

@@ -76,6 +76,7 @@ class Bench:
             size=100,
             ttl=60,
             timeout=1,
+            epoch=lambda: "e",
             lease=lambda: lease,
             deliver=lambda found: self.delivered.append(found.offset),
             lost=lose,

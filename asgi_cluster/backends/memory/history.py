@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections import deque
 from itertools import islice
 
@@ -9,7 +10,18 @@ import msgspec
 
 from asgi_cluster.backends.memory.expiring import Expiring
 from asgi_cluster.backends.memory.world import World
-from asgi_cluster.realtime.history import NUMBERING_OUTLIVES, ONCE, Entry, Page, Position, seal_envelope
+from asgi_cluster.ids import new_token
+from asgi_cluster.realtime.history import (
+    EPOCH_LASTS,
+    JUMP,
+    NUMBERING_OUTLIVES,
+    ONCE,
+    Declarations,
+    Entry,
+    Page,
+    Position,
+    seal_envelope,
+)
 
 __all__ = ["MemoryHistory"]
 
@@ -24,6 +36,8 @@ class _Logs:
         self.numbering: Expiring[str, _Numbering] = Expiring(world.clock)
         self.entries: Expiring[str, deque[Entry]] = Expiring(world.clock)
         self.once: Expiring[str, Position] = Expiring(world.clock)
+        self.declared: dict[str, bytes] = {}
+        self.epoch: Expiring[str, str] = Expiring(world.clock)
 
 
 class MemoryHistory:
@@ -32,6 +46,26 @@ class MemoryHistory:
     def __init__(self, world: World) -> None:
         self._world = world
         self._logs: _Logs = world.part(_Logs)
+
+    in_process = True
+
+    async def declare(
+        self, digest: str, rules: bytes, *, node: str, view: float, timeout: float
+    ) -> Declarations:
+        """See ``HistoryStore.declare``."""
+        logs = self._logs
+        with self._world.lock:
+            epoch = logs.epoch.get("")
+            if epoch is None:
+                epoch = new_token()
+                logs.epoch.set("", epoch, self._world.clock() + EPOCH_LASTS)
+            if digest:
+                logs.declared[node] = rules
+            living = {seat.node for seat in self._world.living()} & logs.declared.keys()
+            if living:
+                logs.declared = {node: logs.declared[node] for node in living}
+            others = {told: node for node, told in logs.declared.items() if told != rules}
+            return Declarations(epoch, 0.0, [(node, told) for told, node in others.items()])
 
     async def publish(
         self,
@@ -52,9 +86,10 @@ class MemoryHistory:
             if once is not None and (done := logs.once.get(once)) is not None:
                 return done
             now = self._world.clock()
-            numbering = self._numbering(room, epoch, ttl)
+            numbering = self._numbering(room, epoch)
             previous = numbering.offset
-            numbering.offset += 1
+            numbering.offset = (previous or JUMP * (1 + secrets.randbelow(JUMP))) + 1
+            logs.numbering.set(room, numbering, now + ttl + NUMBERING_OUTLIVES)
             position = Position(numbering.offset, numbering.epoch)
             entries = logs.entries.get(room) or deque()
             entries.append(Entry(position.offset, previous, payload))
@@ -66,12 +101,11 @@ class MemoryHistory:
             self._world.tell_room(room, seal_envelope(position, previous, payload))
             return position
 
-    def _numbering(self, room: str, epoch: str, ttl: float) -> _Numbering:
+    def _numbering(self, room: str, epoch: str) -> _Numbering:
         numbering = self._logs.numbering.get(room)
         if numbering is None:
             numbering = _Numbering(epoch)
             self._logs.entries.pop(room)
-        self._logs.numbering.set(room, numbering, self._world.clock() + ttl + NUMBERING_OUTLIVES)
         return numbering
 
     async def read(
@@ -87,7 +121,9 @@ class MemoryHistory:
     ) -> Page:
         """See ``HistoryStore.read``."""
         with self._world.lock:
-            numbering = self._numbering(room, epoch, ttl)
+            numbering = self._numbering(room, epoch)
+            if numbering.offset:
+                self._logs.numbering.set(room, numbering, self._world.clock() + ttl + NUMBERING_OUTLIVES)
             top = Position(numbering.offset, numbering.epoch)
             held = self._logs.entries.get(room) or deque()
             if since is None:

@@ -9,12 +9,22 @@ from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.scripts import load
 from asgi_cluster.backends.redis.topology import Topology
 from asgi_cluster.exceptions import BusUnavailable, StoreUnavailable
-from asgi_cluster.realtime.history import NUMBERING_OUTLIVES, ONCE, Entry, Page, Position
+from asgi_cluster.ids import new_token
+from asgi_cluster.realtime.history import (
+    EPOCH_LASTS,
+    JUMP,
+    NUMBERING_OUTLIVES,
+    ONCE,
+    Declarations,
+    Entry,
+    Page,
+    Position,
+)
 
 __all__ = ["RedisHistory"]
 
-_JUMP = 1 << 20
-"""More messages than a primary can have accepted and lost at a failover, by far."""
+_DECLARED = 7 * 24 * 3600.0
+"""Seconds for which declared rules outlive the last node, so that a worker has them meanwhile."""
 
 
 class RedisHistory:
@@ -25,10 +35,31 @@ class RedisHistory:
     after a failover, and positions that only a lost primary ever gave out.
     """
 
+    in_process = False
+
     def __init__(self, topology: Topology, names: Names) -> None:
         self._topology = topology
         self._names = names
         self._publish = "SPUBLISH" if topology.sharded else "PUBLISH"
+
+    async def declare(
+        self, digest: str, rules: bytes, *, node: str, view: float, timeout: float
+    ) -> Declarations:
+        """See ``HistoryStore.declare``."""
+        keys = [self._names.room_rules(), self._names.room_views(), self._names.room_epoch()]
+        args: list[str | bytes | int] = [
+            digest,
+            rules,
+            node,
+            new_token(),
+            _ms(EPOCH_LASTS),
+            _ms(_DECLARED),
+            _ms(view),
+        ]
+        epoch, wait, others = await self._run("room_rules", keys, args, timeout)
+        pairs = zip(others[::2], others[1::2], strict=True)
+        named = [(name.decode("utf-8", "replace"), told) for name, told in pairs]
+        return Declarations(_name(epoch), wait / 1000, named)
 
     async def publish(
         self,
@@ -54,10 +85,10 @@ class RedisHistory:
             self._publish,
             self._names.room_channel(room),
             _ms(ONCE),
-            _JUMP * (1 + secrets.randbelow(_JUMP)),
+            JUMP * (1 + secrets.randbelow(JUMP)),
         ]
         offset, name = await self._run("room_publish", keys, args, timeout)
-        return Position(offset, name.decode())
+        return Position(offset, _name(name))
 
     async def read(
         self,
@@ -81,13 +112,18 @@ class RedisHistory:
         ]
         keys = [self._names.room_log(room), self._names.room_meta(room)]
         top, name, complete, heads, bodies = await self._run("room_read", keys, args, timeout)
-        return Page(_entries(heads, bodies), Position(top, name.decode()), bool(complete))
+        return Page(_entries(heads, bodies), Position(top, _name(name)), bool(complete))
 
     async def _run(self, name: str, keys: list[str], args: list[str | bytes | int], timeout: float) -> Any:
         try:
             return await self._topology.run(load(name), keys, args, timeout=timeout)
         except StoreUnavailable as error:
             raise BusUnavailable(error.reason, outcome_unknown=error.outcome_unknown) from error
+
+
+def _name(epoch: bytes) -> str:
+    # One that was tampered with is an epoch that no position has.
+    return epoch.decode("ascii", "backslashreplace")
 
 
 def _entries(heads: bytes, bodies: bytes) -> list[Entry]:

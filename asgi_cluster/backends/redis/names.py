@@ -49,6 +49,15 @@ class Names:
 
     # Rooms
 
+    def room_rules(self) -> str:
+        return f"{self._prefix}:{{rooms}}:rules"
+
+    def room_views(self) -> str:
+        return f"{self._prefix}:{{rooms}}:views"
+
+    def room_epoch(self) -> str:
+        return f"{self._prefix}:{{rooms}}:epoch"
+
     def room_log(self, room: str) -> str:
         return f"{self._prefix}:{{room:{room}}}:log"
 

@@ -8,13 +8,17 @@ local function lineage()
 end
 
 -- The room's numbering: its epoch, its last offset and the lineage that gave it out. `epoch` is for a room
--- that has none: a log whose numbering is lost is worth nothing.
+-- that has none: a log whose numbering is lost is worth nothing. No lineage has given out its next number, as
+-- there may have been a numbering of the same epoch before.
 local function numbering(epoch)
   local meta = redis.pcall('HMGET', KEYS[2], 'epoch', 'offset', 'run')
-  local offset = not meta.err and tonumber(meta[2])
-  if offset and meta[1] then return meta[1], offset, meta[3] end
+  local offset = not meta.err and meta[2] and string.match(meta[2], '^%d+$') and tonumber(meta[2])
+  -- What was tampered with counts as lost. The epoch travels between spaces.
+  if offset and offset <= 2 ^ 53 and meta[1] and string.match(meta[1], '^[%w_-]+$') then
+    return meta[1], offset, meta[3] or ''
+  end
   redis.call('DEL', KEYS[1], KEYS[2])
-  return epoch, 0, lineage()
+  return epoch, 0, ''
 end
 
 local function keep(epoch, offset, run, ttl)

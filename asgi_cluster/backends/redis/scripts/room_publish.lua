@@ -4,7 +4,7 @@
 -- Reply: {offset, epoch}
 if KEYS[3] then
   local result = redis.call('HMGET', KEYS[3], 'offset', 'epoch')
-  if result[1] then return {tonumber(result[1]), result[2]} end
+  if result[1] and tonumber(result[1]) and result[2] then return {tonumber(result[1]), result[2]} end
 end
 local epoch, previous, run = numbering(ARGV[5])
 local here = lineage()

@@ -1,9 +1,10 @@
 --! room
 -- ARGV: since offset ('' none), since epoch, limit ('' all), reverse, epoch if none, ttl of meta
 -- Reply: {top offset, epoch, complete, 'offset previous length …', messages in one string}
-local epoch, top, run = numbering(ARGV[5])
--- Kept from now on, so that the position that this reader takes away means something later.
-keep(epoch, top, run, ARGV[6])
+local epoch, top = numbering(ARGV[5])
+-- Kept from now on, so that the position that this reader takes away means something later. Where nothing has
+-- been published nothing is stored: anybody may ask for rooms that do not exist.
+redis.call('PEXPIRE', KEYS[2], ARGV[6])
 local since, limit, backwards = tonumber(ARGV[1]), tonumber(ARGV[3]), ARGV[4] == '1'
 local complete = 1
 if since then
@@ -26,8 +27,12 @@ if limit then
   read[6] = limit
 end
 local heads, bodies = {}, {}
-for i, entry in ipairs(redis.call(unpack(read))) do
-  bodies[i] = entry[2][4]
-  heads[i] = string.match(entry[1], '^%d+') .. ' ' .. entry[2][2] .. ' ' .. #bodies[i]
+for _, entry in ipairs(redis.call(unpack(read))) do
+  local previous, body = entry[2][2], entry[2][4]
+  -- An entry that was tampered with is left out, and breaks the chain.
+  if body and string.match(previous, '^%d+$') and #previous < 17 then
+    bodies[#bodies + 1] = body
+    heads[#heads + 1] = string.match(entry[1], '^%d+') .. ' ' .. previous .. ' ' .. #body
+  end
 end
 return {top, epoch, complete, table.concat(heads, ' '), table.concat(bodies)}
