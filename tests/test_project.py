@@ -33,7 +33,7 @@ PUBLIC = """
 
 LEAVES = {"arguments", "ids", "codes", "exceptions", "tasks", "scope", "config"}
 """Known to everybody; they know at most each other."""
-PORTS = {"sessions.store", "realtime.history", "realtime.presence"}
+PORTS = {"sessions.store", "sessions.damage", "realtime.history", "realtime.presence"}
 """With all of ``bus``, what the halves and the backends meet at."""
 COMPOSERS = {
     "cluster", "dispatch", "draining", "handshake", "headers", "lazy", "lifespan", "middleware", "remote",

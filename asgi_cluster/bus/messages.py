@@ -12,11 +12,12 @@ malformed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 __all__ = [
+    "MOST_ENDED",
     "Ack",
     "Changed",
     "Disconnect",
@@ -37,6 +38,11 @@ __all__ = [
 PayloadKind = Literal["t", "j", "b"]
 """``t`` text as given, ``j`` JSON, ``b`` binary."""
 
+MOST_ENDED = 1000
+"""Tokens that one ``UserEnded`` may name: a node that receives it looks at each, and its loop waits."""
+
+_Code = Annotated[int, msgspec.Meta(ge=1000, le=4999)]
+
 
 class Changed(msgspec.Struct, frozen=True, array_like=True, tag="c"):
     """A session's record changed: drop it from the cache."""
@@ -53,7 +59,7 @@ class Ended(msgspec.Struct, frozen=True, array_like=True, tag="e"):
     """
 
     handle: str
-    code: int
+    code: _Code
     reason: str
     origin: str
     request: str = ""
@@ -64,16 +70,16 @@ class UserEnded(msgspec.Struct, frozen=True, array_like=True, tag="u"):
 
     ``ended`` are the tokens (handles without their bucket) of those that were living. Its place is the last,
     because the store fills it in when it publishes the message (``name_ended``): sockets of other sessions
-    may have been opened since.
+    may have been opened since. At most ``MOST_ENDED``.
     """
 
     user: str
     keep: str | None
-    code: int
+    code: _Code
     reason: str
     origin: str
     request: str = ""
-    ended: tuple[str, ...] = ()
+    ended: Annotated[tuple[str, ...], msgspec.Meta(max_length=MOST_ENDED)] = ()
 
 
 class Ack(msgspec.Struct, frozen=True, array_like=True, tag="a"):
@@ -132,7 +138,7 @@ class Disconnect(msgspec.Struct, frozen=True, array_like=True, tag="d"):
     user: str | None
     handle: str | None
     room: str | None
-    code: int
+    code: _Code
     reason: str
     origin: str
 
@@ -164,9 +170,11 @@ def encode(message: Message) -> bytes:
 
 
 def name_ended(message: bytes, tokens: Sequence[str]) -> bytes:
-    """An encoded ``UserEnded`` whose list was empty, with ``tokens`` in it. Anything else stays as it is."""
+    """An encoded ``UserEnded`` whose list was empty, with (the last) ``tokens`` in it; all else as it is."""
     empty = _encoder.encode(())
-    return message.removesuffix(empty) + _encoder.encode(tokens) if message.endswith(empty) else message
+    if not message.endswith(empty):
+        return message
+    return message.removesuffix(empty) + _encoder.encode(tokens[-MOST_ENDED:])
 
 
 def decode(data: bytes) -> Message:
@@ -177,6 +185,25 @@ def decode(data: bytes) -> Message:
     """
     try:
         message: Message = _decoder.decode(data)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        match message:
+            case Published() | PersonalMessage():
+                if message.kind != "b":
+                    _check_text(message.data)
+                if isinstance(message, Published) and message.info is not None:
+                    _check_text(message.info)
+            case Joined() | Left():
+                _check_text(message.info)
+            case _:
+                pass
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # msgspec's errors are ValueErrors, UnicodeDecodeError is one
         raise MalformedMessage(str(error)) from error
     return message
+
+
+def _check_text(data: bytes) -> None:
+    # It goes into text frames as it is: one that is no UTF-8 would end the connection of each receiver.
+    if not data.isascii():
+        data.decode()

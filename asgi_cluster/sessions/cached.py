@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import Handle, UserId
 from asgi_cluster.sessions.cache import Entry, Flight, SessionCache
+from asgi_cluster.sessions.damage import Damage
 from asgi_cluster.sessions.store import Device, Draft, Ending, Record, SessionStore, WriteOutcome
 
 __all__ = ["CachedStore"]
@@ -22,6 +23,8 @@ class CachedStore:
     def __init__(self, store: SessionStore, cache: SessionCache) -> None:
         self._store = store
         self.cache = cache
+        self.damage = Damage()
+        """Records whose values could not be read."""
 
     def run_id(self, bucket: int) -> str | None:
         """See ``SessionStore.run_id``."""

@@ -55,21 +55,28 @@ class Decoded:
     __slots__ = ("_nested", "_plain")
 
     def __init__(self, fields: Mapping[str, bytes]) -> None:
-        """Raises ``msgspec.DecodeError`` when the record is corrupt."""
+        """Raises ``msgspec.DecodeError`` when a value cannot be read."""
         self._plain: dict[str, Any] = {}
         self._nested: dict[str, bytes] = {}
         for key, data in fields.items():
-            value = _decode(data)
+            value = _decoded(data)
             if isinstance(value, list | dict):
                 self._nested[key] = data
             else:
                 self._plain[key] = value
 
     def into(self, target: dict[str, Any]) -> None:
-        """Put the values into ``target``, past whatever it overrides."""
+        """Put the values into ``target``, past whatever it overrides. Raises ``msgspec.DecodeError``."""
         dict.update(target, self._plain)
         for key, data in self._nested.items():
-            dict.__setitem__(target, key, _decode(data))
+            dict.__setitem__(target, key, _decoded(data))
+
+
+def _decoded(data: bytes) -> Any:
+    try:
+        return _decode(data)
+    except (ValueError, RecursionError) as error:  # text that is no UTF-8, lists in lists without end
+        raise msgspec.DecodeError(str(error)) from error
 
 
 def _holds_naive(value: Any) -> bool:

@@ -293,7 +293,7 @@ class StoredSession(SessionData):
             entry.fill(self)
         except msgspec.DecodeError:
             # Not the visitor's fault and not worth a logout of everybody: this one session is unreadable.
-            logger.error("session %s holds a value that is not msgpack: treated as missing", record.handle)
+            self._service.store.damage.found(record.handle, "holds a value that cannot be read")
             self._lose()
 
     def _set_expiry(self, expires_at: float, record: Record) -> None:

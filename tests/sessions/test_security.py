@@ -267,7 +267,13 @@ async def test_tampered_record_is_treated_as_missing(
     """
     async with nodes(valkey.url, 1, prefix=prefix) as (cluster,), client_for(cluster) as other:
         await other.post("/login?user=bob")
-        for damage in ("no meta", "wrong type", "no msgpack"):
+        damages = {
+            "no msgpack": b"\xc1",
+            "no UTF-8": b"\xa2\xff\xfe",
+            "no UTF-8 in a list": b"\x91\xa2\xff\xfe",
+            "lists in lists": b"\x91" * 100_000,
+        }
+        for damage in ("no meta", "wrong type", "user", "user without epoch", *damages):
             async with client_for(cluster) as client:
                 handle = (await client.post("/login?user=ada")).json()["handle"]
                 await client.post("/put", json={"a": 1})
@@ -278,11 +284,21 @@ async def test_tampered_record_is_treated_as_missing(
                 elif damage == "wrong type":
                     raw.delete(key)
                     raw.set(key, "x")
+                elif damage.startswith("user"):
+                    raw.hset(key, "@user", b"\xff\xfe")
+                    name = key[: key.index("s:")].encode() + b"e:\xff\xfe"
+                    raw.delete(name)
+                    if damage == "user":
+                        raw.set(name, raw.hget(key, "@epoch"), ex=60)
                 else:
-                    raw.hset(key, ".a", b"\xc1")
-                response = await client.get("/show")
-                assert response.status_code == 200
-                assert response.json()["data"] == {}
-                assert response.json()["user"] is None
+                    raw.hset(key, ".a", damages[damage])
+                for _ in range(3):
+                    response = await client.get("/show")
+                    assert response.status_code == 200
+                    assert response.json()["data"] == {}
+                    assert response.json()["user"] is None
+                assert caplog.text.count(handle) == (damage != "user without epoch"), damage
+                assert (await cluster.session(handle).logout()).complete
+                assert not raw.exists(key)
         assert (await other.get("/show")).json()["user"] == "bob"
-    assert caplog.text.count("treated as missing") >= 3
+        assert cluster.service.store.damage.count >= len(damages)

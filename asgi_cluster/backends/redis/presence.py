@@ -79,7 +79,7 @@ class RedisPresence:
         found: list[tuple[str, bytes, bytes]] = []
         for client, entry in _pairs(await self._run("presence_members", room, [_ROOM_TTL], timeout)):
             owner, newline, info = entry.partition(b"\n")
-            found.append((client.decode(), owner + newline, info))
+            found.append((client.decode("utf-8", "replace"), owner + newline, info))
         owners = {owner for _, owner, _ in found}
         # Whoever the last list did not name may have registered since: only then is it asked for out of turn.
         if not owners <= self._living or clock() - self._asked_at >= _TRUSTED_FOR:
@@ -115,7 +115,9 @@ class RedisPresence:
     async def reap(self, room: str, node: str, incarnation: str, *, timeout: float) -> Mapping[str, bytes]:
         """See ``PresenceStore.reap``."""
         removed = await self._run("presence_reap", room, [_owner(node, incarnation)], timeout)
-        return {client.decode(): entry.partition(b"\n")[2] for client, entry in _pairs(removed)}
+        return {
+            client.decode("utf-8", "replace"): entry.partition(b"\n")[2] for client, entry in _pairs(removed)
+        }
 
     async def _run(self, name: str, room: str, args: Sequence[str | bytes | int], timeout: float) -> Any:
         try:

@@ -157,11 +157,11 @@ class Registry:
         )
         found: dict[NodeId, NodeInfo] = {}
         for raw_id, raw_info, pttl in rows:
-            node = NodeId(raw_id.decode())
+            node = NodeId(raw_id.decode("utf-8", "replace"))
             expiry = now_ms + pttl if pttl >= 0 else 0
             try:
                 info = msgspec.msgpack.decode(raw_info, type=_Info)
-            except msgspec.DecodeError:
+            except (ValueError, RecursionError):
                 info = _Info(0.0, 0, 0, "")
             if info.lease < 0:
                 info.lease, info.stale_for = self._lease, self._stale_for

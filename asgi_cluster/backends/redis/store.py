@@ -15,6 +15,7 @@ from asgi_cluster.backends.redis.scripts import load
 from asgi_cluster.backends.redis.topology import Topology
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import Handle, UserId, bucket_of
+from asgi_cluster.sessions.damage import Damage
 from asgi_cluster.sessions.store import UNKNOWN_NODES, Device, Draft, Ending, Record, WriteOutcome
 
 __all__ = ["RedisSessionStore"]
@@ -49,8 +50,7 @@ class RedisSessionStore:
         self._names = names
         self._wait_replicas = wait_replicas
         self._publish = "SPUBLISH" if topology.sharded else "PUBLISH"
-        self.corrupt = 0
-        """Records that could not be understood, since start."""
+        self._damage = Damage()
 
     def run_id(self, bucket: int) -> str | None:
         """See ``SessionStore.run_id``."""
@@ -75,9 +75,13 @@ class RedisSessionStore:
             self._corrupted(handle)
             return None
 
+    @property
+    def corrupt(self) -> int:
+        """How often a record could not be understood."""
+        return self._damage.count
+
     def _corrupted(self, handle: Handle) -> None:
-        self.corrupt += 1
-        logger.error("the record of session %s is corrupt: treated as missing", handle)
+        self._damage.found(handle, "has a corrupt record")
 
     async def create(self, draft: Draft, *, timeout: float) -> None:
         """See ``SessionStore.create``."""
@@ -171,12 +175,12 @@ class RedisSessionStore:
         )
         found = [
             Device(
-                handle=Handle(f"{bucket}.{token.decode()}"),
+                handle=Handle(f"{bucket}.{_text(token)}"),
                 created_at=int(created) / 1000,
                 seen_at=int(seen) / 1000,
                 expires_in=ttl / 1000,
-                agent=agent.decode("utf-8", "replace"),
-                address=address.decode("utf-8", "replace"),
+                agent=_text(agent),
+                address=_text(address),
             )
             for token, ttl, created, seen, agent, address in rows
         ]
@@ -203,7 +207,7 @@ class RedisSessionStore:
         reply = await self._topology.run(load("session_end_all"), keys, args, timeout=timeout)
         tokens, nodes = reply
         ending = await self._ending(keys[0], [len(tokens), nodes], deadline - clock())
-        handles = [Handle(f"{bucket}.{token.decode()}") for token in tokens]
+        handles = [Handle(f"{bucket}.{_text(token)}") for token in tokens]
         return msgspec.structs.replace(ending, handles=handles)
 
     async def lock(self, handle: Handle, *, token: str, hold: float, timeout: float) -> bool:
@@ -231,7 +235,8 @@ class RedisSessionStore:
         if isinstance(reply, list) and reply[0] == _UNSURE:
             # The user's epoch is missing: revoked, or in a slot that is moving. With the epoch among the keys
             # the server knows which; it answers TRYAGAIN in the second case, which the topology does.
-            keys.append(self._names.epoch(bucket, reply[1].decode()))
+            # A name that is no UTF-8 is no user's: there is no such epoch, whatever name is asked for.
+            keys.append(self._names.epoch(bucket, _text(reply[1])))
             reply = await self._topology.run(script, keys, args, timeout=deadline - clock())
         return reply
 
@@ -264,7 +269,7 @@ class RedisSessionStore:
                 nodes = [UNKNOWN_NODES.encode()]
         return Ending(
             sessions=ended,
-            nodes=[node.decode() for node in nodes],
+            nodes=[_text(node) for node in nodes],
             replicas=await self._replicated(key, timeout) if self._wait_replicas else None,
         )
 
@@ -278,3 +283,8 @@ class RedisSessionStore:
         except StoreUnavailable as error:
             logger.debug("replicas could not be asked: %s", error)
             return 0
+
+
+def _text(data: bytes) -> str:
+    # What was tampered with must not fail a reply in which the rest is right.
+    return data.decode("utf-8", "replace")

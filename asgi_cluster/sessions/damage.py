@@ -1,0 +1,36 @@
+"""Records that cannot be read: counted, and logged once each."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+
+from asgi_cluster.ids import Handle
+
+__all__ = ["Damage"]
+
+logger = logging.getLogger("asgi_cluster.sessions")
+
+_REMEMBERED = 256
+
+
+class Damage:
+    """What was found damaged. A record that is asked for with every request fills no log."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        """How often a damaged record was read."""
+        self._logged: OrderedDict[Handle, None] = OrderedDict()
+
+    def found(self, handle: Handle, what: str) -> None:
+        """The record of ``handle`` is damaged: ``what`` says how, without a word of its contents."""
+        self.count += 1
+        if handle not in self._logged:
+            logger.error("session %s %s: treated as missing", handle, what)
+        self._logged[handle] = None
+        self._logged.move_to_end(handle)
+        if len(self._logged) > _REMEMBERED:
+            self._logged.popitem(last=False)
+
+    def __repr__(self) -> str:
+        return f"<Damage found {self.count} times>"
