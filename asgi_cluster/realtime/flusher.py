@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Hashable, Mapping
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -14,8 +13,6 @@ if TYPE_CHECKING:
     from asgi_cluster.realtime.rules import SlowPolicy
 
 __all__ = ["Flusher"]
-
-logger = logging.getLogger("asgi_cluster.realtime")
 
 _SLICE = 0.01  # seconds the flusher may hold the loop: a large room must not make everything else wait
 _WAVE_BYTES = 1 << 16
@@ -96,11 +93,7 @@ class Flusher:
     def _flush_outboxes(self, until: float) -> bool:
         dirty, self._dirty = self._dirty, []
         for index, outbox in enumerate(dirty):
-            try:
-                outbox.flush()
-            except Exception:
-                logger.exception("writing to a socket failed")
-                outbox.close()
+            outbox.flush()
             if index & 31 == 31 and perf_counter() > until:
                 self._dirty = dirty[index + 1 :] + self._dirty
                 break
@@ -115,14 +108,14 @@ class Flusher:
         packets = [packet for packet, _, _ in wave.messages]
         frames = packets[0].frame if len(packets) == 1 else b"".join([packet.frame for packet in packets])
         missed: list[Outbox] = []
+        failed: list[tuple[Outbox, Exception]] = []
         done = len(members)
         for index, outbox in enumerate(members):
             try:
                 if not outbox.write(frames, len(packets)):
                     missed.append(outbox)
-            except Exception:
-                logger.exception("writing to a socket failed")
-                outbox.close()
+            except Exception as error:
+                failed.append((outbox, error))  # later: closing a socket would break the wave
             if index & 31 == 31 and perf_counter() > until:
                 done = index + 1
                 break
@@ -131,4 +124,6 @@ class Flusher:
         for outbox in missed:
             for message in wave.messages:
                 outbox.put(*message)
+        for outbox, raised in failed:
+            outbox.fail(raised)
         return self.wave is None

@@ -181,7 +181,9 @@ class Outbox:
         return True
 
     def flush(self) -> None:
-        """Write what waits, as far as the client keeps up; a task goes on when it does not."""
+        """Write what waits, as far as the client keeps up; a task goes on when it does not. Raises
+        nothing.
+        """
         self._dirty = False
         pending = self._pending
         if self.closed or self.blocked or not pending:
@@ -213,6 +215,8 @@ class Outbox:
         except (OSError, RuntimeError):
             discard(rest)
             self.close()  # the client is gone, the app has closed it, or the node is stopping
+        except Exception as error:
+            self.fail(error)
 
     def _write(self) -> Awaitable[None] | None:
         return self._write_frames() if self.direct else self._send_events()
@@ -286,6 +290,9 @@ class Outbox:
                     rest = self._write()
         except (OSError, RuntimeError):
             self.close()
+        except Exception as error:
+            self.blocked = False
+            self.fail(error)
         finally:
             self.blocked = False
             self._wake()
@@ -301,9 +308,13 @@ class Outbox:
             await self._change()
 
     async def _change(self) -> None:
+        await asyncio.shield(self.changed())
+
+    def changed(self) -> asyncio.Future[None]:
+        """Done when a blocked writer has finished, or the outbox is closed. Shared: not to be cancelled."""
         if self._drained is None:
             self._drained = self.socket.loop.create_future()
-        await asyncio.shield(self._drained)
+        return self._drained
 
     def _wake(self) -> None:
         waiting, self._drained = self._drained, None
@@ -317,6 +328,19 @@ class Outbox:
         self._latest = None
         self._bytes = 0
         self._wake()
+
+    def fail(self, error: Exception) -> None:
+        """Writing raised what no server should raise: log it and close the socket, so that the client
+        reconnects. Left open, the socket would stay mute.
+        """
+        logger.error(
+            "a message could not be written to the WebSocket of user %r: it is closed with code %d",
+            self.socket.user,
+            DisconnectCode.SERVER_ERROR,
+            exc_info=error,
+        )
+        self.close()
+        self.socket.close(DisconnectCode.SERVER_ERROR, DisconnectCode.SERVER_ERROR.text)
 
     @property
     def waiting_bytes(self) -> int:

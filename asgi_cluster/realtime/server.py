@@ -8,7 +8,15 @@ from asyncio import WriteTransport
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any
 
-__all__ = ["discard", "drive", "forget_handshake", "known_server", "refuse_handshake", "unsent_bytes"]
+__all__ = [
+    "closes_in_task",
+    "discard",
+    "drive",
+    "forget_handshake",
+    "known_server",
+    "refuse_handshake",
+    "unsent_bytes",
+]
 
 _UVICORN_SOCKETS = "uvicorn.protocols.websockets."
 _TESTED_UVICORN = ("0.54.",)
@@ -28,6 +36,15 @@ def known_server(send: Callable[..., Any]) -> tuple[Any, str]:
     if type(owner).__name__ != "WebSocketsSansIOProtocol":
         return owner, f"uvicorn's {type(owner).__name__}"
     return owner, ""
+
+
+def closes_in_task(server: Any) -> bool:
+    """Whether this server's close has to run in a task of its own.
+
+    An unknown one may need that. websockets' legacy protocol does: it waits for the closing handshake under
+    ``asyncio.timeout``, which fails in a callback, and in another task would cancel that one.
+    """
+    return server is None or type(server).__name__ == "WebSocketProtocol"
 
 
 def forget_handshake(server: Any) -> None:
@@ -71,7 +88,7 @@ def drive(awaitable: Awaitable[None]) -> Awaitable[None] | None:
     return _resume(awaitable, waits_for)
 
 
-def discard(awaitable: Awaitable[None] | None) -> None:
+def discard(awaitable: Awaitable[object] | None) -> None:
     """Close a coroutine that nobody will await."""
     if isinstance(awaitable, Coroutine):
         awaitable.close()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from asgi_cluster.ids import ConnectionId, new_token
 from asgi_cluster.realtime.server import (
+    closes_in_task,
     discard,
     drive,
     forget_handshake,
@@ -189,9 +190,8 @@ class Socket:
             outbox.close()
         self.state = "closed"
         rest: Awaitable[None] | None
-        if self.server is None or (outbox is not None and outbox.blocked):
-            # An unknown server may expect a task around its send, and websockets' legacy protocol fails when
-            # two of them wait for a client that does not read.
+        if closes_in_task(self.server) or (outbox is not None and outbox.blocked):
+            # websockets' legacy protocol also fails when two sends wait for a client that does not read.
             rest = self._send_close(outbox)
         else:
             # uvicorn writes at once unless its buffer is full, so a thousand closes are a thousand writes and

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import socket as sockets
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import pytest
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket
+from websockets.exceptions import ConnectionClosed
 
 from asgi_cluster import Connection, RoomRule
 from asgi_cluster.realtime.flusher import Flusher
@@ -305,3 +306,70 @@ async def test_endpoint_joins_what_waits(redis_site: Site, path: str) -> None:
         for number in range(100):
             await node.cluster.room("open").broadcast(number)
         assert [await client.pub() for _ in range(100)] == list(range(100))
+
+
+class Unwritable(Packet):
+    """A message that no way to the client can take."""
+
+    @property
+    def frame(self) -> bytes:
+        raise ValueError("unwritable")
+
+    event = frame  # type: ignore[assignment]
+
+
+async def test_message_that_cannot_be_written_closes_the_socket(
+    lone_site: Site, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error that no server should raise closes that socket with 3004, after which clients reconnect, and
+    is logged. The other members of the room get the next message.
+    """
+    node, member = await start(lone_site, path)
+    async with node.raw(path="/ws") as client:
+        assert await client.ws.recv() == "ready"
+        (failing,) = member.connections
+        async with node.raw(path="/ws") as other:
+            assert await other.ws.recv() == "ready"
+            failing.outbox.push(Unwritable(b""))
+            assert await client.drained() == (3004, "internal server error")
+            deliver(node, "next")
+            assert await other.ws.recv() == "next"
+    assert "a message could not be written to the WebSocket of user None" in caplog.text
+
+
+async def test_shared_write_that_fails_closes_one_socket(
+    lone_site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One member's transport fails while a large room is written to: each of the others gets every message
+    once.
+    """
+    node, member = await start(lone_site, "direct")
+    async with AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(node.raw(path="/ws")) for _ in range(12)]
+        for client in clients:
+            assert await client.ws.recv() == "ready"
+        transport = member.connections[5].socket.server.transport
+        member.connections[5].socket.server.transport = Broken(transport, [])
+        deliver(node, "one")
+        deliver(node, "two")
+        await eventually(lambda: node.cluster.stats().realtime.rooms and member.connections[5].outbox.closed)
+        deliver(node, "three")
+        whole = 0
+        for client in clients:
+            got = []
+            with suppress(ConnectionClosed):
+                while "three" not in got:
+                    got.append(await asyncio.wait_for(client.ws.recv(), 5))
+            whole += got == ["one", "two", "three"]
+        assert whole == len(clients) - 1
+    assert caplog.text.count("a message could not be written to the WebSocket") == 1
+
+
+class Broken(Recording):
+    """A transport whose first write fails."""
+
+    def write(self, data: bytes) -> None:
+        if not self._written:
+            self._written.append(data)
+            raise ValueError("broken")
+        self._transport.write(data)
