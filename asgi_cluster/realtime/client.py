@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Hashable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
@@ -18,6 +18,7 @@ from asgi_cluster.realtime.commands import COMMANDS, decoded, subscribe_here
 from asgi_cluster.realtime.connection import Connection
 from asgi_cluster.realtime.packet import Packet
 from asgi_cluster.realtime.payload import encode_payload
+from asgi_cluster.realtime.pending import PendingCommands
 from asgi_cluster.realtime.protocol import (
     PING,
     BadFrame,
@@ -36,11 +37,10 @@ from asgi_cluster.realtime.protocol import (
     encode_reply,
     to_json,
 )
-from asgi_cluster.realtime.rules import (
-    Connected,
-    ConnectRequest,
-)
+from asgi_cluster.realtime.rules import Connected, ConnectRequest, check_room
+from asgi_cluster.realtime.server import discard
 from asgi_cluster.realtime.socket import Message, Receive
+from asgi_cluster.tasks import spawn
 
 if TYPE_CHECKING:
     from asgi_cluster.config import RealtimeConfig
@@ -51,6 +51,7 @@ logger = logging.getLogger("asgi_cluster.realtime")
 
 _PING = Packet(PING)
 _BURST = 10.0  # seconds' worth of commands that may come at once
+_AT_ONCE = 16  # commands of one client that may be under way; then nothing more is read from it
 _REFRESH_GRACE = 25.0  # seconds after the expiry for which a refresh is waited for
 
 
@@ -64,8 +65,10 @@ class Client(Connection):
     __slots__ = (
         "_awaits_pong",
         "_connected",
+        "_connecting",
         "_expiry",
-        "_handlers",
+        "_full",
+        "_pending",
         "_refused",
         "_spent_at",
         "_timer",
@@ -77,7 +80,10 @@ class Client(Connection):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._connected = False
+        self._connecting: asyncio.Task[None] | None = None
         self._refused = False
+        self._full = False
+        self._pending: PendingCommands | None = None
         self._awaits_pong = False
         self._timer: asyncio.TimerHandle | None = None
         self._expiry: asyncio.TimerHandle | None = None
@@ -107,6 +113,12 @@ class Client(Connection):
                     timer.cancel()
             self.stop_reading()
             self.outbox.close()
+            if self._pending is not None and not await self._pending.end(self.config.close_timeout):
+                logger.error(
+                    "a command of user %r goes on although its client is gone and it was cancelled: the "
+                    "app's hooks and rpc functions must let asyncio.CancelledError through",
+                    self.user_id,
+                )
             await self._ended(self.socket.close_code or code, self.socket.close_reason or reason)
 
     async def _ended(self, code: int, reason: str) -> None:
@@ -121,7 +133,7 @@ class Client(Connection):
     # Frames
 
     async def _frame(self, message: Message) -> None:
-        if self.socket.state != "open":
+        if self.socket.state != "open" or self.outbox.closed:
             return
         text = message.get("text")
         frame = message["bytes"] if text is None else text.encode(errors="surrogatepass")
@@ -136,21 +148,27 @@ class Client(Connection):
         if not self._afford(len(commands)):
             self._end(DisconnectCode.TOO_MANY_REQUESTS)
             return
-        while commands and self.socket.state == "open":
-            # SDKs that come back subscribe to everything in one frame: that costs one round trip, not one
-            # each.
-            together = 1
-            while (
-                together < len(commands) and commands[together - 1].subscribe and commands[together].subscribe
-            ):
-                together += 1
-            batch, commands = commands[:together], commands[together:]
-            if together == 1:
-                await self._command(batch[0])
-            else:
-                async with asyncio.TaskGroup() as group:
-                    for command in batch:
-                        group.create_task(self._command(command))
+        introduces = False
+        for command in commands:
+            if self._pending is not None and len(self._pending) >= _AT_ONCE and command != _PONG:
+                await self._room_for_more()
+            if self.socket.state != "open" or self.outbox.closed:
+                return
+            introduces = introduces or command.connect is not None
+            if self._connected or self._connecting is not None or command.connect is not None:
+                self._command(command)
+            elif not introduces:
+                self._end(DisconnectCode.BAD_REQUEST)
+            # What came in one frame with a connect command that failed is not looked at: its error says it.
+
+    async def _room_for_more(self) -> None:
+        """Return when one more command may be under way. Nothing is read meanwhile, pongs neither: so none
+        is waited for.
+        """
+        self._full = True
+        while self._pending is not None and len(self._pending) >= _AT_ONCE and not self.outbox.closed:
+            await self._pending.one_done(self.outbox.changed())
+        self._full = self._awaits_pong = False
 
     def _afford(self, count: int) -> bool:
         rate = self.config.max_commands_per_second
@@ -159,60 +177,122 @@ class Client(Connection):
         self._spent_at = now
         return self._tokens >= 0
 
-    async def _command(self, command: Command) -> None:
-        if not self._connected and (command.connect is None or self._refused):
-            self._end(DisconnectCode.BAD_REQUEST)
-            return
-        if command.id == 0:
-            if command.send is not None:
-                await self._on_send(command.send)
-            elif command == _PONG:
+    def _command(self, command: Command) -> None:
+        """Answer one command: at once if that needs no waiting, else in a task."""
+        if command.id <= 0 and (command.id < 0 or command.send is None):
+            if command == _PONG:
                 self._awaits_pong = False
             else:
                 self._end(DisconnectCode.BAD_REQUEST)
             return
-        if command.id < 0:
+        if command.connect is not None and (self._connected or self._refused or self._connecting):
             self._end(DisconnectCode.BAD_REQUEST)
             return
-        name = next((known for known in _FIELDS if getattr(command, known) is not None), None)
-        try:
-            if name is None:
-                raise ReplyError(ErrorCode.METHOD_NOT_FOUND)
-            request = getattr(command, name)
-            if name in COMMANDS:
-                result = await COMMANDS[name](self, request)
-                # In the same step in which a subscription begins: its first push comes after the reply.
-                self._reply(command.id, name, result)
-            elif name == "connect":
-                await self._on_connect(command.id, request)
-            elif name == "refresh":
-                self._reply(command.id, name, await self._refreshed(request))
-            else:
-                await self._on_send(request)
+        name = next((known for known in _FIELDS if getattr(command, known) is not None), "")
+        request = getattr(command, name, None)
+        lanes = _lanes(name, request)
+        before = set() if self._pending is None else self._pending.before(lanes)
+        if self._connecting is not None:
+            before.add(self._connecting)
+        work = None if before else self._begin(command, name, request)
+        if not before and work is None:
             return
-        except ReplyError as error:
-            code, text = error.code, error.message
-        except NotPermitted as error:
-            code, text = ErrorCode.PERMISSION_DENIED, error.reason
-        except ClusterError as error:
-            logger.warning("a client's %s failed: %s", name, error)
-            code, text = ErrorCode.INTERNAL, ErrorCode.INTERNAL.text
-        except Exception:
-            logger.exception("a client's %s failed", name)
-            code, text = ErrorCode.INTERNAL, ErrorCode.INTERNAL.text
-        if command.connect is not None and not code.temporary:
-            self._refused = True
-        self.outbox.push(Packet(encode_error(command.id, code, text)))
+        if self._pending is None:
+            self._pending = PendingCommands()
+        try:
+            task = spawn(
+                self.socket.tasks,
+                self._go_on(command, name, request, before, work),
+                name=f"asgi-cluster {name} command",
+            )
+        except RuntimeError:
+            discard(work)
+            self._end(DisconnectCode.SHUTDOWN)  # the node is stopping and takes no more work
+            return
+        self._pending.add(task, lanes, outlives=name in _OUTLIVE_CLIENT)
+        task.add_done_callback(self._one_done)
+        if name == "connect":
+            self._connecting = task
 
-    def _reply(self, command_id: int, name: str, result: Result) -> None:
-        self.outbox.push(Packet(encode_reply(command_id, name, result)))
+    def _one_done(self, task: asyncio.Task[None]) -> None:
+        if not self._pending:
+            self._pending = None  # most clients are idle
+
+    def _begin(self, command: Command, name: str, request: Any) -> Awaitable[Result | None] | None:
+        """Start a command; what is left to wait for, ``None`` when it is answered."""
+        # A coroutine is not driven without a task up to where it waits, as uvicorn's send is: asyncio.timeout
+        # in it would take the task that reads for its own.
+        try:
+            _check_name(getattr(request, "channel", None))
+            result: Result | Awaitable[Result | None] | None
+            if name in COMMANDS:
+                result = COMMANDS[name](self, request)
+            elif name == "connect":
+                result = self._on_connect(command.id, request)
+            elif name == "refresh":
+                result = self._refreshed(request)
+            elif name == "send":
+                result = self._on_send(request)
+            else:
+                raise ReplyError(ErrorCode.METHOD_NOT_FOUND)
+            if inspect.isawaitable(result):
+                return result
+            self._reply(command.id, name, result)
+        except Exception as error:
+            self._failed(command, name, request, error)
+        return None
+
+    async def _go_on(
+        self,
+        command: Command,
+        name: str,
+        request: Any,
+        before: set[asyncio.Task[None]],
+        work: Awaitable[Result | None] | None,
+    ) -> None:
+        if before:
+            await asyncio.wait(before)
+            if not self._connected or self.socket.close_code is not None:
+                return
+            work = self._begin(command, name, request)
+        if work is None:
+            return
+        try:
+            result = await work
+            # In the same step in which a subscription begins: its first push comes after the reply.
+            self._reply(command.id, name, result)
+        except Exception as error:
+            self._failed(command, name, request, error)
+        finally:
+            if name == "connect":
+                self._connecting = None
+
+    def _failed(self, command: Command, name: str, request: Any, error: Exception) -> None:
+        match error:
+            case ReplyError():
+                code, text = error.code, error.message
+            case NotPermitted():
+                code, text = ErrorCode.PERMISSION_DENIED, error.reason
+            case _:
+                code, text = ErrorCode.INTERNAL, ErrorCode.INTERNAL.text
+                if isinstance(error, ClusterError):
+                    logger.warning("a client's %s failed: %s", name, error)
+                else:
+                    logger.error("a client's %s failed", name, exc_info=error)
+        if name == "connect" and not code.temporary:
+            self._refused = True
+        if name != "send":
+            self.outbox.push(Packet(encode_error(command.id, code, text)))
+        elif code is ErrorCode.BAD_REQUEST:
+            self._end(DisconnectCode.BAD_REQUEST)  # there is no reply in which to say it
+
+    def _reply(self, command_id: int, name: str, result: Result | None) -> None:
+        if result is not None and name != "send":
+            self.outbox.push(Packet(encode_reply(command_id, name, result)))
 
     # Connecting
 
     async def _on_connect(self, command_id: int, request: ConnectCommand) -> None:
-        if self._connected:
-            self._end(DisconnectCode.BAD_REQUEST)
-            return
         hub = self.cluster.hub
         began = hub.logouts.last
         answer = await self._ask_connect(request.token, request.data, request.headers)
@@ -296,7 +376,7 @@ class Client(Connection):
         self._timer = self.socket.loop.call_later(wait, self._check_pong, self.config.ping_interval - wait)
 
     def _check_pong(self, rest: float) -> None:
-        if self._awaits_pong:
+        if self._awaits_pong and not self._full:
             self._end(DisconnectCode.NO_PONG)
         else:
             self._timer = self.socket.loop.call_later(rest, self._ping)
@@ -318,7 +398,7 @@ class Client(Connection):
     async def leave(self, room: str) -> None:
         """End a subscription and tell the client."""
         self.server_side.pop(room, None)
-        if await self.cluster.rooms.leave(self, room):
+        if await self.cluster.rooms.leave(self, check_room(room)):
             self._tell_unsubscribed(room, UnsubscribeCode.SERVER, "server unsubscribe")
 
     def _tell_unsubscribed(self, room: str, code: int, reason: str) -> None:
@@ -336,12 +416,12 @@ class Client(Connection):
         """Somebody took the client out of ``room``."""
         self._leave_later(room)
 
-    async def _on_send(self, request: SendCommand) -> None:
+    def _on_send(self, request: SendCommand) -> Any:
         if self.config.on_message is None:
             # There is no reply in which to say it.
             self._end(DisconnectCode.NOT_AVAILABLE)
-            return
-        await self._call_hook(self.config.on_message, self, decoded(request.data))
+            return None
+        return self.config.on_message(self, decoded(request.data))
 
     async def send(self, data: Any) -> None:
         """Push a message to this client, JSON as ``Room.broadcast`` does. Raises as ``Connection.send``."""
@@ -369,6 +449,23 @@ class Client(Connection):
 
 _PONG = Command()
 _FIELDS = ("connect", *COMMANDS, "refresh", "send")
+_OUTLIVE_CLIENT = frozenset(("publish", "rpc", "send"))
+
+
+def _lanes(name: str, request: Any) -> tuple[Hashable, ...]:
+    """What a command shares with those that it must not overtake: those of its room, and its like."""
+    like = ((name,),) if name in ("publish", "send", "refresh") else ()
+    channel: str | None = getattr(request, "channel", None)
+    return like if channel is None else (*like, channel)
+
+
+def _check_name(channel: str | None) -> None:
+    """Every command's room name goes through this: names of the package's own are not for clients."""
+    try:
+        if channel is not None:
+            check_room(channel)
+    except ValueError:
+        raise ReplyError(ErrorCode.BAD_REQUEST) from None
 
 
 def _expiry(answer: Connected) -> dict[str, Any]:

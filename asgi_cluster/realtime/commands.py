@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Raw
 
 from asgi_cluster.realtime.history import Position
-from asgi_cluster.realtime.payload import from_client
+from asgi_cluster.realtime.payload import from_client, read_client
 from asgi_cluster.realtime.protocol import (
     Empty,
     ErrorCode,
@@ -36,10 +36,6 @@ _EMPTY = Empty()
 
 
 def _rule(client: Client, channel: str) -> tuple[RoomRule, dict[str, str]]:
-    try:
-        check_room(channel)
-    except ValueError:
-        raise ReplyError(ErrorCode.BAD_REQUEST) from None
     found = client.cluster.rooms.rule(channel)
     if found is None:
         raise ReplyError(ErrorCode.UNKNOWN_CHANNEL)
@@ -118,6 +114,7 @@ async def publish(client: Client, request: PublishCommand) -> Result:
     rule, params = _rule(client, request.channel)
     if not bytes(request.data):
         raise ReplyError(ErrorCode.BAD_REQUEST)
+    decoded(request.data)  # also where no rule looks at it: others will
     await _permit(client, rule.publish, request.channel, params, request.data)
     kind, data = from_client(request.data)
     rooms = client.cluster.rooms
@@ -165,28 +162,34 @@ async def history(client: Client, request: HistoryCommand) -> Result:
     return {"publications": publications, "epoch": page.top.epoch, "offset": page.top.offset}
 
 
-async def rpc(client: Client, request: RpcCommand) -> Result:
+def rpc(client: Client, request: RpcCommand) -> Result | Awaitable[Result]:
     """Call the app's function of that name."""
     method = client.config.rpc.get(request.method)
     if method is None:
         raise ReplyError(ErrorCode.METHOD_NOT_FOUND)
     answer = method(client, decoded(request.data))
-    if inspect.isawaitable(answer):
-        answer = await answer
+    return _rpc_answer(answer) if inspect.isawaitable(answer) else _rpc_result(answer)
+
+
+async def _rpc_answer(answer: Awaitable[Any]) -> Result:
+    return _rpc_result(await answer)
+
+
+def _rpc_result(answer: Any) -> Result:
     return _EMPTY if answer is None else {"data": Raw(msgspec.json.encode(answer))}
 
 
-async def ping(client: Client, request: Empty) -> Result:
+def ping(client: Client, request: Empty) -> Result:
     """The client's own ping (not the pong to ours)."""
     return _EMPTY
 
 
-async def sub_refresh(client: Client, request: RoomCommand) -> NoReturn:
+def sub_refresh(client: Client, request: RoomCommand) -> NoReturn:
     """Subscriptions have no tokens here."""
     raise ReplyError(ErrorCode.NOT_AVAILABLE)
 
 
-COMMANDS: dict[str, Callable[[Client, Any], Awaitable[Result]]] = {
+COMMANDS: dict[str, Callable[[Client, Any], Result | Awaitable[Result]]] = {
     "subscribe": subscribe,
     "unsubscribe": unsubscribe,
     "publish": publish,
@@ -197,10 +200,14 @@ COMMANDS: dict[str, Callable[[Client, Any], Awaitable[Result]]] = {
     "rpc": rpc,
     "sub_refresh": sub_refresh,
 }
-"""By the name of the field; ``connect``, ``refresh`` and ``send`` are the client's own."""
+"""By the name of the field; ``connect``, ``refresh`` and ``send`` are the client's own. The room's name has
+been checked.
+"""
 
 
 def decoded(raw: Raw) -> Any:
     """A payload for the app; ``None`` when there is none."""
-    data = bytes(raw)
-    return msgspec.json.decode(data) if data else None
+    try:
+        return read_client(raw)
+    except ValueError as error:
+        raise ReplyError(ErrorCode.BAD_REQUEST, f"bad request: data: {error}") from None

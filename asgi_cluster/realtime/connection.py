@@ -100,8 +100,8 @@ class Connection:
         await self.cluster.rooms.enter(self, check_room(room))
 
     async def leave(self, room: str) -> None:
-        """Leave a room. Harmless when it is not in it."""
-        await self.cluster.rooms.leave(self, room)
+        """Leave a room. Harmless when it is not in it. Raises ``ValueError`` for no valid room name."""
+        await self.cluster.rooms.leave(self, check_room(room))
 
     async def send(self, data: Any) -> None:
         """Send to this connection: ``str`` and JSON values as text, ``bytes`` as binary. Waits while the

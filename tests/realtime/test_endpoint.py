@@ -12,6 +12,7 @@ import websockets
 from asgi_cluster import NotPermitted, RoomRequest, RoomRule
 from tests.realtime.conftest import sign_in
 from tests.realtime.site import Site
+from tests.realtime.test_connection import UVICORN
 from tests.support.waiting import eventually
 
 OPEN = RoomRule("open:{name}", subscribe=True, publish=True)
@@ -204,9 +205,11 @@ async def test_command_before_connect(lone_site: Site) -> None:
         assert await client.closed() == (3501, "bad request")
 
 
-async def test_never_connects(lone_site: Site) -> None:
+@pytest.mark.parametrize("server", UVICORN)
+@pytest.mark.filterwarnings("ignore:.*websockets", "ignore::DeprecationWarning")
+async def test_never_connects(lone_site: Site, server: str) -> None:
     """A client that does not send its connect command is closed with 3502."""
-    node = await lone_site.node(connect_timeout=0.1)
+    node = await lone_site.node(connect_timeout=0.1, server={"ws": server})
     async with node.raw() as client:
         assert await client.closed() == (3502, "stale")
 
@@ -295,3 +298,25 @@ async def test_logout_closes_clients(site: Site) -> None:
         assert "subscribe" in await other.call("subscribe", {"channel": "open:a"})
     await eventually(lambda: second.cluster.stats().realtime.connections == 0)
     assert second.cluster.stats().realtime.rooms == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["subscribe", "unsubscribe", "publish", "presence", "history", "sub_refresh"]
+)
+@pytest.mark.parametrize("kind", ["user", "session"])
+async def test_name_of_the_packages_own(site: Site, name: str, kind: str) -> None:
+    """No command takes a name that the package uses for itself: the connection limits go on counting."""
+    limit: dict[str, Any] = {f"max_connections_per_{kind}": 1}
+    node = await site.node(rules=[OPEN], **limit)
+    cookie = await sign_in(node, "ada")
+    async with node.client(cookie) as client:
+        (connection,) = node.cluster.hub.connections()
+        own = f"\x1f{kind}\x1f{'ada' if kind == 'user' else connection.session.handle}"
+        assert own in connection.present
+        reply = await client.call(name, {"channel": own, "data": 1})
+        assert reply["error"] == {"code": 107, "message": "bad request"}
+        async with node.raw(cookie) as second:
+            await second.send({"id": 1, "connect": {}})
+            assert await second.drained() == (3504, "connection limit")
+        with pytest.raises(ValueError, match="control characters"):
+            await connection.leave(own)  # an app may pass on what a client sent
