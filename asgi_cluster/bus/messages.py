@@ -181,7 +181,7 @@ def decode(data: bytes) -> Message:
     """The message in ``data``.
 
     Raises:
-        MalformedMessage: it is none.
+        MalformedMessage: it is none, or its text is not UTF-8: no socket may be sent that.
     """
     try:
         message: Message = _decoder.decode(data)
@@ -195,10 +195,7 @@ def decode(data: bytes) -> Message:
                 _check_text(message.info)
             case _:
                 pass
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # msgspec's errors are ValueErrors, UnicodeDecodeError is one
+    except (ValueError, RecursionError) as error:  # msgspec's errors and UnicodeDecodeError are ValueErrors
         raise MalformedMessage(str(error)) from error
     return message
 

@@ -5,11 +5,15 @@ After ``client.proto`` of the protocol's repository: a frame holds one or more c
 by newlines; ``{}`` is ping and pong; a reply carries its command's ``id``, a push has none. Fields and flags
 that are not known here are ignored. Payloads stay raw JSON from end to end: they are checked once on their
 way in, and never encoded again.
+
+What is checked here, once for all commands: a frame is UTF-8 as a whole and JSON; half of a surrogate pair,
+which JSON can write and UTF-8 cannot, is replaced by U+FFFD; ``null`` is an absent field, as in proto3 JSON.
 """
 
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any
@@ -249,15 +253,49 @@ def decode_commands(frame: bytes) -> list[Command]:
     """The commands of a frame; ``{}`` (a pong) is a ``Command`` with nothing set.
 
     Raises:
-        BadFrame: not JSON, not an object, a field of the wrong type, or no command at all.
+        BadFrame: not UTF-8, not JSON, not an object, a field of the wrong type, or no command at all.
     """
     try:
-        commands = [_decoder.decode(line) for line in frame.split(b"\n") if line and not line.isspace()]
+        frame.decode()  # raw payloads, and fields that are not known here, are not looked into by the decoder
+        commands = [_decode(line) for line in frame.split(b"\n") if line and not line.isspace()]
     except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
         raise BadFrame(type(error).__name__) from error
     if not commands:
         raise BadFrame("an empty frame")
     return commands
+
+
+def _decode(line: bytes) -> Command:
+    try:
+        return _decoder.decode(line)
+    except msgspec.DecodeError:
+        # Rare, so it need not be fast: half of a surrogate pair, or null for a field that is absent.
+        return _decoder.decode(_without_nulls(_ESCAPE.sub(_well_formed, line)))
+
+
+_ESCAPE = re.compile(
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)",
+    re.DOTALL,
+)
+"""A JSON escape, or a surrogate pair of two; the group is half of a pair, alone."""
+
+
+def _well_formed(escape: re.Match[bytes]) -> bytes:
+    return escape[0] if escape[1] is None else b"\\ufffd"
+
+
+def _without_nulls(value: bytes) -> bytes:
+    """A JSON object without the fields that are ``null``; ``data`` may be, and is left as it is."""
+    if value.lstrip()[:1] != b"{":
+        return value
+    fields = msgspec.json.decode(value, type=dict[str, Raw])
+    return _encoder.encode(
+        {
+            name: field if name == "data" else Raw(_without_nulls(bytes(field)))
+            for name, field in fields.items()
+            if name == "data" or bytes(field) != b"null"
+        }
+    )
 
 
 def encode_reply(command_id: int, name: str, result: Result) -> bytes:

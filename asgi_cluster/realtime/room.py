@@ -17,9 +17,9 @@ from asgi_cluster.realtime.publications import published
 if TYPE_CHECKING:
     from asgi_cluster.realtime.rooms import Rooms
 
-logger = logging.getLogger("asgi_cluster.realtime")
-
 __all__ = ["Publication", "Room", "RoomHistory", "RoomMember"]
+
+logger = logging.getLogger("asgi_cluster.realtime")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,8 +137,10 @@ def _publication(entry: Entry) -> Publication | None:
     read = None if message.info is None else read_info(message.info)
     try:
         data = decode_payload(message.kind, message.data)
-    except (ValueError, RecursionError):
-        logger.warning("a remembered publication is no JSON: left out")
+    except ValueError as error:
+        logger.warning(
+            "publication %d in a room's history is unreadable and left out (%s)", entry.offset, error
+        )
         return None
     return Publication(
         data=data,

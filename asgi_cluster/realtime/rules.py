@@ -25,7 +25,7 @@ SlowPolicy = Literal["disconnect", "drop", "latest"]
 
 _LONGEST_NAME = 255
 _PARAMETER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
-_FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffd]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,8 +167,9 @@ def find_rule(rules: Sequence[RoomRule], room: str) -> tuple[RoomRule, dict[str,
 
 
 def check_room(name: str) -> str:
-    """The name, if it can be one: 1 to 255 characters, no control characters, no surrogates. Exact, case
-    counts.
+    """The name, if it can be one: 1 to 255 characters, no control characters, no surrogates, no U+FFFD (what
+    is left of a character that could not be decoded). Exact, case counts. Names of the package's own have
+    control characters, so neither an app nor a client can name them.
 
     Raises:
         ValueError: it cannot.
@@ -178,5 +179,5 @@ def check_room(name: str) -> str:
     if not 1 <= len(name) <= _LONGEST_NAME:
         raise ValueError(f"a room name has 1 to {_LONGEST_NAME} characters, not {len(name)}")
     if _FORBIDDEN.search(name):
-        raise ValueError(f"a room name has no control characters, line ends or surrogates: {name!r}")
+        raise ValueError(f"a room name has no control characters, line ends, surrogates or U+FFFD: {name!r}")
     return name
