@@ -419,6 +419,7 @@ class Cluster:
             if not self.crosses_loops or (self.loop is not None and self.loop.is_running()):
                 check_loop(self.loop)
             return
+        running_asyncio_loop()
         if self._backend.needs_start:
             raise NotStarted(action)
         if not self._told_unstarted:

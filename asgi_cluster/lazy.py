@@ -17,7 +17,7 @@ from multiprocessing import util
 from time import monotonic
 
 from asgi_cluster.exceptions import ClusterError, StoreUnavailable
-from asgi_cluster.tasks import check_loop
+from asgi_cluster.tasks import check_loop, running_asyncio_loop
 
 __all__ = ["LazyStart"]
 
@@ -57,7 +57,7 @@ class LazyStart:
                 raise StoreUnavailable(self._failure, retry_after=left)
             # A task of its own, which no group can own yet: a client that goes away must not take the start
             # along. Without the context of the request that happens to be the first.
-            starting = self._starting = asyncio.get_running_loop().create_task(
+            starting = self._starting = running_asyncio_loop().create_task(
                 self._try(), name="asgi-cluster start", context=Context()
             )
         else:

@@ -44,9 +44,15 @@ class Lifespan:
             if not self._cluster.started:  # by hand, or by another middleware around this one
                 try:
                     await stack.enter_async_context(self._cluster)
-                except ClusterError as error:
-                    logger.error("the cluster could not be started: %s", error)
-                    await send({"type": "lifespan.startup.failed", "message": str(error)})
+                except Exception as error:
+                    # Whatever it is: a server takes an exception for an app without lifespan, and serves.
+                    reason = str(error) or type(error).__name__
+                    logger.error(
+                        "the cluster could not be started: %s",
+                        reason,
+                        exc_info=None if isinstance(error, ClusterError) else error,
+                    )
+                    await send({"type": "lifespan.startup.failed", "message": reason})
                     return
             try:
                 await self._app(scope, self._app_receive, self._app_send)

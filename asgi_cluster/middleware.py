@@ -25,6 +25,7 @@ from asgi_cluster.realtime.socket import Socket
 from asgi_cluster.response import Response, error_of_ours, refuse
 from asgi_cluster.scope import SCOPE_KEY, ScopeState
 from asgi_cluster.sessions.session import Session
+from asgi_cluster.tasks import running_asyncio_loop
 
 __all__ = ["ClusterMiddleware"]
 
@@ -139,6 +140,7 @@ class ClusterMiddleware:
     ) -> None:
         # memory:// needs no start, and may be used from other loops than the one that started it (Starlette's
         # TestClient): then the socket's own call owns what it needs to have done.
+        running_asyncio_loop()
         async with asyncio.TaskGroup() as own:
             await self._serve_socket(app, scope, receive, send, state, own)
 
