@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import socket as sockets
+import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -136,10 +137,8 @@ class Cluster:
             wait_replicas=sessions.wait_replicas,
             stale_for=sessions.stale_for if sessions.on_store_error == "stale" else 0.0,
         )
-        if not url and not os.environ.get("ASGI_CLUSTER_URL") and _has_siblings():
-            logger.warning(
-                "several workers, and no URL for their cluster: memory:// does not leave this process"
-            )
+        self._alone = not url and not os.environ.get("ASGI_CLUSTER_URL")
+        self._warn_of_siblings()
         bus = self._backend.bus
         cache = SessionCache(
             bus.lease,
@@ -294,6 +293,7 @@ class Cluster:
         loop = running_asyncio_loop()
         if self._supervisor is not None and not self._supervisor.done():
             raise RuntimeError("this cluster is already started")
+        self._warn_of_siblings()
         self._new_node()
         self.draining = False
         started: asyncio.Future[None] = loop.create_future()
@@ -424,8 +424,18 @@ class Cluster:
             raise NotStarted(action)
         if not self._told_unstarted:
             self._told_unstarted = True
-            logger.info("memory:// is used without a start: another backend would raise NotStarted here")
+            logger.info("memory:// is used without a start: outside of a request Redis would raise NotStarted")
+        self._warn_of_siblings()
         self._attach()
+
+    def _warn_of_siblings(self) -> None:
+        # Once, and not only at construction: an app that is loaded before the fork has no siblings then.
+        if self._alone and _has_siblings():
+            self._alone = False
+            logger.warning(
+                "this is a worker process, and memory:// does not leave it: each of several workers has "
+                "sessions and rooms of its own. Set ASGI_CLUSTER_URL, for example to redis://localhost:6379/0"
+            )
 
     def _attach(self) -> None:
         self._backend.attach(self._current_node(), self._dispatch, listen=self.listen)
@@ -501,4 +511,9 @@ def _innermost(error: BaseException) -> BaseException:
 
 def _has_siblings() -> bool:
     workers = os.environ.get("WEB_CONCURRENCY", "")
-    return multiprocessing.parent_process() is not None or (workers.isdigit() and int(workers) > 1)
+    if workers.isdigit() and int(workers) > 1:
+        return True
+    # A worker of gunicorn is forked with the list of those that were forked before it. So all but the first
+    # find one there.
+    gunicorn = getattr(sys.modules.get("gunicorn.arbiter"), "Arbiter", None)
+    return multiprocessing.parent_process() is not None or bool(getattr(gunicorn, "WORKERS", None))

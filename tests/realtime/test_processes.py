@@ -106,3 +106,24 @@ async def test_server_without_lifespan(
             await eventually(lambda: alone(observer), timeout=20, interval=0.2)
         for bad in ("Traceback", "never retrieved", "was destroyed", "never awaited"):
             assert bad not in node.log(), node.log()
+
+
+@pytest.mark.parametrize(
+    ("server", "warns"),
+    [
+        ("gunicorn, uvicorn worker", False),
+        ("gunicorn, uvicorn worker, 2 workers", True),
+        ("gunicorn, 2 workers, preloaded", True),
+        ("uvicorn, 2 workers", True),
+        ("uvicorn, websockets-sansio", False),
+    ],
+)
+async def test_several_workers_without_a_url(server: str, warns: bool, prefix: str) -> None:
+    """Their sessions are not shared, which is said with what to do; a lone worker is not warned."""
+    env = {"PREFIX": prefix, "ASGI_CLUSTER_URL": ""}
+    async with running(server, APP, env=env) as node:
+        await eventually(lambda: get(node, "/me"), timeout=10)
+        if warns:
+            await eventually(lambda: "Set ASGI_CLUSTER_URL" in node.log(), timeout=10)
+        else:
+            assert "Set ASGI_CLUSTER_URL" not in node.log()

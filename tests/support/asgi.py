@@ -53,6 +53,8 @@ SERVERS: Mapping[str, Command] = {
     "uvicorn, lifespan off": uvicorn("--ws", "websockets-sansio", "--lifespan", "off"),
     "uvicorn, 2 workers": uvicorn("--ws", "websockets-sansio", "--workers", "2"),
     "gunicorn, uvicorn worker, 2 workers": gunicorn("uvicorn_worker.UvicornWorker", "-w", "2"),
+    "gunicorn, uvicorn worker": gunicorn("uvicorn_worker.UvicornWorker"),
+    "gunicorn, 2 workers, preloaded": gunicorn("uvicorn_worker.UvicornWorker", "-w", "2", "--preload"),
     "gunicorn, own ASGI worker": gunicorn("asgi"),
     "gunicorn, own ASGI worker, lifespan off": gunicorn("asgi", "--asgi-lifespan", "off"),
     "hypercorn": hypercorn(),
