@@ -424,7 +424,9 @@ class Cluster:
             raise NotStarted(action)
         if not self._told_unstarted:
             self._told_unstarted = True
-            logger.info("memory:// is used without a start: outside of a request Redis would raise NotStarted")
+            logger.info(
+                "memory:// is used without a start; with Redis that is NotStarted outside of requests"
+            )
         self._warn_of_siblings()
         self._attach()
 

@@ -2,8 +2,8 @@
 
 Whatever is pushed in one tick of the loop leaves in one write at the end of it. That costs a lone message
 nothing, and under load the batches grow by themselves. The way to the client is *direct* where the server is
-uvicorn's websockets-sansio protocol in a version that was tested: a ready frame to its transport. Everything
-else goes through ASGI ``send``.
+uvicorn's websockets-sansio protocol and has what that needs (``server.DIRECT``): a ready frame to its
+transport. Everything else goes through ASGI ``send``.
 """
 
 from __future__ import annotations

@@ -1,38 +1,61 @@
-"""The ASGI servers that are known, and how their coroutines are run without a task."""
+"""The ASGI servers that are known, and how their coroutines are run without a task.
+
+What is used of uvicorn and is not part of ASGI is named here, and looked at on each connection before it is
+used (by the outbox, where each call counts): what ``DIRECT`` lists exists and is of the expected kind. A
+uvicorn that has changed it is written to through ASGI ``send``, as any other server.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import sys
 import types
 from asyncio import WriteTransport
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 from typing import Any
 
+from websockets.protocol import State
+
 __all__ = [
+    "DIRECT",
     "closes_in_task",
     "discard",
     "drive",
     "forget_handshake",
     "known_server",
     "refuse_handshake",
+    "say_once",
     "unsent_bytes",
+    "why_not_direct",
 ]
 
+logger = logging.getLogger("asgi_cluster.realtime")
+
 _UVICORN_SOCKETS = "uvicorn.protocols.websockets."
-_TESTED_UVICORN = ("0.54.",)
+
+DIRECT: Mapping[str, Callable[[Any], bool]] = {
+    "transport": lambda it: all(map(callable, (it.write, it.is_closing, it.abort, it.get_write_buffer_size))),
+    "writable": lambda it: isinstance(it, asyncio.Event),  # cleared while the client does not read
+    "handshake_complete": lambda it: it is True,
+    "close_sent": lambda it: it is False,
+    "disconnected": lambda it: it is False,
+    "conn": lambda it: it.state is State.OPEN,
+    "request": lambda it: it is not None,  # with the response kept for ever, and dropped by us
+    "response": lambda it: it is not None,
+}
+"""What a protocol object of uvicorn must look like after its handshake, to be written to directly."""
+
+_said: set[str] = set()
 
 
 def known_server(send: Callable[..., Any]) -> tuple[Any, str]:
     """uvicorn's protocol object behind ``send`` (``None`` for anything else), and why it cannot be written to
-    directly.
+    directly, as far as that is known before the handshake.
     """
     owner = getattr(send, "__self__", None)
-    module = type(owner).__module__
-    if not module.startswith(_UVICORN_SOCKETS):
+    if not type(owner).__module__.startswith(_UVICORN_SOCKETS):
         return None, "server not known, or send wrapped"
-    version = str(getattr(sys.modules.get("uvicorn"), "__version__", "?"))
-    if not version.startswith(_TESTED_UVICORN):
-        return owner, f"uvicorn {version} not tested"
     if type(owner).__name__ != "WebSocketsSansIOProtocol":
         return owner, f"uvicorn's {type(owner).__name__}"
     return owner, ""
@@ -45,6 +68,28 @@ def closes_in_task(server: Any) -> bool:
     ``asyncio.timeout``, which fails in a callback, and in another task would cancel that one.
     """
     return server is None or type(server).__name__ == "WebSocketProtocol"
+
+
+def why_not_direct(server: Any) -> str:
+    """What has changed in a known server that has just answered its handshake; empty: nothing."""
+    for name, expected in DIRECT.items():
+        try:
+            if expected(getattr(server, name)):
+                continue
+        except AttributeError:
+            pass
+        if getattr(server, "disconnected", False) is True:
+            return ""  # the client has gone meanwhile
+        version = getattr(sys.modules.get("uvicorn"), "__version__", "?")
+        return f"uvicorn {version} has another {type(server).__name__}.{name}"
+    return ""
+
+
+def say_once(reason: str) -> None:
+    """Log why sockets of this process are not written to directly."""
+    if reason not in _said and len(_said) < 20:
+        _said.add(reason)
+        logger.info("sockets are written to through ASGI send, not directly: %s", reason)
 
 
 def forget_handshake(server: Any) -> None:

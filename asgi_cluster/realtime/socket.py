@@ -17,7 +17,9 @@ from asgi_cluster.realtime.server import (
     forget_handshake,
     known_server,
     refuse_handshake,
+    say_once,
     unsent_bytes,
+    why_not_direct,
 )
 from asgi_cluster.scope import ScopeState
 from asgi_cluster.tasks import spawn
@@ -169,6 +171,10 @@ class Socket:
         if self.state == "connecting":
             self.state = "open"
             if not self.why_not_direct:
+                self.why_not_direct = why_not_direct(self.server)
+            if self.why_not_direct:
+                say_once(self.why_not_direct)
+            else:
                 forget_handshake(self.server)
             if self.close_code is not None:
                 self._close_now()

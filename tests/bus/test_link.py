@@ -8,6 +8,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from redis._parsers import _AsyncHiredisParser, _AsyncRESP3Parser
+from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ResponseError
 
 from asgi_cluster.backends.redis.errors import LinkBroken, first_word
@@ -17,6 +19,19 @@ from tests.bus.fake import FakeServer, bulk, push
 from tests.support.proxy import Proxy
 from tests.support.servers import Server
 from tests.support.waiting import eventually
+
+
+@pytest.fixture(params=["RESP3", "Hiredis"], autouse=True)
+def parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each parser of redis-py in turn: it takes hiredis where that is installed."""
+    if request.param == "Hiredis":
+        pytest.importorskip("hiredis")  # the run with the oldest dependencies has none
+    parsers = {"RESP3": _AsyncRESP3Parser, "Hiredis": _AsyncHiredisParser}
+    set_parser = AbstractConnection.set_parser
+    monkeypatch.setattr(
+        AbstractConnection, "set_parser", lambda self, parser_class: set_parser(self, parsers[request.param])
+    )
+    return str(request.param)
 
 
 @asynccontextmanager
@@ -162,11 +177,11 @@ async def test_the_number_of_waiting_commands_is_bounded(monkeypatch: pytest.Mon
         assert not error.value.sent
 
 
-async def test_the_link_works_with_hiredis(valkey: Server, prefix: str) -> None:
-    """redis-py takes hiredis where it is installed: the same replies and pushes."""
-    pytest.importorskip("hiredis")
+async def test_replies_pushes_and_errors(valkey: Server, prefix: str, parser: str) -> None:
+    """The same with each of redis-py's parsers: replies in order, a push before the reply that follows it."""
     seen: list[bytes] = []
     async with linked(valkey.url, lambda kind, channel, payload: seen.append(payload)) as link:
+        assert parser in type(link._connection._parser).__name__
         await link.subscribe("SUBSCRIBE", [[prefix]])
         link.post("PUBLISH", prefix, "m")
         assert await link.send("ECHO", "after") == b"after"

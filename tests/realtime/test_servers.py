@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -10,8 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
+import websockets
 from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from asgi_cluster import (
     Cluster,
@@ -22,10 +26,12 @@ from asgi_cluster import (
     SessionConfig,
     get_session,
 )
-from tests.realtime.site import Node
+from asgi_cluster.realtime.server import DIRECT
+from tests.realtime.site import Node, Site
 from tests.realtime.test_connection import handler
 from tests.support.machine import LOCAL, free_port
 from tests.support.nodes import Node as Served
+from tests.support.nodes import serve
 from tests.support.waiting import eventually
 
 
@@ -161,3 +167,78 @@ async def test_a_close_that_fails_is_not_counted(
             receipt = await (cluster if logged_out == "here" else other).session(handle).logout()
             assert (receipt.sessions, receipt.complete, receipt.sockets_closed) == (1, True, 0)
     assert ended == [{"type": "websocket.disconnect", "code": 4501, "reason": "logged out"}]
+
+
+# uvicorn, as it is and as it might become
+
+
+CURE = (
+    "uvicorn has changed: adapt asgi_cluster/realtime/server.py (DIRECT) and what uses it in outbox.py. "
+    "Until then sockets work, through ASGI send"
+)
+
+
+@pytest.mark.parametrize("name", DIRECT)
+async def test_uvicorn_has_what_direct_writes_use(name: str) -> None:
+    """Each private attribute that is used of uvicorn exists and is of its kind."""
+    seen: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "websocket":
+            return
+        await receive()
+        await send({"type": "websocket.accept"})
+        if hasattr(send.__self__, name) and DIRECT[name](getattr(send.__self__, name)):
+            seen.append(name)
+
+    async with serve(app, lifespan="off") as node, websockets.connect(node.ws_url, proxy=None):
+        await eventually(lambda: seen, message=CURE)
+
+
+class _Changed(WebSocketsSansIOProtocol):
+    """As if a later version kept the same fact in another form."""
+
+    @property
+    def close_sent(self) -> Any:
+        return int(self.__dict__.get("close_sent", 0))
+
+    @close_sent.setter
+    def close_sent(self, value: Any) -> None:
+        self.__dict__["close_sent"] = value
+
+
+_Changed.__name__ = "WebSocketsSansIOProtocol"
+_Changed.__module__ = WebSocketsSansIOProtocol.__module__
+
+
+async def test_unknown_version_is_written_to_directly(
+    lone_site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What counts is what it can do, not what it is called."""
+    monkeypatch.setattr("uvicorn.__version__", "99.0")
+    node = await lone_site.node(rules=[RoomRule("open", subscribe=True)])
+    async with node.client():
+        assert node.cluster.stats().realtime.direct == 1, CURE
+
+
+async def test_changed_uvicorn_is_written_to_through_send(
+    lone_site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Messages and the close arrive all the same; one INFO line names the version and the attribute."""
+    caplog.set_level(logging.INFO, "asgi_cluster")
+    node = await lone_site.node(rules=[RoomRule("open", subscribe=True)], server={"ws": _Changed})
+    async with node.client() as one, node.client() as two:
+        stats = node.cluster.stats().realtime
+        assert stats.direct == 0
+        ((reason, count),) = stats.fallback.items()
+        assert count == 2
+        assert uvicorn.__version__ in reason
+        assert "close_sent" in reason
+        for client in (one, two):
+            await client.call("subscribe", {"channel": "open"})
+        await node.cluster.room("open").broadcast("hallo")
+        assert [await one.pub(), await two.pub()] == ["hallo"] * 2
+        await one.ws.send("nonsense")
+        assert await one.closed() == (3501, "bad request")
+    lines = [record for record in caplog.records if reason in record.getMessage()]
+    assert [record.levelname for record in lines] == ["INFO"]
