@@ -3,11 +3,17 @@
 import { $, between, element, hue, icon } from "./dom.js";
 
 const FORGET_CURSOR = 4000;
+const NARROW = matchMedia("(max-width: 720px)"); // as in style.css
+const ROOM = { wide: 9, narrow: 4 };
 
 export class People {
   #connections = new Map(); // connection id -> name
   #cursors = new Map();
   #me = null;
+
+  constructor() {
+    NARROW.addEventListener("change", () => this.#render());
+  }
 
   set me(name) {
     this.#me = name;
@@ -69,7 +75,9 @@ export class People {
     const names = [...windows.keys()].sort((a, b) => (b === this.#me) - (a === this.#me) || a.localeCompare(b));
     const list = $("people");
     const shown = new Map([...list.children].map((item) => [item.dataset.name, item]));
-    const items = names.slice(0, 8).map((name) => {
+    const room = NARROW.matches ? ROOM.narrow : ROOM.wide;
+    const rest = names.length > room ? names.splice(room - 1) : [];
+    const items = names.map((name) => {
       const item = shown.get(name) ?? element("li", {}, [...name][0].toUpperCase());
       item.dataset.name = name;
       item.style.setProperty("--hue", hue(name));
@@ -81,7 +89,10 @@ export class People {
       else delete item.dataset.more;
       return item;
     });
-    if (names.length > 8) items.push(element("li", { title: names.slice(8).join(", ") }, `+${names.length - 8}`));
+    if (rest.length) {
+      const title = `${rest.length} more: ${rest.join(", ")}`;
+      items.push(element("li", { className: "rest", title, "aria-label": title }, `+${rest.length}`));
+    }
     list.replaceChildren(...items);
   }
 }
