@@ -73,6 +73,18 @@ class CookieConfig:
     """The cookie's path. Anything but ``/`` drops the ``__Host-`` prefix."""
     partitioned: bool = False
     """CHIPS: one cookie jar per top-level site. Needs ``secure``."""
+    max_age: Seconds[float | None] = Seconds(None)
+    """Seconds, or a ``timedelta``, for which the browser keeps the cookie, and at most until the session's
+    ``absolute_timeout``. ``None``: until the browser is closed. The session itself ends by its own timeouts,
+    which are shorter by default. ``login(lifetime=…)`` sets its own.
+    """
+    rolling: bool = False
+    """Whether a cookie with a ``max_age`` or ``lifetime`` is sent again, for its whole time, while the
+    session is used: about once per tenth of the idle time, and by a response whose request used the session.
+    Needs a ``max_age`` of at least ``idle_timeout``. The ``lifetime`` of a login then counts from its last
+    use, for a year at most. A renewal that a newer login overtakes on the way to the browser replaces its
+    cookie.
+    """
 
     def __post_init__(self) -> None:
         expect("name", self.name, str)
@@ -80,6 +92,9 @@ class CookieConfig:
         expect("domain", self.domain, str, None)
         expect("secure", self.secure, bool)
         expect("partitioned", self.partitioned, bool)
+        expect("rolling", self.rolling, bool)
+        if self.max_age is not None:
+            _durations(self, "max_age")
         if not _COOKIE_NAME.fullmatch(self.name):
             raise ValueError(f"cookie name must be an RFC 6265 token, not {self.name!r}")
         if self.name.startswith(("__Host-", "__Secure-")):
@@ -179,6 +194,11 @@ class SessionConfig:
                 f"cache.lease and, with on_store_error='stale', stale_for are together at most "
                 f"{_LONGEST_SERVICE:g} s, not {serving:g}: a node that is cut off may serve a session "
                 "that has ended for as long"
+            )
+        max_age = self.cookie.max_age
+        if self.cookie.rolling and max_age is not None and max_age < self.idle_timeout:
+            raise ValueError(
+                "max_age must not be shorter than idle_timeout when rolling: the cookie would end first"
             )
         if self.scope_key is not None and (not self.scope_key or self.scope_key == "asgi_cluster"):
             raise ValueError(f"scope_key must be a name of its own, or None, not {self.scope_key!r}")

@@ -92,6 +92,7 @@ def test_argument_of_the_wrong_type_is_named(make: Callable[[], Any], told: str)
 SECONDS = {
     SessionConfig: ("idle_timeout", "absolute_timeout", "rotate_grace", "stale_for"),
     CacheConfig: ("ttl", "lease"),
+    CookieConfig: ("max_age",),
     RealtimeConfig: (
         "ping_interval", "pong_timeout", "connect_timeout", "unverified_limit", "close_timeout", "drain",
     ),

@@ -92,10 +92,10 @@ class CachedStore:
         finally:
             self.cache.drop(handle)
 
-    async def create(self, draft: Draft, *, timeout: float) -> None:
+    async def create(self, draft: Draft, *, timeout: float) -> float:
         """Raises as the store."""
         with self._changing(draft.handle):
-            await self._store.create(draft, timeout=timeout)
+            return await self._store.create(draft, timeout=timeout)
 
     async def write(
         self,

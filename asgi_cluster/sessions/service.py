@@ -29,6 +29,9 @@ logger = logging.getLogger("asgi_cluster.sessions")
 
 T = TypeVar("T")
 
+_LONGEST_ROLLING = 365 * 86400.0
+"""Seconds: a cookie that was stolen is not renewed for ever."""
+
 
 class LocalSockets(Protocol):
     """This node's sockets, as far as sessions are concerned."""
@@ -76,6 +79,7 @@ class SessionService:
         self.config = config
         self.deadline = deadline
         self.cookie = Cookie(config.cookie)
+        self.rolling = config.cookie.rolling
         self.acks = Acknowledgements()
         self.tombstones = Tombstones(store, self._end_again, deadline=deadline, clock=boot_clock)
         self.ensure_started = ensure_started
@@ -84,6 +88,12 @@ class SessionService:
         self._listens = listens
         self._reachable = reachable
         self._nodes = nodes
+
+    def longest(self, lifetime: float | None) -> float:
+        """The absolute timeout of a login with this ``lifetime``."""
+        if lifetime is None:
+            return self.config.absolute_timeout
+        return max(lifetime, _LONGEST_ROLLING) if self.rolling else lifetime
 
     def changed(self, handle: Handle) -> bytes:
         """The message that a session's record changed."""

@@ -136,7 +136,7 @@ class Session(StoredSession):
         await self._create(
             UserId(user_id),
             idle=lifetime or config.idle_timeout,
-            absolute=lifetime or config.absolute_timeout,
+            absolute=self._service.longest(lifetime),
             persistent=lifetime is not None,
             replaces=self._pending_end or (None if record is None else record.handle),
             carries=record is not None and record.user in (None, user_id),

@@ -120,9 +120,9 @@ class SessionStore(Protocol):
         """The record, or ``None`` when there is none, it has expired, or its user was logged out."""
         ...
 
-    async def create(self, draft: Draft, *, timeout: float) -> None:
+    async def create(self, draft: Draft, *, timeout: float) -> float:
         """Store a new session; with a user, enter it in the user's index. Publishes nothing: nobody can know
-        it.
+        it. Its ``created_at``.
         """
         ...
 

@@ -12,7 +12,6 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from hmac import compare_digest
 from typing import Any, Literal
 
@@ -144,6 +143,8 @@ class StoredSession(SessionData):
             and boot_clock() < entry.read_at + record.previous_for
         ):
             self._bind(entry, record)
+            if self._service.rolling:
+                self._secret = secret.decode()
 
     def unwatch(self) -> None:
         """The request is over: nobody waits for the session's end any more."""
@@ -208,14 +209,18 @@ class StoredSession(SessionData):
         """
         if self.modified or self.exposed:
             return True
-        return self._record is not None and boot_clock() >= self._touch_at
+        record = self._record
+        return record is not None and boot_clock() >= self._touch_at and self._touch_due(record)
 
     async def commit(self) -> None:
         """Save before the headers go out, in as few round trips as possible: none when nothing is ``due``."""
+        renewal = self._secret != "" and self.accessed and boot_clock() >= self._touch_at
         if self.modified or self.exposed:
             await self.save()
         elif self._record is not None:
             await self._touch_when_due(self._record)
+        if renewal and self._record is not None and self._cookie is None:
+            await self._renew_cookie(self._record)
 
     def cookie_header(self) -> tuple[bytes, bytes] | None:
         """The ``Set-Cookie`` header to send, or ``None``. From now on no cookie can be set."""
@@ -223,7 +228,7 @@ class StoredSession(SessionData):
         if self._cookie == "clear" and self._pending_end is None:
             return self._service.cookie.clear()
         if self._cookie == "set" and self._record is not None:
-            max_age = int(self._record.absolute_in) if self._record.persistent else None
+            max_age = self._max_age(self._record)
             return self._service.cookie.set(self._record.handle, self._secret, max_age=max_age)
         return None
 
@@ -301,6 +306,11 @@ class StoredSession(SessionData):
         # Near the absolute timeout touching gains nothing.
         extensible = record.absolute_in > record.expires_in
         self._touch_at = expires_at - record.idle * (1 - _TOUCH_AFTER) if extensible else math.inf
+        if extensible and self._service.rolling:
+            # The first use in each tenth of the clock, also by a request that writes and so extends the
+            # session itself: else a session that every request writes would never have its cookie renewed.
+            # The last use is known to a round trip only: around the border there may be one renewal too many.
+            self._touch_at -= self._touch_at % (record.idle * _TOUCH_AFTER)
 
     def _unbind(self) -> None:
         self._record = None
@@ -406,9 +416,9 @@ class StoredSession(SessionData):
         sent_at = boot_clock()
         stored = False
         try:
-            await self._spend(lambda left: self._service.store.create(draft, timeout=left))
+            created_at = await self._spend(lambda left: self._service.store.create(draft, timeout=left))
             stored = True
-            record = self._new_record(draft)
+            record = self._new_record(draft, created_at)
             if replaces is not None:
                 record = await self._replace(replaces, record, known if carries else None, own)
         except (StoreUnavailable, asyncio.CancelledError) as error:
@@ -425,7 +435,7 @@ class StoredSession(SessionData):
         self._created = True
         self._lost = False
 
-    def _new_record(self, draft: Draft) -> Record:
+    def _new_record(self, draft: Draft, created_at: float) -> Record:
         return Record(
             handle=draft.handle,
             secret=draft.secret,
@@ -434,7 +444,7 @@ class StoredSession(SessionData):
             user=draft.user,
             version=1,
             write_id=draft.write_id,
-            created_at=datetime.now(UTC).timestamp(),
+            created_at=created_at,
             expires_in=min(draft.idle, draft.absolute),
             absolute_in=draft.absolute,
             idle=draft.idle,
@@ -539,8 +549,36 @@ class StoredSession(SessionData):
         self._set_expiry(max(self._expires_at, sent_at + min(record.idle, record.absolute_in)), record)
         return True
 
+    def _touch_due(self, record: Record) -> bool:
+        # A request that does not use the session leaves the renewal of the cookie to one that does, for a
+        # while: its response may be cached for everyone.
+        wait = record.idle * _TOUCH_AFTER if self._service.rolling and not self.accessed else 0.0
+        return boot_clock() >= self._touch_at + wait
+
+    def _max_age(self, record: Record) -> int | None:
+        if record.persistent:
+            return int(min(record.idle, record.absolute_in))
+        most = self._service.config.cookie.max_age
+        return None if most is None else int(min(most, record.absolute_in))
+
+    async def _renew_cookie(self, record: Record) -> None:
+        # The only Set-Cookie by a request that did not make the session. The store is asked now: a login, a
+        # logout or a rotation since this request was read must not be undone in the browser. What remains is
+        # a response that is overtaken on its way.
+        if self._max_age(record) is None:
+            return
+        store = self._service.store
+        try:
+            fresh = await self._allowance().spend(lambda left: store.read_fresh(record.handle, timeout=left))
+        except StoreUnavailable as error:
+            logger.debug("the cookie of session %s was not renewed: %s", record.handle, error.reason)
+            return
+        if fresh is not None and compare_digest(fresh.secret, secret_hash(self._secret.encode())):
+            self._record = msgspec.structs.replace(record, absolute_in=fresh.absolute_in)
+            self._cookie = "set"
+
     async def _touch_when_due(self, record: Record) -> bool:
-        if boot_clock() < self._touch_at:
+        if not self._touch_due(record):
             return True
         sent_at = boot_clock()
         if not await self._spend(lambda left: self._service.store.touch(record.handle, timeout=left)):

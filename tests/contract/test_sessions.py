@@ -30,6 +30,16 @@ async def test_read_of_what_was_created(site: Site) -> None:
     assert record.created_at == pytest.approx(time.time(), abs=5)
 
 
+async def test_create_says_when_by_the_stores_clock(site: Site) -> None:
+    """The moment that every later read gives, to the last digit."""
+    store = (await site.node()).backend.store
+    made = draft()
+    created_at = await store.create(made, timeout=TIMEOUT)
+    record = await store.read(made.handle, timeout=TIMEOUT)
+    assert record is not None
+    assert record.created_at == created_at
+
+
 async def test_read_of_an_unknown_handle(site: Site) -> None:
     """Missing is None."""
     node = await site.node()

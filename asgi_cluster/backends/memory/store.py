@@ -94,7 +94,7 @@ class MemorySessionStore:
                 fields=dict(stored.fields),
             )
 
-    async def create(self, draft: Draft, *, timeout: float) -> None:
+    async def create(self, draft: Draft, *, timeout: float) -> float:
         """See ``SessionStore.create``."""
         with self._world.lock:
             now = self._world.clock()
@@ -115,6 +115,7 @@ class MemorySessionStore:
             self._sessions.records.set(draft.handle, stored, now + min(draft.idle, draft.absolute))
             if draft.user is not None:
                 self._sessions.of_user.setdefault(draft.user, set()).add(draft.handle)
+            return stored.created
 
     async def write(
         self,

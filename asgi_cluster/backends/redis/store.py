@@ -83,7 +83,7 @@ class RedisSessionStore:
     def _corrupted(self, handle: Handle) -> None:
         self._damage.found(handle, "has a corrupt record")
 
-    async def create(self, draft: Draft, *, timeout: float) -> None:
+    async def create(self, draft: Draft, *, timeout: float) -> float:
         """See ``SessionStore.create``."""
         args: list[str | bytes | int] = [
             draft.handle[3:],
@@ -102,7 +102,8 @@ class RedisSessionStore:
         if draft.user is not None:
             keys += self._of_user(draft.user)[1]
         args.insert(0, self._names.bucket(draft.handle[:2]))
-        await self._topology.run(load("session_create"), keys, args, timeout=timeout)
+        created = await self._topology.run(load("session_create"), keys, args, timeout=timeout)
+        return int(created) / 1000
 
     async def write(
         self,

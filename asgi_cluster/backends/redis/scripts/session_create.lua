@@ -1,6 +1,6 @@
 --! session
 -- KEYS: session, and with a user epoch and index. ARGV: prefix, token, user ('' none), epoch nonce, idle,
--- absolute, secret, write id, persistent, agent, address, then name, value, name, value…
+-- absolute, secret, write id, persistent, agent, address, then name, value, name, value… Reply: when.
 local now = milliseconds()
 local idle, absolute = tonumber(ARGV[5]), tonumber(ARGV[6])
 local left = math.min(idle, absolute)
@@ -27,4 +27,4 @@ if user ~= '' then
   redis.call('ZADD', KEYS[3], now + left, ARGV[2])
   if redis.call('PTTL', KEYS[3]) < absolute then redis.call('PEXPIRE', KEYS[3], absolute) end
 end
-return 1
+return now
