@@ -8,8 +8,22 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.quick import is_quick, refuse_to_start
 from tests.support.servers import Server, debian_binary, start_valkey
 from tests.support.topologies import RedisCluster, SentinelSet, start_redis_cluster, start_sentinel_set
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_quick(item):
+            item.add_marker("quick")
+
+
+@pytest.fixture(autouse=True)
+def _quick_starts_nothing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.get_closest_marker("quick"):
+        refuse_to_start(monkeypatch)
 
 
 @pytest.fixture(scope="session")
