@@ -9,8 +9,14 @@ from collections.abc import Iterator
 import pytest
 
 from tests.quick import is_quick, refuse_to_start
+from tests.support.requirements import run_with_the_test_group
 from tests.support.servers import Server, debian_binary, start_valkey
 from tests.support.topologies import RedisCluster, SentinelSet, start_redis_cluster, start_sentinel_set
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Adds no option. This hook runs before options of plugins that are not installed yet are refused."""
+    run_with_the_test_group(pluginmanager)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

@@ -187,7 +187,7 @@ def test_readme_app_does_what_its_comments_say() -> None:
 def test_readme_names_the_commands_that_exist() -> None:
     """Demo, tests and load test are one command each, and the package behind each is there."""
     readme = (ROOT / "README.md").read_text()
-    for command in ("uv run python -m demo", "uv run pytest", "uv run python -m loadtest"):
+    for command in ("uv run python -m demo", "uv run pytest", "uv run --group loadtest python -m loadtest"):
         assert command in readme
     assert (ROOT / "demo/__main__.py").exists()
     assert (ROOT / "loadtest/__main__.py").exists()
