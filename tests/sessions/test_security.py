@@ -15,6 +15,7 @@ import redis
 from asgi_cluster import Cluster, CookieConfig, SessionConfig, StoreUnavailable
 from asgi_cluster.ids import new_handle, new_secret
 from tests.sessions.app import client_for, nodes
+from tests.sessions.test_least_privilege import BASE, NEWER
 from tests.support.servers import Server
 
 
@@ -173,38 +174,7 @@ async def test_busy_session_ends_at_its_absolute_timeout(cluster_url: str, prefi
     assert seen[-1] is None
 
 
-LEAST_PRIVILEGE = (
-    "~{prefix}:*",
-    "&{prefix}:*",
-    "-@all",
-    *[
-        "+hello",
-        "+auth",
-        "+ping",
-        "+info",
-        "+select",
-        "+client|setinfo",
-        "+client|setname",
-        "+eval",
-        "+evalsha",
-        "+time",
-    ],
-    *["+publish", "+subscribe", "+unsubscribe", "+get", "+set", "+del", "+exists", "+pexpire", "+pttl"],
-    *[
-        "+hget",
-        "+hset",
-        "+hdel",
-        "+hmget",
-        "+hgetall",
-        "+hkeys",
-        "+hincrby",
-        "+zadd",
-        "+zrem",
-        "+zrange",
-        "+zremrangebyscore",
-    ],
-    *["+xadd", "+xrange", "+xrevrange", "+wait"],
-)
+LEAST_PRIVILEGE = [rule.replace("asgi-cluster:", "{prefix}:") for rule in (*BASE, *NEWER)]
 """The rights that docs/security.md lists."""
 
 

@@ -85,7 +85,11 @@ class ClusterTopology(Routed):
                 running = self._tasks.start(_until_broken(link), name="asgi-cluster slots link")
                 try:
                     async with asyncio.timeout(_ANSWER):
-                        view = parse_slots(await link.send("CLUSTER", "SLOTS"), seed.place)
+                        # The other question too: a right that is missing should stop the start.
+                        slots, _ = await asyncio.gather(
+                            link.send("CLUSTER", "SLOTS"), link.send("CLUSTER", "INFO")
+                        )
+                        view = parse_slots(slots, seed.place)
                 finally:
                     running.cancel()
                     await link.close()
