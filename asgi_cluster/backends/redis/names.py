@@ -3,6 +3,10 @@
 The hash tag ``{…}`` puts what belongs together into one Redis Cluster slot: everything of a user, everything
 of a room. Pub/Sub ignores the database, so channel names carry its number. On a Cluster channels are sharded
 and live in a slot.
+
+No two names are equal by accident. A prefix ends at the first ``{``, which it cannot contain; in a channel
+without a hash tag at the first ``:``, so that those of the prefix are written ``%3A`` there. What follows the
+last ``}`` says what a key of a room is.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ class Names:
 
     def __init__(self, prefix: str, *, db: int = 0, sharded: bool = False) -> None:
         self._prefix = prefix
-        self._channels = f"{prefix}:{db}"
+        self._channels = f"{prefix.replace(':', '%3A')}:{db}"
         self.sharded = sharded
         self.publish = "SPUBLISH" if sharded else "PUBLISH"
 
@@ -68,6 +72,9 @@ class Names:
         return f"{self._prefix}:{{room:{room}}}:in"
 
     def room_once(self, room: str, key: str) -> str:
+        if "}" in room or "}" in key:
+            key = key.replace("%", "%25").replace("}", "%7D")
+            return f"{self._prefix}:{{room:{room}}}:key:{key}:once"
         return f"{self._prefix}:{{room:{room}}}:once:{key}"
 
     # Channels
