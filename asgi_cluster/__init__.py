@@ -10,6 +10,7 @@ from asgi_cluster.exceptions import (
     NotStarted,
     SessionConflict,
     StoreUnavailable,
+    TokenExpired,
 )
 from asgi_cluster.middleware import ClusterMiddleware
 from asgi_cluster.realtime.connection import Connection
@@ -49,5 +50,6 @@ __all__ = [
     "SessionEnded",
     "SessionInfo",
     "StoreUnavailable",
+    "TokenExpired",
     "get_session",
 ]

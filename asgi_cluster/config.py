@@ -229,7 +229,7 @@ class RealtimeConfig:
     """Which rooms clients may subscribe to and publish in. Without a rule a room is closed to clients."""
     connect: Callable[[ConnectRequest], Any] | None = None
     """``(ConnectRequest) -> str | None`` or awaitable: may name the user (a token of the app's own), or raise
-    ``NotPermitted``.
+    ``NotPermitted`` (with ``code=3500`` for an invalid token) or ``TokenExpired``.
     """
     rpc: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     """``{"method": f}``: ``f(connection, data)`` or awaitable; its result goes back to the client."""

@@ -5,7 +5,8 @@
     ├── StoreUnavailable     the session store did not answer in time, or refused
     ├── BusUnavailable       a message could not be handed to the bus
     ├── SessionConflict      another request changed the session meanwhile (conflict="error")
-    └── NotPermitted         a room rule, or a connect hook, said no
+    ├── NotPermitted         a room rule, or a connect hook, said no
+    └── TokenExpired         a connect hook was given a token that has expired
 
 Bad arguments are ``ValueError`` or ``TypeError``, raised where they are given.
 A socket that is gone raises ``OSError``, as the ASGI specification asks of ``send``.
@@ -20,6 +21,7 @@ __all__ = [
     "NotStarted",
     "SessionConflict",
     "StoreUnavailable",
+    "TokenExpired",
 ]
 
 
@@ -87,15 +89,40 @@ class SessionConflict(ClusterError):
         return f"session {self.handle} was changed by another request since this one read it"
 
 
+_INVALID_TOKEN = 3500
+
+
 class NotPermitted(ClusterError):
     """Raised by a room rule or a connect hook to refuse; the client is told ``reason``.
 
-    Answered as error 103 "permission denied" of the Centrifuge protocol.
+    Without a ``code`` it is answered as error 103 "permission denied" of the Centrifuge protocol. With
+    ``code=3500``, which says that the client's token is invalid, the connection is closed with that code and
+    the client does not come back: ``raise NotPermitted("invalid token", code=3500)``.
+
+    Raises:
+        ValueError: another code.
     """
 
-    def __init__(self, reason: str = "permission denied") -> None:
+    def __init__(self, reason: str = "permission denied", *, code: int | None = None) -> None:
+        if code not in (None, _INVALID_TOKEN):
+            raise ValueError(
+                f"code must be None (error 103) or {_INVALID_TOKEN} (invalid token), not {code!r}"
+            )
         self.reason = reason
+        self.code = code
         super().__init__(reason)
 
     def __str__(self) -> str:
         return self.reason
+
+
+class TokenExpired(ClusterError):
+    """Raised by a ``connect`` hook when the client's token was good and has expired.
+
+    The client is answered with error 109 "token expired" of the Centrifuge protocol: an SDK with a function
+    that fetches tokens fetches a new one and connects again. Raised when a token is refreshed, it closes the
+    connection with 3005 "connection expired", and the client connects again.
+    """
+
+    def __str__(self) -> str:
+        return "the token has expired"

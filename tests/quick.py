@@ -25,7 +25,7 @@ _SLOW = (
 )
 """Other servers than those above, or work of many seconds."""
 _CALLS = {"start_server", "create_server", "create_subprocess_exec", "getfixturevalue"}
-_KINDS = {"redis", "valkey", "debian", "sentinel", "cluster"}
+_KINDS = {"redis", "valkey", "debian", "sentinel", "cluster", "rooms apart"}
 """Of backends, as parameters: memory is the one without a server."""
 
 

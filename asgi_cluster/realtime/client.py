@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import msgspec
 from msgspec import Raw
 
-from asgi_cluster.exceptions import ClusterError, NotPermitted
+from asgi_cluster.exceptions import ClusterError, NotPermitted, TokenExpired
 from asgi_cluster.ids import check_user
 from asgi_cluster.realtime.commands import COMMANDS, decoded, subscribe_here
 from asgi_cluster.realtime.connection import Connection
@@ -272,7 +272,16 @@ class Client(Connection):
             case ReplyError():
                 code, text = error.code, error.message
             case NotPermitted():
+                if error.code is not None:
+                    self.socket.close(error.code, error.reason)
+                    return
                 code, text = ErrorCode.PERMISSION_DENIED, error.reason
+            case TokenExpired():
+                if name == "refresh":
+                    # The SDKs take an error in the reply to a refresh as final.
+                    self._end(DisconnectCode.EXPIRED)
+                    return
+                code, text = ErrorCode.TOKEN_EXPIRED, ErrorCode.TOKEN_EXPIRED.text
             case _:
                 code, text = ErrorCode.INTERNAL, ErrorCode.INTERNAL.text
                 if isinstance(error, ClusterError):
