@@ -42,6 +42,19 @@ def _rule(client: Client, channel: str) -> tuple[RoomRule, dict[str, str]]:
     return found
 
 
+def _check_supported(request: SubscribeCommand | PublishCommand) -> None:
+    """What cannot be had is refused: never accepted as something else."""
+    if request.unsupported:
+        raise ReplyError(ErrorCode.NOT_AVAILABLE, f"not available: {request.unsupported}")
+
+
+async def _position(client: Client, channel: str, offset: int, epoch: str) -> Position:
+    if not epoch:
+        # A client that does not know the epoch means the present one, as on the reference server.
+        epoch = (await client.cluster.rooms.read(channel, limit=0, since=None)).top.epoch
+    return Position(offset, epoch)
+
+
 async def _permit(
     client: Client, permission: Permission, channel: str, params: dict[str, str], data: Raw
 ) -> None:
@@ -57,6 +70,7 @@ async def _permit(
 async def subscribe(client: Client, request: SubscribeCommand) -> Result:
     """Nothing is pushed from the room before the reply, and nothing is missed after it."""
     channel = request.channel
+    _check_supported(request)
     rule, params = _rule(client, channel)
     if channel in client.rooms or channel in client.entering:
         raise ReplyError(ErrorCode.ALREADY_SUBSCRIBED)
@@ -65,6 +79,7 @@ async def subscribe(client: Client, request: SubscribeCommand) -> Result:
     client.entering.append(channel)
     try:
         await _permit(client, rule.subscribe, channel, params, request.data)
+        # Without an epoch it is in the present one, as on the reference server.
         since = Position(request.offset, request.epoch) if request.recover else None
         entered = await client.cluster.rooms.enter(client, channel, since=since)
     finally:
@@ -111,6 +126,7 @@ async def unsubscribe(client: Client, request: RoomCommand) -> Result:
 
 async def publish(client: Client, request: PublishCommand) -> Result:
     """To a room whose rule lets this client publish; it need not be subscribed."""
+    _check_supported(request)
     rule, params = _rule(client, request.channel)
     if not bytes(request.data):
         raise ReplyError(ErrorCode.BAD_REQUEST)
@@ -149,7 +165,9 @@ async def history(client: Client, request: HistoryCommand) -> Result:
     more.
     """
     _check_feature(client, request.channel, "history")
-    since = None if request.since is None else Position(request.since.offset, request.since.epoch)
+    since = None
+    if request.since is not None:
+        since = await _position(client, request.channel, request.since.offset, request.since.epoch)
     page = await client.cluster.rooms.read(
         request.channel,
         limit=None if request.limit < 0 else request.limit,
@@ -164,6 +182,8 @@ async def history(client: Client, request: HistoryCommand) -> Result:
 
 def rpc(client: Client, request: RpcCommand) -> Result | Awaitable[Result]:
     """Call the app's function of that name."""
+    if not client.config.rpc:
+        raise ReplyError(ErrorCode.NOT_AVAILABLE)
     method = client.config.rpc.get(request.method)
     if method is None:
         raise ReplyError(ErrorCode.METHOD_NOT_FOUND)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from asgi_cluster.realtime.client import Client
 from asgi_cluster.realtime.limits import ConnectionLimits
+from asgi_cluster.realtime.protocol import DisconnectCode
 from asgi_cluster.realtime.socket import Receive, Send
 from asgi_cluster.scope import ScopeState
 
@@ -25,6 +26,7 @@ logger = logging.getLogger("asgi_cluster.realtime")
 
 _FILES = {"client.js": b"text/javascript; charset=utf-8", "client.d.ts": b"text/plain; charset=utf-8"}
 _SUBPROTOCOL = "centrifuge-json"
+_PROTOBUF = "centrifuge-protobuf"
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -35,6 +37,7 @@ class Endpoint:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self._config = cluster.realtime
+        self._refused_protobuf = False
         self.limits = ConnectionLimits(cluster.rooms, cluster.realtime)
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
@@ -88,11 +91,32 @@ class Endpoint:
         assert state is not None
         assert state.socket is not None
         socket, hub = state.socket, self._cluster.hub
-        subprotocol = _SUBPROTOCOL if _SUBPROTOCOL in scope.get("subprotocols", ()) else None
+        offered = scope.get("subprotocols", ())
+        if _PROTOBUF in offered and _SUBPROTOCOL not in offered:
+            await self._refuse_protobuf(send)
+            return None
+        subprotocol = _SUBPROTOCOL if _SUBPROTOCOL in offered else None
         await send({"type": "websocket.accept", "subprotocol": subprotocol, "headers": []})
         client = Client(socket, self._cluster, state.session, hub.outbox(socket, joins=True))
         socket.connection = client
         return client
+
+    async def _refuse_protobuf(self, send: Send) -> None:
+        """Accepted with its own subprotocol, because SDKs get no code from a refused handshake and retry it
+        for ever: 3506 is final for them, and they report the reason.
+        """
+        code = DisconnectCode.INAPPROPRIATE_PROTOCOL
+        if not self._refused_protobuf:
+            self._refused_protobuf = True
+            logger.warning(
+                "closed a client with %d: it speaks only the Protobuf form of the Centrifuge protocol "
+                "(subprotocol %s), and this endpoint only JSON. Use an SDK that speaks JSON (JavaScript, "
+                "Python, Go) and do not switch it to Protobuf. Logged once",
+                code,
+                _PROTOBUF,
+            )
+        await send({"type": "websocket.accept", "subprotocol": _PROTOBUF, "headers": []})
+        await send({"type": "websocket.close", "code": int(code), "reason": f"{code.text}: JSON only"})
 
 
 def _header(scope: Mapping[str, Any], name: bytes) -> bytes | None:

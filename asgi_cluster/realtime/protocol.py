@@ -88,10 +88,12 @@ class DisconnectCode(IntEnum):
     FORCE_RECONNECT = 3011
     NO_PONG = 3012
     TOO_MANY_REQUESTS = 3013
+    INVALID_TOKEN = 3500
     BAD_REQUEST = 3501
     STALE = 3502
     FORCE_DISCONNECT = 3503
     CONNECTION_LIMIT = 3504
+    INAPPROPRIATE_PROTOCOL = 3506
     NOT_AVAILABLE = 3508
     TOO_BIG = 1009
 
@@ -152,6 +154,28 @@ class SubscribeCommand(Struct, frozen=True):
     offset: int = 0
     data: Raw = Raw()
     flag: int = 0
+    token: str = ""
+    delta: str = ""
+    tf: Raw = Raw()
+    type: int = 0
+    phase: int = 0
+    cursor: str = ""
+    limit: int = 0
+    asc: bool = False
+
+    @property
+    def unsupported(self) -> str:
+        """What it asks for that is not to be had here and would change what a subscription is; ``""``:
+        nothing.
+
+        ``positioned``, ``recoverable``, ``join_leave``, ``delta`` and channel compaction (``flag`` 1) are
+        offers: the result, or what follows it, says whether the server takes them up.
+        """
+        if self.type or self.phase or self.cursor or self.limit or self.asc:
+            return "map and shared poll subscriptions"
+        if bytes(self.tf):
+            return "tags filters"
+        return "subscription tokens" if self.token else ""
 
     @property
     def rejects_unrecovered(self) -> bool:
@@ -168,10 +192,20 @@ class RoomCommand(Struct, frozen=True):
 class PublishCommand(Struct, frozen=True):
     channel: str = ""
     data: Raw = Raw()
+    type: int = 0
+    key: str = ""
+    removed: bool = False
+
+    @property
+    def unsupported(self) -> str:
+        """As with ``SubscribeCommand``."""
+        return "map publications" if self.type or self.key or self.removed else ""
 
 
 class HistoryCommand(Struct, frozen=True):
-    """``limit`` 0: only the position; negative: as many as there are."""
+    """``limit`` 0: only the position; negative: as many as there are. ``since`` without an epoch: of the
+    present one.
+    """
 
     channel: str = ""
     limit: int = 0

@@ -9,7 +9,8 @@ import httpx
 import pytest
 import websockets
 
-from asgi_cluster import NotPermitted, RoomRequest, RoomRule
+from asgi_cluster import ConnectRequest, NotPermitted, RoomRequest, RoomRule, TokenExpired
+from asgi_cluster.realtime.rules import Connected
 from tests.realtime.conftest import sign_in
 from tests.realtime.site import Site
 from tests.realtime.test_connection import UVICORN
@@ -149,11 +150,13 @@ async def test_feature_not_available(lone_site: Site, name: str) -> None:
 
 
 async def test_unknown_command(lone_site: Site) -> None:
-    """A command that this server does not know gets 104, and the connection goes on."""
+    """A command that this server does not know gets 104, one that is not configured 108, and the connection
+    goes on.
+    """
     node = await lone_site.node()
     async with node.client() as client:
         assert (await client.call("teleport", {}))["error"]["code"] == 104
-        assert (await client.call("rpc", {"method": "none"}))["error"]["code"] == 104
+        assert (await client.call("rpc", {"method": "none"}))["error"]["code"] == 108
         assert (await client.call("refresh", {"token": ""}))["error"]["code"] == 108
         assert (await client.call("ping", {}))["ping"] == {}
 
@@ -320,3 +323,160 @@ async def test_name_of_the_packages_own(site: Site, name: str, kind: str) -> Non
             assert await second.drained() == (3504, "connection limit")
         with pytest.raises(ValueError, match="control characters"):
             await connection.leave(own)  # an app may pass on what a client sent
+
+
+@pytest.mark.parametrize("offset", [0, 2])
+async def test_position_without_epoch(site: Site, offset: int) -> None:
+    """Who does not know the epoch means the present one, in ``history`` and when it recovers."""
+    node = await site.node(rules=[RoomRule("kept", subscribe=True, history=10)])
+    for number in range(1, 5):
+        await node.cluster.room("kept").broadcast(number)
+    wanted = list(range(offset + 1, 5))
+    async with node.client() as client:
+        recover = {"channel": "kept", "recover": True, "offset": offset, "epoch": ""}
+        result = (await client.call("subscribe", recover))["subscribe"]
+        assert result["recovered"]
+        assert [pub["data"] for pub in result["publications"]] == wanted
+        for since in ({"offset": offset}, {"offset": offset, "epoch": ""}, {"offset": offset, "epoch": None}):
+            page = await client.call("history", {"channel": "kept", "limit": -1, "since": since})
+            assert [pub["data"] for pub in page["history"]["publications"]] == wanted
+        other = {"offset": offset, "epoch": "other"}
+        reply = await client.call("history", {"channel": "kept", "limit": -1, "since": other})
+        assert reply["error"]["code"] == 112
+
+
+async def test_null_is_absent(lone_site: Site) -> None:
+    """``null`` stands for a field that is not there, as in proto3 JSON, at every level; in ``data`` it is
+    data.
+    """
+    node = await lone_site.node(
+        rules=[RoomRule("kept", subscribe=True, publish=True, history=10)],
+        rpc={"echo": lambda connection, data: [data]},
+    )
+    async with node.raw() as client:
+        connect = {
+            "token": None,
+            "data": None,
+            "name": None,
+            "headers": None,
+            "subs": {"a": {"offset": None}},
+        }
+        assert "connect" in await client.call("connect", {**connect, "unknown": None})
+        nothing = {"recover": None, "epoch": None, "offset": None, "data": None, "flag": None, "tf": None}
+        assert "subscribe" in await client.call("subscribe", {"channel": "kept", **nothing, "type": None})
+        assert "publish" in await client.call("publish", {"channel": "kept", "data": None, "key": None})
+        assert await client.pub() is None
+        assert (await client.call("rpc", {"method": "echo", "data": None}))["rpc"]["data"] == [None]
+        since = {"channel": "kept", "limit": None, "since": None, "reverse": None}
+        assert (await client.call("history", since))["history"]["offset"] == 1
+        assert (await client.call("publish", {"channel": None, "data": 1}))["error"]["code"] == 107
+        await client.send({"id": 70, "connect": None, "ping": {}})
+        assert (await client.reply(70))["ping"] == {}
+
+
+@pytest.mark.parametrize("error", [NotPermitted("no"), TokenExpired(), ZeroDivisionError()])
+@pytest.mark.parametrize("slow", [False, True])
+async def test_commands_behind_a_connect_that_fails(lone_site: Site, error: Exception, slow: bool) -> None:
+    """The error of the connect command is what the client gets: the rest of its frame is dropped, and the
+    connection is not closed for it. A command after that is 3501.
+    """
+
+    async def connect(request: ConnectRequest) -> None:
+        for _ in range(20 if slow else 0):
+            await asyncio.sleep(0)
+        raise error
+
+    node = await lone_site.node(connect=connect, rules=[OPEN])
+    async with node.raw() as client:
+        rest = [{"id": n, "subscribe": {"channel": f"open:{n}"}} for n in range(2, 30)]
+        await client.send({"id": 1, "connect": {}}, *rest)
+        assert (await client.reply(1))["error"]["code"] in (100, 103, 109)
+        await client.send({"id": 40, "ping": {}})
+        assert await client.drained() == (3501, "bad request")
+        assert not client.replies
+    assert node.cluster.stats().realtime.rooms == 0
+
+
+@pytest.mark.parametrize("server", UVICORN)
+@pytest.mark.filterwarnings("ignore:.*websockets", "ignore::DeprecationWarning")
+async def test_protobuf_only(lone_site: Site, server: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A client that speaks only Protobuf is closed with 3506, which is final for SDKs and names the reason;
+    one log line for all of them. One that speaks JSON as well is served.
+    """
+    node = await lone_site.node(server={"ws": server})
+    for _ in range(2):
+        async with node.raw(subprotocols=["centrifuge-protobuf"]) as client:
+            assert client.ws.subprotocol == "centrifuge-protobuf"
+            assert await client.drained() == (3506, "inappropriate protocol: JSON only")
+    async with node.raw(subprotocols=["centrifuge-protobuf", "centrifuge-json"]) as client:
+        assert client.ws.subprotocol == "centrifuge-json"
+        assert "connect" in await client.call("connect", {})
+    ours = [record.message for record in caplog.records if record.name.startswith("asgi_cluster")]
+    assert len(ours) == 1
+    assert "centrifuge-protobuf" in ours[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "request_", "what"),
+    [
+        ("subscribe", {"type": 1}, "map"),
+        ("subscribe", {"type": 2}, "map"),
+        ("subscribe", {"type": 4}, "shared poll"),
+        ("subscribe", {"phase": 2}, "map"),
+        ("subscribe", {"cursor": "x"}, "map"),
+        ("subscribe", {"tf": {"op": "eq", "key": "a", "val": "b"}}, "tags filters"),
+        ("subscribe", {"token": "jwt"}, "subscription tokens"),
+        ("publish", {"type": 1, "key": "a", "data": 1}, "map publications"),
+        ("publish", {"key": "a", "data": 1}, "map publications"),
+        ("publish", {"removed": True, "data": 1}, "map publications"),
+        ("sub_refresh", {"type": 1, "track": []}, ""),
+    ],
+)
+async def test_not_supported(lone_site: Site, name: str, request_: dict[str, Any], what: str) -> None:
+    """What this server does not do is refused with 108 and named, and nothing happens in its place."""
+    node = await lone_site.node(rules=[RoomRule("room", subscribe=True, publish=True, history=10)])
+    async with node.client() as client:
+        error = (await client.call(name, {"channel": "room", **request_}))["error"]
+        assert error["code"] == 108
+        assert what in error["message"]
+        assert "subscribe" in await client.call("subscribe", {"channel": "room", "flag": 1})
+        assert not (await node.cluster.room("room").history()).publications
+
+
+async def test_offers_of_sdks(lone_site: Site) -> None:
+    """What an SDK merely offers (delta, positions, compact channels) is not in force, and the result says
+    so.
+    """
+    node = await lone_site.node(rules=[RoomRule("room", subscribe=True)])
+    async with node.client() as client:
+        offers = {"flag": 1, "delta": "fossil", "positioned": True, "recoverable": True, "join_leave": True}
+        assert (await client.call("subscribe", {"channel": "room", **offers}))["subscribe"] == {}
+        await node.cluster.room("room").broadcast({"a": 1})
+        assert await client.push() == {"channel": "room", "pub": {"data": {"a": 1}}}
+
+
+async def test_token_expired_and_invalid(lone_site: Site) -> None:
+    """``TokenExpired`` is error 109, and 3005 for a refresh; an invalid token closes with 3500."""
+
+    def connect(request: ConnectRequest) -> Connected:
+        match request.token:
+            case "expired":
+                raise TokenExpired
+            case "invalid":
+                raise NotPermitted("invalid token", code=3500)
+        return Connected(user_id="ada", expires_in=60)
+
+    node = await lone_site.node(connect=connect)
+    async with node.raw() as client:
+        reply = await client.call("connect", {"token": "expired"})
+        assert reply["error"] == {"code": 109, "message": "token expired"}
+    async with node.raw() as client:
+        await client.send({"id": 1, "connect": {"token": "invalid"}})
+        assert await client.drained() == (3500, "invalid token")
+    for token, closed in (("expired", (3005, "connection expired")), ("invalid", (3500, "invalid token"))):
+        async with node.raw() as client:
+            assert "connect" in await client.call("connect", {"token": "good"})
+            await client.send({"id": 2, "refresh": {"token": token}})
+            assert await client.drained() == closed
+    with pytest.raises(ValueError, match="3500"):
+        NotPermitted("no", code=4000)
