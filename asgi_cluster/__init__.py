@@ -1,7 +1,8 @@
 """One ASGI middleware: sessions, logouts and live rooms that stay one across every node."""
 
-from asgi_cluster.bus.bus import NodeInfo
+from asgi_cluster.bus.bus import BusStats, NodeInfo
 from asgi_cluster.cluster import Cluster, get_session
+from asgi_cluster.codes import CloseCode
 from asgi_cluster.config import CacheConfig, CookieConfig, RealtimeConfig, SessionConfig
 from asgi_cluster.exceptions import (
     BusUnavailable,
@@ -14,8 +15,12 @@ from asgi_cluster.exceptions import (
 )
 from asgi_cluster.middleware import ClusterMiddleware
 from asgi_cluster.realtime.connection import Connection
-from asgi_cluster.realtime.rooms import ConnectRequest, Publication, Room, RoomRequest, RoomRule
+from asgi_cluster.realtime.history import Position
+from asgi_cluster.realtime.hub import RealtimeStats
+from asgi_cluster.realtime.room import Publication, Room, RoomHistory, RoomMember
+from asgi_cluster.realtime.rules import Connected, ConnectRequest, RoomRequest, RoomRule
 from asgi_cluster.remote import RemoteSession, RemoteUser, SessionInfo
+from asgi_cluster.sessions.cache import CacheStats
 from asgi_cluster.sessions.ended import SessionEnded
 from asgi_cluster.sessions.receipts import LogoutReceipt
 from asgi_cluster.sessions.session import Session
@@ -24,24 +29,32 @@ from asgi_cluster.stats import ClusterStats
 __version__ = "0.1.0"
 
 __all__ = [
+    "BusStats",
     "BusUnavailable",
     "CacheConfig",
+    "CacheStats",
+    "CloseCode",
     "Cluster",
     "ClusterError",
     "ClusterMiddleware",
     "ClusterStats",
     "ConnectRequest",
+    "Connected",
     "Connection",
     "CookieConfig",
     "LogoutReceipt",
     "NodeInfo",
     "NotPermitted",
     "NotStarted",
+    "Position",
     "Publication",
     "RealtimeConfig",
+    "RealtimeStats",
     "RemoteSession",
     "RemoteUser",
     "Room",
+    "RoomHistory",
+    "RoomMember",
     "RoomRequest",
     "RoomRule",
     "Session",

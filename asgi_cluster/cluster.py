@@ -156,7 +156,7 @@ class Cluster:
             listens=listen,
             reachable=lambda timeout: bus.reachable(timeout=timeout),
             nodes=lambda timeout: bus.nodes(timeout=timeout),
-            ensure_started=self.ensure_started,
+            ensure_started=self._ensure_started,
         )
         self.rooms = Rooms(
             bus=bus,
@@ -167,9 +167,9 @@ class Cluster:
             node=self._current_node,
             deadline=deadline,
             listens=listen,
-            ensure_started=self.ensure_started,
+            ensure_started=self._ensure_started,
             # On memory:// its work belongs to other loops, too, and goes with a socket there.
-            tasks=lambda: None if self.crosses_loops else self.tasks,
+            tasks=lambda: None if self._crosses_loops else self.tasks,
         )
         self.verifier = Verifier(
             self.service.store,
@@ -403,11 +403,11 @@ class Cluster:
         return self._backend.needs_start
 
     @property
-    def crosses_loops(self) -> bool:
+    def _crosses_loops(self) -> bool:
         """Whether messages may arrive on another thread than a socket's loop (``memory://``)."""
         return self._backend.crosses_loops
 
-    def ensure_started(self, action: str) -> None:
+    def _ensure_started(self, action: str) -> None:
         """Raises ``NotStarted`` when ``action`` needs a start, ``RuntimeError`` on another loop than the one
         that did it. Attaches a ``memory://`` node that nobody started.
 
@@ -416,7 +416,7 @@ class Cluster:
         on.
         """
         if self.tasks is not None:
-            if not self.crosses_loops or (self.loop is not None and self.loop.is_running()):
+            if not self._crosses_loops or (self.loop is not None and self.loop.is_running()):
                 check_loop(self.loop)
             return
         running_asyncio_loop()
@@ -483,7 +483,7 @@ class Cluster:
 
     async def nodes(self) -> Sequence[NodeInfo]:
         """The registered nodes, by id. Raises ``StoreUnavailable``."""
-        self.ensure_started("listing nodes")
+        self._ensure_started("listing nodes")
         found = await self._backend.bus.nodes(timeout=self.deadline)
         return [found[node] for node in sorted(found)]
 

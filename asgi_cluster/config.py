@@ -228,8 +228,9 @@ class RealtimeConfig:
     rules: Sequence[RoomRule] = ()
     """Which rooms clients may subscribe to and publish in. Without a rule a room is closed to clients."""
     connect: Callable[[ConnectRequest], Any] | None = None
-    """``(ConnectRequest) -> str | None`` or awaitable: may name the user (a token of the app's own), or raise
-    ``NotPermitted`` (with ``code=3500`` for an invalid token) or ``TokenExpired``.
+    """``(ConnectRequest) -> str | Connected | None`` or awaitable: may name the user (a token of the app's
+    own), or say with ``Connected`` when that expires, what the client and others are shown, and which rooms
+    it is in; or raise ``NotPermitted`` (with ``code=3500`` for an invalid token) or ``TokenExpired``.
     """
     rpc: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     """``{"method": f}``: ``f(connection, data)`` or awaitable; its result goes back to the client."""

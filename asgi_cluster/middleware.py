@@ -157,7 +157,7 @@ class ClusterMiddleware:
             scope,
             send,
             tasks=tasks,
-            crosses_loops=self.cluster.crosses_loops,
+            crosses_loops=self.cluster._crosses_loops,
             close_timeout=self.cluster.realtime.close_timeout,
         )
         socket.began = self.cluster.hub.logouts.last

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from asgi_cluster.bus.bus import BusStats
 from asgi_cluster.ids import NodeId
-from asgi_cluster.realtime.hub import HubStats
+from asgi_cluster.realtime.hub import RealtimeStats
 from asgi_cluster.sessions.cache import CacheStats
 
 __all__ = ["ClusterStats"]
@@ -28,4 +28,4 @@ class ClusterStats:
     """
     cache: CacheStats
     bus: BusStats
-    realtime: HubStats
+    realtime: RealtimeStats

@@ -14,6 +14,7 @@ import pytest
 from starlette.testclient import TestClient
 
 import asgi_cluster
+from asgi_cluster import Cluster, Connection, Room, Session
 from tests.support.machine import ROOT
 
 PACKAGE = ROOT / "asgi_cluster"
@@ -27,8 +28,34 @@ PUBLIC = """
     SessionConfig CookieConfig CacheConfig RealtimeConfig RoomRule RoomRequest ConnectRequest
     Session SessionEnded SessionInfo Connection Room RemoteUser RemoteSession
     Publication LogoutReceipt ClusterStats NodeInfo
+    Connected Position RoomHistory RoomMember CloseCode
+    CacheStats BusStats RealtimeStats
     ClusterError NotStarted StoreUnavailable BusUnavailable SessionConflict NotPermitted
 """
+
+ATTRIBUTES: dict[type, str] = {
+    Session: """
+        accessed modified mark_accessed mark_modified handle user_id is_new version created_at expires_at
+        login rotate logout save reload lock
+    """,
+    Connection: "id user_id session cluster join leave send close",
+    Room: "name broadcast history presence disconnect",
+    Cluster: "user session room accept drain stats nodes ready started draining node",
+}
+"""What an app uses of these classes. Another name here is a promise."""
+
+INTERNALS: dict[type, str] = {
+    Session: """
+        check_sealed commit cookie_header due exposed failure fetch open raised replace sealed stored unread
+        unsaved verify
+    """,
+    Connection: "outbox rooms socket",
+    Room: "",
+    Cluster: """
+        deadline endpoint hub identify listen loop realtime rooms service tasks verifier warned_insecure
+    """,
+}
+"""What other modules use of them: to become less."""
 
 LEAVES = {"arguments", "ids", "codes", "exceptions", "tasks", "scope", "config"}
 """Known to everybody; they know at most each other."""
@@ -91,6 +118,15 @@ def test_exports_are_the_documented_ones() -> None:
     """Nothing more, nothing less, sorted, and all of them there."""
     assert asgi_cluster.__all__ == sorted(PUBLIC.split())
     assert all(getattr(asgi_cluster, name).__module__.startswith("asgi_cluster.") for name in PUBLIC.split())
+
+
+@pytest.mark.parametrize("kind", ATTRIBUTES)
+def test_public_attributes_are_the_documented_ones(kind: type) -> None:
+    """A name without underscore is found by completion, and used: none gets there by accident."""
+    names = {*dir(kind), *(vars(Cluster("memory://")) if kind is Cluster else ())}
+    inherited = set(dir(dict)) if issubclass(kind, dict) else set()
+    public = {name for name in names - inherited if not name.startswith("_")}
+    assert public == {*ATTRIBUTES[kind].split(), *INTERNALS[kind].split()}
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -84,7 +84,7 @@ class Acceptance:
             cluster.hub.close_if_logged_out(socket, since=socket.began, final=in_handshake)
         outbox = cluster.hub.outbox(socket, joins=False)
         connection = self._connection = socket.connection = Connection(socket, cluster, state.session, outbox)
-        connection.read_with(receive)
+        connection._read_with(receive)
         return connection
 
     async def __aexit__(
@@ -95,7 +95,7 @@ class Acceptance:
             return
         failed = error is not None and not isinstance(error, OSError)
         code, reason = (1011, "internal error") if failed else (1000, "")
-        connection.stop_reading()
+        connection._stop_reading()
         try:
             await self._cluster.rooms.leave_all(connection)
         finally:

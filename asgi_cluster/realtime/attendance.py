@@ -42,16 +42,16 @@ class Attendance:
 
     async def appear(self, connection: Connection, room: str) -> None:
         """The connection is in ``room``. Raises ``BusUnavailable``; ``vanish`` is due then, too."""
-        connection.present[room] = None  # before: an entry whose reply was lost has to go, too
+        connection._present[room] = None  # before: an entry whose reply was lost has to go, too
         if self._incarnation is None:
             self._incarnation = self._bus.incarnation
         await self._store.enter(room, connection.id, self._info(connection), timeout=self._timeout)
 
     async def vanish(self, connection: Connection, room: str) -> None:
         """It is not (any more). What the store cannot be told now it is told when it is back."""
-        if room not in connection.present:
+        if room not in connection._present:
             return
-        connection.present.pop(room, None)
+        connection._present.pop(room, None)
         try:
             await self._store.leave(room, connection.id, timeout=self._timeout)
         except ClusterError:
@@ -82,7 +82,7 @@ class Attendance:
                 await self._bury()
                 incarnation = self._bus.incarnation
                 if self._incarnation not in (None, incarnation):
-                    present = [(found, room) for found in connections() for room in tuple(found.present)]
+                    present = [(found, room) for found in connections() for room in tuple(found._present)]
                     await _together(lambda pair: self._appear_again(*pair), present)
                     self._incarnation = incarnation
             except ClusterError as error:
@@ -105,10 +105,10 @@ class Attendance:
                 raise
 
     async def _appear_again(self, connection: Connection, room: str) -> None:
-        if room not in connection.present:
+        if room not in connection._present:
             return
         await self._store.enter(room, connection.id, self._info(connection), timeout=self._timeout)
-        if room not in connection.present:
+        if room not in connection._present:
             # It left while we said that it is there.
             await self._store.leave(room, connection.id, timeout=self._timeout)
 

@@ -42,13 +42,13 @@ class Audience:
         if connection.outbox.closed:
             return
         connection.outbox.spill()
-        (self.pushed if connection.speaks_protocol else self.bare)[connection.id] = connection.outbox
+        (self.pushed if connection._speaks_protocol else self.bare)[connection.id] = connection.outbox
         self.crosses = self.crosses or connection.socket.crosses_loops
 
     def detach(self, connection: Connection) -> bool:
         """It gets nothing any more; False when it did not before."""
         connection.outbox.spill()
-        members = self.pushed if connection.speaks_protocol else self.bare
+        members = self.pushed if connection._speaks_protocol else self.bare
         return members.pop(connection.id, None) is not None
 
     def clear(self) -> None:

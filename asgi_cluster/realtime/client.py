@@ -60,7 +60,7 @@ class Client(Connection):
     server-side subscription.
     """
 
-    speaks_protocol = True
+    _speaks_protocol = True
 
     __slots__ = (
         "_awaits_pong",
@@ -111,7 +111,7 @@ class Client(Connection):
             for timer in (self._timer, self._expiry):
                 if timer is not None:
                     timer.cancel()
-            self.stop_reading()
+            self._stop_reading()
             self.outbox.close()
             if self._pending is not None and not await self._pending.end(self.config.close_timeout):
                 logger.error(
@@ -310,7 +310,7 @@ class Client(Connection):
             hub.close_if_logged_out(self.socket, since=began)
         if self.socket.state != "open":
             return  # its user or its session was logged out while the hook waited
-        self.info = answer.info
+        self._info = answer.info
         if not await self.cluster.endpoint.limits.enter(self):
             self._end(DisconnectCode.CONNECTION_LIMIT)
             return
@@ -414,14 +414,14 @@ class Client(Connection):
         push = encode_push("unsubscribe", {"code": code, "reason": reason}, channel=room)
         self.outbox.push(Packet(push))
 
-    def lost(self, room: str) -> None:
+    def _lost(self, room: str) -> None:
         """Publications are lost: the client subscribes again and learns what it can have."""
         if room in self.server_side:
             self._end(DisconnectCode.INSUFFICIENT_STATE)
         elif self.cluster.hub.leave(self, room):
             self._tell_unsubscribed(room, UnsubscribeCode.INSUFFICIENT_STATE, "insufficient state")
 
-    def expelled(self, room: str, code: int, reason: str) -> None:
+    def _expelled(self, room: str, code: int, reason: str) -> None:
         """Somebody took the client out of ``room``."""
         self._leave_later(room)
 

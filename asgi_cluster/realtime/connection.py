@@ -38,23 +38,23 @@ class Connection:
     server afterwards.
     """
 
-    speaks_protocol = False
+    _speaks_protocol = False
 
     __slots__ = (
         "__weakref__",
+        "_announced",
         "_gone",
         "_idle_timer",
+        "_info",
         "_iterated",
+        "_present",
         "_pumping",
         "_queue",
         "_reading",
         "_receive",
         "_waiter",
-        "announced",
         "cluster",
-        "info",
         "outbox",
-        "present",
         "rooms",
         "session",
         "socket",
@@ -67,9 +67,9 @@ class Connection:
         self.outbox = outbox
         self.rooms: dict[str, Audience] = {}
         # Ordered sets, as dicts: an empty set takes 216 bytes, and most stay empty.
-        self.present: dict[str, None] = {}
-        self.announced: dict[str, None] = {}
-        self.info: Any = None
+        self._present: dict[str, None] = {}
+        self._announced: dict[str, None] = {}
+        self._info: Any = None
         self._receive: Receive | None = None
         self._queue: deque[str | bytes] | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -120,13 +120,13 @@ class Connection:
         """Close the WebSocket. Harmless when it is closed."""
         self.socket.close(code, reason)
 
-    def lost(self, room: str) -> None:
+    def _lost(self, room: str) -> None:
         """Publications of ``room`` are lost: without a protocol there is only one way to tell, the close code
         3010.
         """
         self.socket.close(DisconnectCode.INSUFFICIENT_STATE, DisconnectCode.INSUFFICIENT_STATE.text)
 
-    def expelled(self, room: str, code: int, reason: str) -> None:
+    def _expelled(self, room: str, code: int, reason: str) -> None:
         """Somebody took it out of ``room``."""
         self._leave_later(room)
 
@@ -219,12 +219,12 @@ class Connection:
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
-    def read_with(self, receive: Receive) -> None:
+    def _read_with(self, receive: Receive) -> None:
         """Where input comes from."""
         self._receive = receive
         self._watch()
 
-    def stop_reading(self) -> None:
+    def _stop_reading(self) -> None:
         """The app is done with this connection."""
         self._gone = True
         if self._idle_timer is not None:

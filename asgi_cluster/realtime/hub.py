@@ -28,7 +28,7 @@ from asgi_cluster.realtime.socket import Closes, Socket
 if TYPE_CHECKING:
     from asgi_cluster.realtime.connection import Connection
 
-__all__ = ["Hub", "HubStats", "Subscriptions", "Watcher"]
+__all__ = ["Hub", "RealtimeStats", "Subscriptions", "Watcher"]
 
 S = TypeVar("S")
 
@@ -36,7 +36,7 @@ logger = logging.getLogger("asgi_cluster.realtime")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HubStats:
+class RealtimeStats:
     """What this node's sockets did, counted since the hub was made."""
 
     connections: int
@@ -347,7 +347,7 @@ class Hub:
         """Sockets and rooms here."""
         return len(self._sockets), len(self._rooms)
 
-    def stats(self) -> HubStats:
+    def stats(self) -> RealtimeStats:
         """A snapshot; walks the sockets once."""
         direct = 0
         fallback: dict[str, int] = {}
@@ -357,7 +357,7 @@ class Hub:
             else:
                 fallback[socket.why_not_direct] = fallback.get(socket.why_not_direct, 0) + 1
         counters = self._counters
-        return HubStats(
+        return RealtimeStats(
             connections=len(self._sockets),
             rooms=len(self._rooms),
             sent=counters.sent,
@@ -387,7 +387,7 @@ def _send_to(sockets: Iterable[Socket], message: PersonalMessage) -> int:
         connection = socket.connection
         if connection is None:
             continue
-        if connection.speaks_protocol:
+        if connection._speaks_protocol:
             if push is None:
                 push = Packet(encode_push("message", {"data": to_json(message.kind, message.data)}))
             packet = push

@@ -103,7 +103,7 @@ class Reception:
                         for member in self._hub.members(audience)
                         if message.user is None or member.user_id == message.user
                     ),
-                    lambda member: member.expelled(audience.name, message.code, message.reason),
+                    lambda member: member._expelled(audience.name, message.code, message.reason),
                 )
             case _:
                 self._complain("a message arrived in a room that does not belong in one")
@@ -135,7 +135,7 @@ class Reception:
         logger.warning(
             "publications of a room were lost for its %d members here: they are told", len(members)
         )
-        self._for_each(iter(members), lambda member: member.lost(audience.name))
+        self._for_each(iter(members), lambda member: member._lost(audience.name))
 
     def _for_each(self, members: Iterator[Connection], act: Callable[[Connection], None]) -> None:
         """Each on its own loop, in slices: a room of ten thousand must not hold this one."""

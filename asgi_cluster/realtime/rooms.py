@@ -221,7 +221,7 @@ class Rooms:
 
     async def count_out(self, connection: Connection) -> None:
         """Leave the counting rooms."""
-        counting = [room for room in connection.present if room not in connection.rooms]
+        counting = [room for room in connection._present if room not in connection.rooms]
         await self._attendance.vanish_everywhere(connection, counting)
 
     async def expel(self, room: str, user: str | None) -> None:
@@ -272,7 +272,7 @@ class Rooms:
             connection.rooms[room] = audience
             audience.attach(connection)
             if rule is not None and rule.join_leave:
-                connection.announced[room] = None
+                connection._announced[room] = None
                 self._tell(connection, room, Joined(connection.id, self.client_info(connection)))
         return Entered(position, missed)
 
@@ -284,15 +284,15 @@ class Rooms:
 
     async def leave_all(self, connection: Connection) -> None:
         """The connection is over."""
-        for room in {*connection.rooms, *connection.announced}:
+        for room in {*connection.rooms, *connection._announced}:
             self._drop(connection, room)
-        await self._attendance.vanish_everywhere(connection, tuple(connection.present))
+        await self._attendance.vanish_everywhere(connection, tuple(connection._present))
 
     def _drop(self, connection: Connection, room: str) -> bool:
-        if room in connection.announced:
+        if room in connection._announced:
             # Also when the hub has taken the connection out already: who was told of a join is told of the
             # leave.
-            connection.announced.pop(room, None)
+            connection._announced.pop(room, None)
             self._tell(connection, room, Left(connection.id, self.client_info(connection)))
         audience = connection.rooms.pop(room, None)
         if audience is None:
@@ -321,8 +321,8 @@ class Rooms:
     def client_info(self, connection: Connection) -> bytes:
         """What others may know of a connection, as JSON."""
         info = ClientInfo(user=connection.user_id or "", client=connection.id)
-        if connection.info is not None:
-            info = msgspec.structs.replace(info, conn_info=msgspec.Raw(msgspec.json.encode(connection.info)))
+        if connection._info is not None:
+            info = msgspec.structs.replace(info, conn_info=msgspec.Raw(msgspec.json.encode(connection._info)))
         return msgspec.json.encode(info)
 
     def _sequence(self, audience: Audience, kept: Kept) -> RoomSequence:

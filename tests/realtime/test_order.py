@@ -46,7 +46,7 @@ class Transport:
 class Member:
     """A connection as an audience sees it, on a transport of the test's, and what it should get."""
 
-    speaks_protocol = True
+    _speaks_protocol = True
 
     def __init__(self, number: int, flusher: Flusher, tasks: asyncio.TaskGroup, *, direct: bool) -> None:
         self.id = str(number)
