@@ -194,6 +194,7 @@ class Session(StoredSession):
         handle = self._pending_end or (None if self._record is None else self._record.handle)
         if handle is None:
             dict.clear(self)
+            self.touched = frozenset()
             return LogoutReceipt(
                 sessions=0, nodes_acked=(), nodes_missing=(), complete=True, sockets_closed=0, elapsed=0.0
             )
