@@ -355,9 +355,9 @@ export class Notes {
       this.#place(shown, place.x, place.y);
       shown.dataset.saving = text;
       const note = await this.#try(api.addNote({ text, colour: shown.dataset.colour, ...place }));
+      if (note) this.changed({ type: "note", note }); // finds the draft, unless the announcement has
       delete shown.dataset.saving;
-      if (note) this.changed({ type: "note", note });
-      else if (this.#drafts.has(shown)) this.#edit(shown, text);
+      if (!note && this.#drafts.has(shown)) this.#edit(shown, text);
       return;
     }
     const id = shown.dataset.noteId;

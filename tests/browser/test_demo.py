@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from functools import partial
 
 import pytest
-from playwright.async_api import Browser, BrowserContext, Error, Page, expect
+from playwright.async_api import Browser, BrowserContext, Error, Page, WebSocketRoute, expect
 
 from tests.demo.running import Demo
 from tests.support.waiting import eventually
@@ -176,6 +176,30 @@ async def test_typed_text_is_kept(context: BrowserContext, demo: Demo, leave: st
     await one.get_by_role("textbox", name="Text of the note").fill("")
     await leave_note()
     await expect(two.locator(".note")).to_have_count(0)
+
+
+async def test_new_note_is_one_whichever_comes_first(context: BrowserContext, demo: Demo) -> None:
+    """The announcement may come after the answer to the request, or before it: the note is there once."""
+    held: list[tuple[WebSocketRoute, str | bytes]] = []
+
+    def hold_announcements(socket: WebSocketRoute) -> None:
+        server = socket.connect_to_server()
+        server.on_message(
+            lambda frame: held.append((socket, frame)) if '"note"' in str(frame) else socket.send(frame)
+        )
+
+    await context.route_web_socket(re.compile("/realtime/websocket"), hold_announcements)
+    page = await window(context, demo, 1)
+    await sign_in(page, "Ada")
+    await put_up(page, "once")
+    await expect(page.locator(".note[data-note-id]")).to_have_count(1)
+    await expect(page.locator(".note .text")).to_have_text(["once"])
+    await eventually(lambda: held)
+    for socket, frame in held:
+        socket.send(frame)
+    await page.get_by_role("button", name="Send everybody a heart").click()
+    await expect(page.locator(".heart")).to_have_count(1)  # sent last
+    await expect(page.locator(".note .text")).to_have_text(["once"])
 
 
 async def test_typed_text_survives_a_dead_redis(context: BrowserContext, demo: Demo) -> None:
