@@ -387,7 +387,7 @@ LIMITS = [
 ]
 PREFACE = f"""# Faults, and what a node does
 
-Written by `uv run python -m tests.bus.faults`, against real servers. One node writes 16 sessions all the time,
+Written by `uv run --group test python -m tests.bus.faults`, against real servers. One node writes 16 sessions all the time,
 another reads them through its cache (lease {LEASE:g} s, deadline {DEADLINE:g} s) and is hit by the fault.
 
 - *known after*: from the fault to the gap, at most {KNOWN_WITHIN:g} s. *No gap*: nothing was lost and nothing told.
