@@ -311,11 +311,12 @@ class Cluster:
     async def __aexit__(self, *exc_info: object) -> None:
         """Stop: sockets are closed with 3001, the node is taken off the registry, connections are closed."""
         supervisor, self._supervisor = self._supervisor, None
-        if supervisor is None or supervisor.done():
+        if supervisor is None:
             return
-        if self._stop is not None:
-            self._stop.set()
-        await asyncio.wait([supervisor])
+        if not supervisor.done():
+            if self._stop is not None:
+                self._stop.set()
+            await asyncio.wait([supervisor])
         if not supervisor.cancelled() and (error := supervisor.exception()) is not None:
             raise error
 

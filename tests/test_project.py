@@ -30,13 +30,13 @@ PUBLIC = """
     Publication LogoutReceipt ClusterStats NodeInfo
     Connected Position RoomHistory RoomMember CloseCode
     CacheStats BusStats RealtimeStats
-    ClusterError NotStarted StoreUnavailable BusUnavailable SessionConflict NotPermitted
+    ClusterError NotStarted StoreUnavailable BusUnavailable SessionConflict NotPermitted TokenExpired
 """
 
 ATTRIBUTES: dict[type, str] = {
     Session: """
         accessed modified mark_accessed mark_modified handle user_id is_new version created_at expires_at
-        login rotate logout save reload lock
+        login rotate logout save reload lock ended
     """,
     Connection: "id user_id session cluster join leave send close",
     Room: "name broadcast history presence disconnect",
@@ -46,13 +46,14 @@ ATTRIBUTES: dict[type, str] = {
 
 INTERNALS: dict[type, str] = {
     Session: """
-        check_sealed commit cookie_header due exposed failure fetch open raised replace sealed stored unread
-        unsaved verify
+        check_sealed commit cookie_header due exposed failure fetch open raised replace sealed stored touched
+        unread unsaved unwatch verify watched withdraw
     """,
     Connection: "outbox rooms socket",
     Room: "",
     Cluster: """
-        deadline endpoint hub identify listen loop realtime rooms service tasks verifier warned_insecure
+        deadline endpoint hub identify lazy listen loop needs_start origins realtime rooms service tasks
+        verifier warned_insecure
     """,
 }
 """What other modules use of them: to become less."""
