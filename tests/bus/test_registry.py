@@ -54,6 +54,24 @@ async def test_a_registration_that_vanishes_comes_back_as_another_incarnation(pr
             assert [event[1] for event in node.receiver.of("rooms restored")] == [None]
 
 
+@pytest.mark.parametrize("stall", [0.0, 4.0])
+async def test_registration_lost_in_a_blocked_loop(
+    valkey: Server, prefix: str, stall: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log says so when the event loop stood still until the others took the node for dead, and not when
+    the registration just vanished.
+    """
+    async with opened(valkey.url, prefix) as node:
+        _, before = node.bus.identity()
+        # As another node does it meanwhile.
+        assert valkey.client().delete(f"{prefix}:{{nodes}}:beat:{node.id}")
+        time.sleep(stall)  # noqa: ASYNC251  # the blocking call that the line is about
+        await eventually(lambda: node.bus.identity()[1] != before)
+        await eventually(lambda: node.live)
+    assert ("the event loop stood still for 4 s" in caplog.text) == (stall > 0)
+    assert ("registration was gone from Redis" in caplog.text) == (stall == 0)
+
+
 @pytest.mark.faults
 async def test_a_dead_node_is_removed_within_six_seconds(valkey: Server, prefix: str) -> None:
     """Cut off for good, without signing off: gone from the list, and the remover is told whose presence to

@@ -39,6 +39,7 @@ logger = logging.getLogger("asgi_cluster.bus")
 _BEAT_EVERY = 0.5
 _DEAD_AFTER = 1.0
 _LOOK_EVERY = 0.1
+_REAPED_AFTER = 3.5  # seconds of silence from which on the other nodes may have removed this one
 _SETUP = 2.0
 _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 0.5
@@ -80,6 +81,7 @@ class Subscriber:
         self._flushing = False
         self._changed: set[str] = set()
         self._registered = False
+        self._stall = (0.0, 0.0)  # how long the event loop stood still, and until when
         self.received = 0
         self.connections = 0
         self.run_id = _UNKNOWN
@@ -302,6 +304,7 @@ class Subscriber:
             while (now := loop.time()) < next_beat:
                 await asyncio.sleep(min(_LOOK_EVERY, next_beat - now))
                 if loop.time() - now > _BEAT_EVERY:
+                    self._stall = (loop.time() - now, loop.time())
                     continue  # this process slept: the echo may be waiting to be read
                 since = self._echo.waiting_since
                 if since is not None and self.lease.clock() - since > _DEAD_AFTER:
@@ -331,8 +334,18 @@ class Subscriber:
         else:
             # Gone with a FLUSHALL or because we were silent for long: until it is back, a logout does not
             # count on this node.
-            logger.warning("this node's registration was gone: registering again")
-            link.abort("the registration was gone")
+            reason = "the registration was gone"
+            seconds, ended = self._stall
+            if seconds >= _REAPED_AFTER and asyncio.get_running_loop().time() - ended < _REAPED_AFTER:
+                reason = f"the event loop stood still for {seconds:.0f} s"
+                logger.warning(
+                    "%s, so the other nodes took this one for dead: registering again. Look for a blocking "
+                    "call (asyncio's debug mode names slow callbacks), or a process that was suspended",
+                    reason,
+                )
+            else:
+                logger.warning("this node's registration was gone from Redis: registering again")
+            link.abort(reason)
             self._registered = False
 
     def _pushed(self, link: Link, kind: bytes, channel: bytes, payload: Any) -> None:
