@@ -314,6 +314,8 @@ class RealtimeConfig:
             if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
                 raise ValueError(f"an origin is scheme://host[:port] without a path, not {origin!r}")
         _one_of("on_bus_error", self.on_bus_error, ("raise", "local"))
+        if not isinstance(self.rules, Sequence) or not all(hasattr(rule, "covers") for rule in self.rules):
+            raise TypeError(f"rules must be a list of room rules: rules=[RoomRule(...)], not {self.rules!r}")
         for earlier, rule in enumerate(self.rules):
             for other in self.rules[:earlier]:
                 if other.covers(rule):

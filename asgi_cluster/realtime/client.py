@@ -14,7 +14,7 @@ from msgspec import Raw
 
 from asgi_cluster.exceptions import ClusterError, NotPermitted, TokenExpired
 from asgi_cluster.ids import check_user
-from asgi_cluster.realtime.commands import COMMANDS, decoded, subscribe_here
+from asgi_cluster.realtime.commands import COMMANDS, decoded, describe, subscribe_here
 from asgi_cluster.realtime.connection import Connection
 from asgi_cluster.realtime.packet import Packet
 from asgi_cluster.realtime.payload import encode_payload
@@ -125,7 +125,7 @@ class Client(Connection):
         await self.cluster.rooms.leave_all(self)
         if self._connected:
             await self.cluster.endpoint.limits.leave(self)
-            await self._call_hook(self.config.on_disconnect, self, code, reason)
+            await self._call_hook("on_disconnect", self.config.on_disconnect, self, code, reason)
 
     def _end(self, code: DisconnectCode) -> None:
         self.socket.close(code, code.text)
@@ -284,16 +284,22 @@ class Client(Connection):
                 code, text = ErrorCode.TOKEN_EXPIRED, ErrorCode.TOKEN_EXPIRED.text
             case _:
                 code, text = ErrorCode.INTERNAL, ErrorCode.INTERNAL.text
-                if isinstance(error, ClusterError):
-                    logger.warning("a client's %s failed: %s", name, error)
-                else:
-                    logger.error("a client's %s failed", name, exc_info=error)
+                self._log_failure(name, error, request)
         if name == "connect" and not code.temporary:
             self._refused = True
         if name != "send":
             self.outbox.push(Packet(encode_error(command.id, code, text)))
         elif code is ErrorCode.BAD_REQUEST:
             self._end(DisconnectCode.BAD_REQUEST)  # there is no reply in which to say it
+
+    def _log_failure(self, name: str, error: Exception, request: Any = None) -> None:
+        told = "" if name.startswith("on_") or name == "send" else ": the client was answered with error 100"
+        name = "on_message" if name == "send" else name
+        what = describe(self, name, getattr(request, "channel", None), getattr(request, "method", None))
+        if isinstance(error, ClusterError):
+            logger.warning("%s failed%s (%s)", what, told, error)
+        else:
+            logger.error("%s failed%s. Its traceback says where", what, told, exc_info=error)
 
     def _reply(self, command_id: int, name: str, result: Result | None) -> None:
         if result is not None and name != "send":
@@ -330,7 +336,7 @@ class Client(Connection):
         self._timer = self.socket.loop.call_later(interval * random.uniform(0.5, 1.0), self._ping)
         self._expires(answer)
         self._reply(command_id, "connect", result)
-        if not await self._call_hook(self.config.on_connect, self):
+        if not await self._call_hook("on_connect", self.config.on_connect, self):
             self._end(DisconnectCode.SERVER_ERROR)
 
     async def _ask_connect(self, token: str, data: Raw, headers: dict[str, str]) -> Connected:
@@ -443,15 +449,15 @@ class Client(Connection):
     async def __anext__(self) -> NoReturn:
         raise RuntimeError("clients of the endpoint are read by it: use RealtimeConfig(on_message=…) or rpc")
 
-    async def _call_hook(self, hook: Callable[..., Any] | None, *arguments: Any) -> bool:
+    async def _call_hook(self, name: str, hook: Callable[..., Any] | None, *arguments: Any) -> bool:
         if hook is None:
             return True
         try:
             answer = hook(*arguments)
             if inspect.isawaitable(answer):
                 await answer
-        except Exception:
-            logger.exception("a realtime hook failed")
+        except Exception as error:
+            self._log_failure(name, error)
             return False
         return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -30,9 +31,12 @@ from asgi_cluster.realtime.rules import Permission, RoomRequest, RoomRule, check
 if TYPE_CHECKING:
     from asgi_cluster.realtime.client import Client
 
-__all__ = ["COMMANDS", "decoded", "subscribe_here"]
+__all__ = ["COMMANDS", "decoded", "describe", "subscribe_here"]
+
+logger = logging.getLogger("asgi_cluster.realtime")
 
 _EMPTY = Empty()
+_LONGEST_SHOWN = 100
 
 
 def _rule(client: Client, channel: str) -> tuple[RoomRule, dict[str, str]]:
@@ -56,15 +60,35 @@ async def _position(client: Client, channel: str, offset: int, epoch: str) -> Po
 
 
 async def _permit(
-    client: Client, permission: Permission, channel: str, params: dict[str, str], data: Raw
+    client: Client, name: str, permission: Permission, channel: str, params: dict[str, str], data: Raw
 ) -> None:
-    allowed: bool | Awaitable[bool] = permission is True
+    allowed: object = permission is True
     if permission is not None and permission is not True:
         allowed = permission(RoomRequest(connection=client, room=channel, params=params, data=decoded(data)))
         if inspect.isawaitable(allowed):
             allowed = await allowed
-    if not allowed:
-        raise ReplyError(ErrorCode.PERMISSION_DENIED)
+    if allowed is True:
+        return
+    if allowed is not False:
+        # Final for the client, as a refusal is: the same rule would return the same again.
+        logger.error(
+            "%s must return True or False, and returned %.100r: the client was refused (103)",
+            describe(client, name, channel),
+            allowed,
+        )
+    raise ReplyError(ErrorCode.PERMISSION_DENIED)
+
+
+def describe(client: Client, name: str, channel: str | None = None, method: str | None = None) -> str:
+    """A function of the app that a client's command calls, for a log line: which, of what rule, for whom."""
+    by = f"called by user {client.user_id!r}"
+    if method is not None:
+        return f"the rpc function {method[:_LONGEST_SHOWN]!r}, {by}"
+    if channel is None:
+        return f"the {name} hook, {by}"
+    found = client.cluster.rooms.rule(channel)
+    rule = "no room rule" if found is None else f"room rule {found[0].pattern!r}"
+    return f"{name} of {rule}, for room {channel!r}, {by}"
 
 
 async def subscribe(client: Client, request: SubscribeCommand) -> Result:
@@ -78,7 +102,7 @@ async def subscribe(client: Client, request: SubscribeCommand) -> Result:
         raise ReplyError(ErrorCode.LIMIT_EXCEEDED)
     client.entering.append(channel)
     try:
-        await _permit(client, rule.subscribe, channel, params, request.data)
+        await _permit(client, "subscribe", rule.subscribe, channel, params, request.data)
         # Without an epoch it is in the present one, as on the reference server.
         since = Position(request.offset, request.epoch) if request.recover else None
         entered = await client.cluster.rooms.enter(client, channel, since=since)
@@ -131,7 +155,7 @@ async def publish(client: Client, request: PublishCommand) -> Result:
     if not bytes(request.data):
         raise ReplyError(ErrorCode.BAD_REQUEST)
     decoded(request.data)  # also where no rule looks at it: others will
-    await _permit(client, rule.publish, request.channel, params, request.data)
+    await _permit(client, "publish", rule.publish, request.channel, params, request.data)
     kind, data = from_client(request.data)
     rooms = client.cluster.rooms
     await rooms.publish(request.channel, kind, data, client=client.id, info=rooms.client_info(client))

@@ -24,6 +24,7 @@ __all__ = [
 SlowPolicy = Literal["disconnect", "drop", "latest"]
 
 _LONGEST_NAME = 255
+_WILDCARD = re.compile(r"\*|<[^<>]*>")
 _PARAMETER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffd]")
 
@@ -84,16 +85,17 @@ class RoomRule:
     """Opens the rooms whose names match ``pattern`` to clients. The first rule that matches counts.
 
     ``{name}`` in the pattern matches one or more characters except ``:``; everything else stands for itself.
+    ``*`` and ``<name>`` are refused, because they are meant as ``{name}``.
 
     Raises:
-        ValueError: options that do not go together.
+        ValueError: a pattern that cannot be meant, or options that do not go together.
     """
 
     pattern: str
     _: KW_ONLY
     subscribe: Permission = None
     """``(RoomRequest) -> bool`` or awaitable, or raises ``NotPermitted``; ``True``: everybody; ``None``:
-    nobody.
+    nobody. Anything but a bool refuses, and is logged as an error.
     """
     publish: Permission = None
     """As ``subscribe``, for publications of clients."""
@@ -120,6 +122,13 @@ class RoomRule:
         literals = _PARAMETER.split(self.pattern)[::2]
         if any(set(literal) & set("{}") for literal in literals):
             raise ValueError(f"room rule {self.pattern!r} has a brace that is not part of a {{name}}")
+        for literal in literals:
+            wildcard = _WILDCARD.search(literal)
+            if wildcard is not None:
+                raise ValueError(
+                    f"room rule {self.pattern!r}: {wildcard[0]!r} would stand for itself. Write {{name}} for "
+                    'what varies, as in "chat:{name}"; it matches one or more characters except ":"'
+                )
         for name in ("subscribe", "publish"):
             permission = getattr(self, name)
             if permission is not None and permission is not True and not callable(permission):

@@ -484,3 +484,68 @@ async def test_token_expired_and_invalid(lone_site: Site) -> None:
             assert await client.drained() == closed
     with pytest.raises(ValueError, match="3500"):
         NotPermitted("no", code=4000)
+
+
+async def broken(*arguments: Any) -> None:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("name", "request_", "line"),
+    [
+        ("subscribe", {"channel": "rule:1"}, "subscribe of room rule 'rule:{id}', for room 'rule:1'"),
+        ("publish", {"channel": "rule:1", "data": 1}, "publish of room rule 'rule:{id}', for room 'rule:1'"),
+        ("rpc", {"method": "broken"}, "the rpc function 'broken'"),
+        ("send", {"data": 1}, "the on_message hook"),
+        ("connect", {}, "the connect hook"),
+        ("on_connect", {}, "the on_connect hook"),
+        ("on_disconnect", {}, "the on_disconnect hook"),
+    ],
+)
+async def test_log_line_of_a_failed_hook(
+    lone_site: Site, caplog: pytest.LogCaptureFixture, name: str, request_: dict[str, Any], line: str
+) -> None:
+    """It names what failed, the rule and the room or the method, and the user."""
+    hooks = {name: broken} if name.startswith("on_") or name == "connect" else {}
+    node = await lone_site.node(
+        rules=[RoomRule("rule:{id}", subscribe=broken, publish=broken)],
+        rpc={"broken": broken},
+        cluster={"identify": lambda scope: "ada"},
+        **{"on_message": broken, **hooks},
+    )
+    async with node.raw() as client:
+        await client.send({"id": 1, "connect": {}})
+        if name == "send":
+            await client.send({"send": request_})
+        elif request_:
+            await client.send({"id": 2, name: request_})
+            assert (await client.reply(2))["error"]["code"] == 100
+        if name != "on_connect":
+            await client.reply(1)
+    await eventually(lambda: [record for record in caplog.records if record.levelname == "ERROR"])
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert record.message.startswith(f"{line}, called by user 'ada' failed")
+    assert record.exc_info is not None
+
+
+@pytest.mark.parametrize("answer", ["no", None, 1, [], "yes"])
+async def test_rule_that_returns_no_bool(
+    lone_site: Site, answer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only True permits. What is no bool refuses, and the log names the rule and the room."""
+
+    async def later(request: RoomRequest) -> Any:
+        return answer
+
+    node = await lone_site.node(
+        rules=[RoomRule("rule:{id}", subscribe=lambda request: answer, publish=later, history=1)]
+    )
+    async with node.client() as client:
+        assert (await client.call("subscribe", {"channel": "rule:1"}))["error"]["code"] == 103
+        assert (await client.call("publish", {"channel": "rule:1", "data": 1}))["error"]["code"] == 103
+    assert node.cluster.stats().realtime.rooms == 0
+    lines = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert len(lines) == 2
+    for line, name in zip(lines, ("subscribe", "publish"), strict=True):
+        assert line.startswith(f"{name} of room rule 'rule:{{id}}', for room 'rule:1', called by user None")
+        assert f"must return True or False, and returned {answer!r}" in line

@@ -269,3 +269,17 @@ async def test_join_after_the_last_left() -> None:
         await hub.hold("room")
     assert hub.load() == (0, 0)
     assert bus.log[-1] == "-room"
+
+
+@pytest.mark.parametrize("pattern", ["chat:*", "*", "chat:<id>", "<kind>:{id}", "a*b:{id}"])
+def test_rule_with_another_wildcard(pattern: str) -> None:
+    """What is meant as ``{name}`` is refused, with the cure, and not taken literally."""
+    with pytest.raises(ValueError, match=r"Write \{name\}"):
+        RoomRule(pattern)
+
+
+@pytest.mark.parametrize("rules", [RoomRule("chat:{id}"), "chat:{id}", ["chat:{id}"], {"chat:{id}": True}])
+def test_rules_that_are_no_list_of_rules(rules: Any) -> None:
+    """The error says what ``rules`` has to be."""
+    with pytest.raises(TypeError, match=r"rules=\[RoomRule\(\.\.\.\)\]"):
+        RealtimeConfig(rules=rules)
