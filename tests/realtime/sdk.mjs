@@ -20,6 +20,7 @@ const client = new Centrifuge(process.argv[3], {
   websocket: WithCookie,
   minReconnectDelay: 20,
   maxReconnectDelay: 100,
+  ...(process.argv[5] ? { token: process.argv[5], getToken: async () => "new" } : {}),
 });
 for (const name of ["connected", "connecting", "disconnected"]) {
   client.on(name, ({ code, reason }) => tell({ event: name, code, reason }));
@@ -30,8 +31,9 @@ const commands = {
   connect: () => client.connect(),
   disconnect: () => client.disconnect(),
   cut: () => WithCookie.last.terminate(),
-  subscribe({ room }) {
-    const subscription = client.newSubscription(room, { minResubscribeDelay: 20, maxResubscribeDelay: 100 });
+  subscribe({ room, options }) {
+    const delays = { minResubscribeDelay: 20, maxResubscribeDelay: 100 };
+    const subscription = client.newSubscription(room, { ...delays, ...options });
     subscription.on("publication", ({ data, offset, info }) =>
       tell({ event: "publication", room, data, offset, user: info?.user }));
     subscription.on("subscribed", ({ wasRecovering, recovered }) =>

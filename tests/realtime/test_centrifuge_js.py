@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from asgi_cluster import RoomRule
+from asgi_cluster import ConnectRequest, RoomRule, TokenExpired
 from tests.realtime.conftest import sign_in
 from tests.realtime.site import Node, Site
 from tests.support.machine import lacking, program
@@ -69,8 +69,8 @@ class Sdk:
 
 
 @asynccontextmanager
-async def sdk(modules: Path, node: Node, cookie: str = "") -> AsyncIterator[Sdk]:
-    """A connected client."""
+async def sdk(modules: Path, node: Node, cookie: str = "", token: str = "") -> AsyncIterator[Sdk]:
+    """A connected client; with ``token`` it fetches "new" when that has expired."""
     script = Path(__file__).with_name("sdk.mjs")
     process = await asyncio.create_subprocess_exec(
         program("node"),
@@ -78,6 +78,7 @@ async def sdk(modules: Path, node: Node, cookie: str = "") -> AsyncIterator[Sdk]
         str(modules),
         node.endpoint,
         cookie,
+        token,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -115,7 +116,7 @@ async def test_refusals_and_logout(lone_site: Site, modules: Path) -> None:
         await client.do("subscribe", room="closed")
         await client.wait("unsubscribed", room="closed", code=103)
         await client.do("rpc", method="none")
-        await client.wait("error", command="rpc", code=104)
+        await client.wait("error", command="rpc", code=108)
         async with httpx.AsyncClient(base_url=node.http, headers={"cookie": cookie}) as http:
             await http.get("/logout")
         await client.wait("disconnected", code=4501, reason="logged out")
@@ -157,3 +158,32 @@ async def test_shutdown_reconnects(lone_site: Site, modules: Path) -> None:
         await node.cluster.hub.drain(0.01)
         await client.wait("connecting", code=3001)
         await eventually(lambda: client.seen("connected") == 2)
+
+
+async def test_expired_token_is_fetched_anew(lone_site: Site, modules: Path) -> None:
+    """``TokenExpired``: the SDK fetches a token and connects with it."""
+    seen: list[str] = []
+
+    def connect(request: ConnectRequest) -> str:
+        seen.append(request.token)
+        if request.token == "expired":
+            raise TokenExpired
+        return "ada"
+
+    node = await lone_site.node(connect=connect, rules=[OPEN])
+    async with sdk(modules, node, token="expired") as client:
+        assert seen == ["expired", "new"]
+        assert not client.seen("disconnected")
+
+
+async def test_what_is_not_supported(lone_site: Site, modules: Path) -> None:
+    """A tags filter ends the subscription with 108; delta is an offer, and whole messages arrive."""
+    node = await lone_site.node(rules=[OPEN])
+    async with sdk(modules, node) as client:
+        tags = {"op": "", "cmp": "eq", "key": "a", "val": "b"}
+        await client.do("subscribe", room="open:a", options={"tagsFilter": tags})
+        await client.wait("unsubscribed", room="open:a", code=108)
+        await client.do("subscribe", room="open:b", options={"delta": "fossil"})
+        await client.wait("subscribed", room="open:b")
+        await node.cluster.room("open:b").broadcast({"whole": True})
+        await client.wait("publication", room="open:b", data={"whole": True})

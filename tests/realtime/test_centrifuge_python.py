@@ -11,7 +11,7 @@ import centrifuge
 import httpx
 import pytest
 
-from asgi_cluster import ConnectRequest, RoomRule
+from asgi_cluster import ConnectRequest, NotPermitted, RoomRule, TokenExpired
 from asgi_cluster.realtime.rules import Connected
 from tests.realtime.conftest import sign_in
 from tests.realtime.site import Node, Site
@@ -262,3 +262,49 @@ async def test_connect_and_disconnect_loop(site: Site) -> None:
     await eventually(lambda: node.cluster.stats().realtime.connections == 0)
     assert node.cluster.stats().realtime.rooms == 0
     assert not await node.cluster.room("kept:a").presence()
+
+
+async def test_expired_token_is_fetched_anew(lone_site: Site) -> None:
+    """``TokenExpired``: the SDK fetches a token and connects with it. An invalid one is final."""
+
+    def connect(request: ConnectRequest) -> str:
+        if request.token == "expired":
+            raise TokenExpired
+        if request.token != "new":
+            raise NotPermitted("invalid token", code=3500)
+        return "ada"
+
+    async def fetch() -> str:
+        return "new"
+
+    node = await lone_site.node(connect=connect, rules=[OPEN])
+    async with sdk(node, token="expired", get_token=fetch) as (client, heard):
+        await subscribe(client, "open:a")
+        assert not heard.disconnected
+    heard = Heard()
+    client = centrifuge.Client(node.endpoint, events=heard, token="forged", get_token=fetch, proxy=None)
+    await client.connect()
+    await eventually(lambda: heard.disconnected == [(3500, "invalid token")])
+
+
+async def test_what_is_not_supported(lone_site: Site) -> None:
+    """A tags filter ends the subscription with 108; delta is an offer, and whole messages arrive."""
+    node = await lone_site.node(rules=[OPEN])
+    async with sdk(node) as (client, heard):
+        refused = Heard()
+        tags = centrifuge.Filter.eq("a", "b")
+        await client.new_subscription("open:a", events=refused, tags_filter=tags).subscribe()
+        await eventually(lambda: [ended.code for ended in refused.unsubscribed] == [108])
+        _, at = await subscribe(client, "open:b", delta=centrifuge.DeltaType.FOSSIL)
+        await node.cluster.room("open:b").broadcast({"whole": True})
+        await eventually(lambda: at.data == [{"whole": True}])
+        assert not heard.disconnected
+
+
+async def test_protobuf(lone_site: Site) -> None:
+    """The SDK's Protobuf form ends for good with a code and a reason."""
+    node = await lone_site.node()
+    heard = Heard()
+    client = centrifuge.Client(node.endpoint, events=heard, use_protobuf=True, proxy=None)
+    await client.connect()
+    await eventually(lambda: heard.disconnected == [(3506, "inappropriate protocol: JSON only")])
