@@ -14,7 +14,6 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from ssl import SSLContext
 from typing import Any, Self
 
@@ -24,9 +23,9 @@ from asgi_cluster.arguments import expect, expect_callable, seconds
 from asgi_cluster.backends.choose import open_backend
 from asgi_cluster.bus.bus import NodeInfo
 from asgi_cluster.bus.lease import boot_clock
-from asgi_cluster.config import CacheConfig, CookieConfig, RealtimeConfig, SessionConfig
+from asgi_cluster.config import DEFAULT_DRAIN, CacheConfig, CookieConfig, RealtimeConfig, SessionConfig
 from asgi_cluster.dispatch import Dispatch
-from asgi_cluster.draining import draining_on_sigterm
+from asgi_cluster.draining import Drainer, draining_on_sigterm, reloads
 from asgi_cluster.exceptions import ClusterError, NotStarted
 from asgi_cluster.ids import NodeId, check_user
 from asgi_cluster.lazy import LazyStart
@@ -54,6 +53,7 @@ _WRAPPED: Mapping[type, str] = {
     CookieConfig: ": write SessionConfig(cookie=CookieConfig(…))",
     CacheConfig: ": write SessionConfig(cache=CacheConfig(…))",
 }
+_DRAIN_EACH = 0.05  # seconds that a drain on SIGTERM takes for each socket, up to RealtimeConfig.drain in all
 
 
 class Cluster:
@@ -198,6 +198,8 @@ class Cluster:
         """Owned by the supervisor while the cluster is started; ``None`` otherwise. For tasks of ``loop``."""
         self.loop: asyncio.AbstractEventLoop | None = None
         """The loop that started the cluster; ``None`` while it is not started."""
+        self.drainer: Drainer | None = None
+        """Holds SIGTERM back while this node is started; ``None`` where that is off or cannot be done."""
         self.draining = False
         """Whether ``drain`` was called: new sockets are closed at once, and ``ready`` is false."""
         self.warned_insecure = False
@@ -331,8 +333,15 @@ class Cluster:
         if seconds < 0:
             raise ValueError(f"seconds must be at least 0, not {seconds!r}")
         self.draining = True
-        logger.info("draining over %g s", seconds)
+        sockets, _ = self.hub.load()
+        logger.info("draining %d sockets over %g s", sockets, seconds)
         await self.hub.drain(seconds)
+
+    async def _drain_on_signal(self) -> None:
+        # A few sockets that come back at once are no crowd, and a restart should not wait for them.
+        sockets, _ = self.hub.load()
+        most = 0.0 if reloads() or self.hub.reloads() else self.realtime.drain or 0.0
+        await self.drain(min(most, sockets * _DRAIN_EACH))
 
     async def _supervise(self, started: asyncio.Future[None]) -> None:
         self._stop = asyncio.Event()
@@ -345,9 +354,10 @@ class Cluster:
                 await self.rooms.retention.start()
                 self.tasks, self.loop = tasks, asyncio.get_running_loop()
                 with ExitStack() as stack:
-                    if self.realtime.drain is not None:
-                        stack.enter_context(
-                            draining_on_sigterm(partial(self.drain, self.realtime.drain), tasks)
+                    if self.realtime.drain and self.listen:
+                        level = logging.INFO if self.realtime.drain == DEFAULT_DRAIN else logging.WARNING
+                        self.drainer = stack.enter_context(
+                            draining_on_sigterm(self._drain_on_signal, tasks, level=level)
                         )
                     works = {
                         "verification": self.verifier.run,
@@ -367,7 +377,7 @@ class Cluster:
                     finally:
                         for task in background:
                             task.cancel()
-                        self.tasks = self.loop = None
+                        self.tasks = self.loop = self.drainer = None
                         await self.hub.shutdown(timeout=self.realtime.close_timeout)
                 logger.info("node %s stopped", node)
         except BaseException as error:

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from asgi_cluster.realtime.connection import Connection
     from asgi_cluster.realtime.rooms import ConnectRequest, RoomRule
 
-__all__ = ["CacheConfig", "CookieConfig", "RealtimeConfig", "SessionConfig"]
+__all__ = ["DEFAULT_DRAIN", "CacheConfig", "CookieConfig", "RealtimeConfig", "SessionConfig"]
+
+DEFAULT_DRAIN = 5.0
+"""Seconds; see ``RealtimeConfig.drain``."""
 
 _LONGEST_SERVICE = 240.0
 """Seconds. A node that stopped writing is registered for five minutes at least (``registry.BEAT_TTL``), and
@@ -275,9 +278,10 @@ class RealtimeConfig:
     """Seconds an open socket outlives a Redis that does not answer (spread over a quarter of it)."""
     close_timeout: Seconds[float] = Seconds(2.0)
     """Seconds a forced close may take before the transport is cut."""
-    drain: Seconds[float | None] = Seconds(None)
-    """Seconds over which SIGTERM spreads the closing of sockets before the server stops; ``None``: not at
-    all.
+    drain: Seconds[float | None] = Seconds(DEFAULT_DRAIN)
+    """Seconds at most over which SIGTERM spreads the closing of sockets, 20 in a second, before the server
+    stops; ``None`` or 0: not at all. Ctrl-C and ``--reload`` do not wait. See docs/servers.md for the servers
+    on which it works.
     """
 
     def __post_init__(self) -> None:
@@ -291,7 +295,7 @@ class RealtimeConfig:
             self, "ping_interval", "pong_timeout", "connect_timeout", "unverified_limit", "close_timeout"
         )
         if self.drain is not None:
-            _durations(self, "drain")
+            _durations(self, "drain", least=0)
         _positive(
             outbox_bytes=self.outbox_bytes,
             max_message_bytes=self.max_message_bytes,

@@ -1,69 +1,147 @@
-"""Leaving without a crowd: on SIGTERM the sockets are closed a few at a time, and then the server is told.
+"""Closing sockets a few at a time: on SIGTERM the sockets are closed first, and then the server is told.
 
-uvicorn closes every socket with 1012 in the same moment, before ``lifespan.shutdown`` gives anybody a chance,
-and all clients come back at once. So we take the signal first, drain, and hand it on to the handler that was
-there.
+uvicorn closes every socket with 1012 in the same moment, before ``lifespan.shutdown``, and all clients come
+back at once. So the signal is held back, the sockets are drained, and the signal is raised again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
+import socket
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
-__all__ = ["draining_on_sigterm"]
+__all__ = ["Drainer", "draining_on_sigterm"]
 
 logger = logging.getLogger("asgi_cluster.draining")
 
 
 @contextmanager
-def draining_on_sigterm(drain: Callable[[], Awaitable[None]], tasks: asyncio.TaskGroup) -> Iterator[None]:
-    """While entered, the first SIGTERM runs ``drain`` in ``tasks`` and then the previous handler; the second
-    one does so at once.
+def draining_on_sigterm(
+    drain: Callable[[], Awaitable[None]], tasks: asyncio.TaskGroup, *, level: int = logging.WARNING
+) -> Iterator[Drainer | None]:
+    """While entered, the first SIGTERM runs ``drain`` in ``tasks`` and is then raised again for the handlers
+    that were there before; the second one goes to them at once.
 
-    Without a handler that can be called (a server that is run from code, or in a thread) nothing is changed:
-    call ``await cluster.drain(seconds)`` there.
+    Without a handler before (a server that is run from code, or one that is told in another way to stop), or
+    outside of the main thread, nothing is changed, which is logged with ``level``.
     """
+    main = threading.current_thread() is threading.main_thread()
     previous = signal.getsignal(signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread() or not callable(previous):
-        logger.warning(
-            "RealtimeConfig(drain=…) found no SIGTERM handler to chain: call cluster.drain() before stopping"
+    if not main or not callable(previous):
+        logger.log(
+            level,
+            "SIGTERM will close all sockets at once: %s. Call cluster.drain() before stopping",
+            "the server handles no SIGTERM in this process" if main else "this is not the main thread",
         )
-        yield
+        yield None
         return
-    hand_on: Callable[[int, FrameType | None], object] = previous
-    loop = asyncio.get_running_loop()
-    begun = False
-    draining: asyncio.Task[None] | None = None
-
-    async def drain_and_hand_on() -> None:
-        await drain()
-        hand_on(signal.SIGTERM, None)
-
-    def begin() -> None:
-        nonlocal draining
-        draining = tasks.create_task(drain_and_hand_on(), name="asgi-cluster drain")
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        nonlocal begun
-        if begun:
-            hand_on(number, frame)
-            return
-        begun = True
-        # A Python signal handler runs between two bytecodes of whatever the loop is doing: only wake it.
-        loop.call_soon_threadsafe(begin)
-
-    signal.signal(signal.SIGTERM, handler)
+    drainer = Drainer(drain, tasks, previous)
     try:
-        yield
+        drainer.take()
+        yield drainer
     finally:
-        if draining is not None:
-            # Told twice, or stopped in another way: whoever stops does not wait for the rest of the drain.
-            draining.cancel()
-        # Somebody may have chained us in turn: then their handler stays.
-        if signal.getsignal(signal.SIGTERM) is handler:
-            signal.signal(signal.SIGTERM, previous)
+        drainer.close()
+
+
+class Drainer:
+    """Holds SIGTERM back on both ways in which it reaches a server: a handler of ``signal.signal`` (uvicorn,
+    Daphne), and one of ``loop.add_signal_handler`` (granian, hypercorn, gunicorn's ASGI worker), which the
+    loop calls for what it reads from Python's wakeup file descriptor.
+    """
+
+    def __init__(
+        self,
+        drain: Callable[[], Awaitable[None]],
+        tasks: asyncio.TaskGroup,
+        previous: Callable[[int, FrameType | None], object],
+    ) -> None:
+        self._drain = drain
+        self._tasks = tasks
+        self._previous = previous
+        self._loop = asyncio.get_running_loop()
+        self._begun = False
+        self._over = False
+        self._draining: asyncio.Task[None] | None = None
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        self._fd = -1
+        """The loop's own wakeup file descriptor; -1 when the loop handles no signals."""
+
+    def take(self) -> None:
+        """Stand in front of the handlers, again if need be: uvloop takes the file descriptor back each time
+        it is run, and granian runs its loop several times.
+        """
+        if self._over or asyncio.get_running_loop() is not self._loop:
+            return
+        if signal.getsignal(signal.SIGTERM) == self._previous:
+            signal.signal(signal.SIGTERM, self._handle)
+        fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        if fd == -1:
+            signal.set_wakeup_fd(-1)
+        elif fd != self._writer.fileno():
+            if self._fd == -1:
+                self._loop.add_reader(self._reader, self._pass_on)
+            self._fd = fd
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._over:
+            self._previous(number, frame)
+        elif self._begun:
+            self._let_go()
+        else:
+            self._begun = True
+            # A Python signal handler runs between two bytecodes of whatever the loop is doing: only wake it.
+            self._loop.call_soon_threadsafe(self._begin)
+
+    def _begin(self) -> None:
+        self._draining = self._tasks.create_task(self._drain_and_let_go(), name="asgi-cluster drain")
+
+    async def _drain_and_let_go(self) -> None:
+        await self._drain()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if not self._over:
+            self._restore()
+            signal.raise_signal(signal.SIGTERM)
+
+    def _pass_on(self) -> None:
+        # Every signal but the one that is held back.
+        with suppress(BlockingIOError):
+            numbers = self._reader.recv(4096).replace(bytes([signal.SIGTERM]), b"")
+            if numbers:
+                os.write(self._fd, numbers)
+
+    def _restore(self) -> None:
+        self._over = True
+        # A handler that has chained this one in turn stays.
+        if signal.getsignal(signal.SIGTERM) == self._handle:
+            signal.signal(signal.SIGTERM, self._previous)
+        if self._fd != -1:
+            fd = signal.set_wakeup_fd(self._fd, warn_on_full_buffer=False)
+            if fd != self._writer.fileno():
+                signal.set_wakeup_fd(fd, warn_on_full_buffer=False)  # the loop has taken it back already
+            self._loop.remove_reader(self._reader)
+            self._pass_on()
+
+    def close(self) -> None:
+        """Give everything back. A stop in another way does not wait for the rest of a drain."""
+        if self._draining is not None:
+            self._draining.cancel()
+        if not self._over:
+            self._restore()
+        self._reader.close()
+        self._writer.close()
+
+
+def reloads() -> bool:
+    """Whether a developer's server restarts its worker when a file changes: nothing is to wait then."""
+    return "--reload" in sys.argv

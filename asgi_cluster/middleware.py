@@ -162,6 +162,8 @@ class ClusterMiddleware:
         )
         socket.began = self.cluster.hub.logouts.last
         state.socket = socket
+        if (drainer := self.cluster.drainer) is not None:
+            drainer.take()
         handshake = Handshake(self._headers, scope, send, state, socket)
         try:
             await app(scope, socket.guard_receive(receive), handshake)

@@ -23,6 +23,7 @@ from asgi_cluster.realtime.logouts import RecentLogouts
 from asgi_cluster.realtime.outbox import Counters, Outbox
 from asgi_cluster.realtime.packet import Packet
 from asgi_cluster.realtime.protocol import DisconnectCode, encode_push, to_json
+from asgi_cluster.realtime.server import reloads
 from asgi_cluster.realtime.socket import Closes, Socket
 
 if TYPE_CHECKING:
@@ -245,11 +246,15 @@ class Hub:
         once.
         """
         sockets = tuple(self._sockets)
-        steps = max(1, min(len(sockets), round(seconds * 20)))
+        steps = min(len(sockets), max(1, round(seconds * 20)))
         for step in range(steps):
             for socket in sockets[step::steps]:
                 socket.close(DisconnectCode.SHUTDOWN, DisconnectCode.SHUTDOWN.text)
             await asyncio.sleep(seconds / steps)
+
+    def reloads(self) -> bool:
+        """Whether the server of a socket here restarts when a file changes."""
+        return any(reloads(socket.server) for socket in tuple(self._sockets))
 
     async def shutdown(self, *, timeout: float) -> None:
         """Close every socket with 3001 and wait until they are gone; what is left after ``timeout`` seconds

@@ -25,6 +25,7 @@ __all__ = [
     "forget_handshake",
     "known_server",
     "refuse_handshake",
+    "reloads",
     "say_once",
     "unsent_bytes",
     "why_not_direct",
@@ -83,6 +84,11 @@ def why_not_direct(server: Any) -> str:
         version = getattr(sys.modules.get("uvicorn"), "__version__", "?")
         return f"uvicorn {version} has another {type(server).__name__}.{name}"
     return ""
+
+
+def reloads(server: Any) -> bool:
+    """Whether a known server was started with ``reload=True``."""
+    return getattr(getattr(server, "config", None), "reload", False) is True
 
 
 def say_once(reason: str) -> None:

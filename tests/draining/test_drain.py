@@ -10,6 +10,7 @@ from contextlib import suppress
 from time import monotonic
 from typing import Any
 
+import psutil
 import pytest
 import websockets
 
@@ -66,18 +67,58 @@ async def connected_or_code(node: Node) -> int | None:
 
 
 async def test_second_sigterm_does_not_wait(redis_url: str, prefix: str) -> None:
-    """Who is in a hurry says so twice."""
+    """It goes to the server at once, which closes the rest."""
     env = {"ASGI_CLUSTER_URL": redis_url, "PREFIX": prefix, "DRAIN": "30"}
     async with serve_process(APP, env=env) as (node,):
-        socket = await connected(node)
-        began = monotonic()
+        sockets = [await connected(node) for _ in range(100)]
+        watching = [asyncio.create_task(code_and_time(socket)) for socket in sockets]
         node.signal(signal.SIGTERM)
-        await asyncio.sleep(0.3)
+        await asyncio.wait(watching, return_when=asyncio.FIRST_COMPLETED)
         node.signal(signal.SIGTERM)
+        assert {code for code, _ in [await task for task in watching]} == {3001, 1012}
         assert node.process is not None
         await asyncio.to_thread(node.process.wait, 20)
-        await code_and_time(socket)
-    assert monotonic() - began < 15
+
+
+async def test_drain_is_on_and_short_for_a_few(redis_url: str, prefix: str) -> None:
+    """Without any configuration: 20 sockets take a second, and none take no time."""
+    env = {"ASGI_CLUSTER_URL": redis_url, "PREFIX": prefix}
+    async with serve_process(APP, 2, env=env) as (node, idle):
+        for served in (node, idle):
+            assert served.process is not None
+            watching = [
+                asyncio.create_task(code_and_time(await connected(served)))
+                for _ in range(20 if served is node else 0)
+            ]
+            served.signal(signal.SIGTERM)
+            ended = [await task for task in watching]
+            assert {code for code, _ in ended} <= {3001}
+            await asyncio.to_thread(served.process.wait, 20)
+            assert f"draining {len(watching)} sockets over {len(watching) * 0.05:g} s" in served.log()
+            if ended:
+                assert max(when for _, when in ended) - min(when for _, when in ended) > 0.5
+
+
+async def test_ctrl_c_does_not_drain(redis_url: str, prefix: str) -> None:
+    """SIGINT is the server's own: all sockets at once."""
+    env = {"ASGI_CLUSTER_URL": redis_url, "PREFIX": prefix}
+    async with serve_process(APP, env=env) as (node,):
+        sockets = [await connected(node) for _ in range(5)]
+        node.signal(signal.SIGINT)
+        assert {(await code_and_time(socket))[0] for socket in sockets} == {1012}
+        assert "draining" not in node.log()
+
+
+async def test_reload_does_not_wait(redis_url: str, prefix: str) -> None:
+    """uvicorn --reload ends its worker with SIGTERM too: a developer's sockets are closed at once."""
+    env = {"ASGI_CLUSTER_URL": redis_url, "PREFIX": prefix}
+    async with serve_process(APP, env=env, args=("--reload", "--reload-dir", "tests/draining")) as (node,):
+        sockets = [await connected(node) for _ in range(20)]
+        for child in psutil.Process(node.pid).children():
+            if any("spawn_main" in part for part in child.cmdline()):
+                child.terminate()
+        assert {(await code_and_time(socket))[0] for socket in sockets} == {3001}
+        await eventually(lambda: "draining 20 sockets over 0 s" in node.log())
 
 
 async def test_drain_from_code(cluster_url: str, prefix: str) -> None:
@@ -103,9 +144,11 @@ async def test_drain_from_code(cluster_url: str, prefix: str) -> None:
 
 
 def test_drain_needs_no_handler_of_its_own() -> None:
-    """A drain time that makes no sense is refused at construction."""
+    """A drain time that makes no sense is refused at construction; 0 and ``None`` turn it off."""
     with pytest.raises(ValueError, match="drain"):
-        RealtimeConfig(drain=0)
+        RealtimeConfig(drain=-1)
+    assert not RealtimeConfig(drain=0).drain
+    assert RealtimeConfig(drain=None).drain is None
 
 
 class Reader:

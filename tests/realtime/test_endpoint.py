@@ -315,7 +315,7 @@ async def test_name_of_the_packages_own(site: Site, name: str, kind: str) -> Non
     async with node.client(cookie) as client:
         (connection,) = node.cluster.hub.connections()
         own = f"\x1f{kind}\x1f{'ada' if kind == 'user' else connection.session.handle}"
-        assert own in connection.present
+        assert own in connection._present
         reply = await client.call(name, {"channel": own, "data": 1})
         assert reply["error"] == {"code": 107, "message": "bad request"}
         async with node.raw(cookie) as second:
