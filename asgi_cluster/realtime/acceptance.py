@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from asgi_cluster.realtime.connection import Connection
+from asgi_cluster.realtime.protocol import DisconnectCode
 from asgi_cluster.realtime.socket import Receive, Send
 from asgi_cluster.scope import ScopeState
 
@@ -93,8 +94,11 @@ class Acceptance:
         connection, self._connection = self._connection, None
         if connection is None:
             return
-        failed = error is not None and not isinstance(error, OSError)
-        code, reason = (1011, "internal error") if failed else (1000, "")
+        code, reason = 1000, ""
+        if isinstance(error, asyncio.CancelledError):  # the server stops, and waits no longer
+            code, reason = int(DisconnectCode.SHUTDOWN), DisconnectCode.SHUTDOWN.text
+        elif error is not None and not isinstance(error, OSError):
+            code, reason = 1011, "internal error"
         connection._stop_reading()
         try:
             await self._cluster.rooms.leave_all(connection)

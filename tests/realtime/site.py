@@ -105,9 +105,9 @@ class Raw:
             else:
                 self.replies[message["id"]] = message
 
-    async def drained(self) -> tuple[int, str]:
+    async def drained(self, timeout: float = 5) -> tuple[int, str]:
         """Read until the close frame."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(timeout):
             with suppress(websockets.ConnectionClosed):
                 while True:
                     await self.ws.recv()

@@ -6,7 +6,6 @@ import ssl
 import subprocess
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, ExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,23 +15,13 @@ from redis.credentials import UsernamePasswordCredentialProvider
 from asgi_cluster import BusUnavailable, Cluster, RealtimeConfig, RoomRule
 from tests.realtime.conftest import sign_in
 from tests.realtime.site import Node, Site
-from tests.support.machine import LOCAL, end, free_port, program, spawn
+from tests.support.machine import LOCAL, end, free_port, self_signed, spawn
 from tests.support.proxy import Proxy
 from tests.support.servers import debian_binary, start_valkey
 from tests.support.waiting import eventually
 
 KEPT = RoomRule("kept:{name}", subscribe=True, publish=True, history=5, presence=True, join_leave=True)
 _DEAD = 15.0  # seconds, on a busy machine: a node counts as dead after four
-
-
-def make_certificate(directory: Path) -> tuple[str, str]:
-    """A self-signed certificate for loopback, and its key."""
-    made, key = str(directory / "certificate.pem"), str(directory / "key.pem")
-    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
-    names = ("-subj", "/CN=asgi-cluster", "-addext", f"subjectAltName=IP:{LOCAL}")
-    command = [program("openssl"), "req", "-x509", *curve, *names, "-keyout", key, "-out", made]
-    subprocess.run(command, check=True, capture_output=True)
-    return made, key
 
 
 class Apart:
@@ -54,7 +43,7 @@ def plain() -> Iterator[Apart]:
 def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Apart]:
     """Debian's redis-server, TLS only, and the user ``worker`` (the embedded Valkey is built without TLS)."""
     directory = tmp_path_factory.mktemp("tls")
-    certificate, key = make_certificate(directory)
+    certificate, key = self_signed(directory, f"IP:{LOCAL}")
     urls: list[str] = []
     with ExitStack() as stack:
         for name in ("sessions", "rooms"):
