@@ -108,9 +108,7 @@ class Client(Connection):
                     break
                 await self._frame(message)
         finally:
-            for timer in (self._timer, self._expiry):
-                if timer is not None:
-                    timer.cancel()
+            self._cancel_timers()
             self._stop_reading()
             self.outbox.close()
             if self._pending is not None and not await self._pending.end(self.config.close_timeout):
@@ -119,7 +117,13 @@ class Client(Connection):
                     "app's hooks and rpc functions must let asyncio.CancelledError through",
                     self.user_id,
                 )
+            self._cancel_timers()  # a connect command may have finished just now
             await self._ended(self.socket.close_code or code, self.socket.close_reason or reason)
+
+    def _cancel_timers(self) -> None:
+        for timer in (self._timer, self._expiry):
+            if timer is not None:
+                timer.cancel()
 
     async def _ended(self, code: int, reason: str) -> None:
         await self.cluster.rooms.leave_all(self)
@@ -179,16 +183,18 @@ class Client(Connection):
 
     def _command(self, command: Command) -> None:
         """Answer one command: at once if that needs no waiting, else in a task."""
-        if command.id <= 0 and (command.id < 0 or command.send is None):
-            if command == _PONG:
-                self._awaits_pong = False
-            else:
-                self._end(DisconnectCode.BAD_REQUEST)
+        if command == _PONG:
+            self._awaits_pong = False
+            return
+        if command.id < 0 or (command.id == 0 and (command.send is None or command.connect is not None)):
+            self._end(DisconnectCode.BAD_REQUEST)
             return
         if command.connect is not None and (self._connected or self._refused or self._connecting):
             self._end(DisconnectCode.BAD_REQUEST)
             return
-        name = next((known for known in _FIELDS if getattr(command, known) is not None), "")
+        name = "send"
+        if command.id:
+            name = next((known for known in _FIELDS if getattr(command, known) is not None), "")
         request = getattr(command, name, None)
         lanes = _lanes(name, request)
         before = set() if self._pending is None else self._pending.before(lanes)
@@ -294,7 +300,7 @@ class Client(Connection):
 
     def _log_failure(self, name: str, error: Exception, request: Any = None) -> None:
         told = "" if name.startswith("on_") or name == "send" else ": the client was answered with error 100"
-        name = "on_message" if name == "send" else name
+        name = {"send": "on_message", "refresh": "connect"}.get(name, name)
         what = describe(self, name, getattr(request, "channel", None), getattr(request, "method", None))
         if isinstance(error, ClusterError):
             logger.warning("%s failed%s (%s)", what, told, error)

@@ -172,6 +172,8 @@ async def test_unknown_command(lone_site: Site) -> None:
         ('{"id": 0, "subscribe": {"channel": "a"}}', 3501),
         ('{"id": -1, "ping": {}}', 3501),
         ('{"id": 1, "connect": {}}', 3501),
+        ('{"connect": {}, "send": {"data": 1}}', 3501),
+        ('{"subscribe": {"channel": "open:a"}, "send": {"data": 1}}', 3508),
         (b"\xff\xfe", 3501),
         ("[" * 5000, 3501),
         ('{"id": 1, "rpc": {"data": "%s"}}' % ("x" * 70_000), 1009),
