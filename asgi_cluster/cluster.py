@@ -71,8 +71,9 @@ class Cluster:
         node_label: readable part of the node id (``label-pid-random``); ``None``: the host name.
         listen: ``False`` for a publisher outside the web: no registration, no sockets, and no subscriber but
             the one that its first logout opens for the nodes' acknowledgements.
-        deadline: seconds, or a ``timedelta``, of Redis work per request, in all; at most
-            ``sessions.cache.lease``.
+        deadline: seconds, or a ``timedelta``, of Redis work per operation, in all; at most
+            ``sessions.cache.lease``. A request until its response starts is one operation; after that, and on
+            a WebSocket, each call is one.
         rooms_url: a Redis of its own for rooms; ``None``: the same one.
         identify: ``(scope) -> str | None``, sync or async: names the user of a socket when the session does
             not.
