@@ -60,6 +60,10 @@ class SessionHeaders:
             )
         scope[self.scope_key] = session
 
+    def cors(self, scope: Scope) -> list[tuple[bytes, bytes]]:
+        """What lets a page of another origin read an answer of the middleware's own."""
+        return self._cluster.origins.cors(scope)
+
     def _warn_insecure(self, scope: Scope) -> None:
         """Once: a Secure cookie leaves over plain http, and most clients will not send it back."""
         if self._secure and scope.get("scheme") in ("http", "ws") and not self._cluster.warned_insecure:

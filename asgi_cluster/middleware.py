@@ -71,7 +71,7 @@ class ClusterMiddleware:
             try:
                 await start()
             except StoreUnavailable as error:
-                await refuse(kind, receive, send, error)
+                await refuse(self._headers, scope, receive, send, error)
                 return
         scope_key = self._scope_key
         if scope_key is not None and scope_key in scope:

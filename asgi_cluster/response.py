@@ -16,8 +16,11 @@ __all__ = ["Response", "error_of_ours", "refuse"]
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
+Headers = list[tuple[bytes, bytes]]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+
+_CORS = (b"access-control-allow-origin", b"access-control-allow-credentials", b"vary")
 
 logger = logging.getLogger("asgi_cluster.middleware")
 
@@ -47,7 +50,7 @@ class Response:
             # Most frameworks send the answer for an error that the app did not catch while they handle it.
             error = session.raised or error_of_ours(sys.exception())
             if error is not None:
-                await self.replace(error)
+                await self.replace(error, message)
                 return
         if not self._failed:
             try:
@@ -57,7 +60,7 @@ class Response:
                 if session.due:
                     await session.commit()
             except (StoreUnavailable, SessionConflict) as failed:
-                await self.replace(failed)
+                await self.replace(failed, message)
                 return
             except Exception:
                 # The app's own error handling answers, and must not run into the same error again.
@@ -68,17 +71,26 @@ class Response:
         await self._send(self._headers.with_cookie(self._scope, session, message))
         session.sealed = True
 
-    async def replace(self, error: StoreUnavailable | BusUnavailable | SessionConflict) -> None:
-        """Answer in place of the app: 503 with Retry-After, or 409."""
+    async def replace(
+        self, error: StoreUnavailable | BusUnavailable | SessionConflict, message: Message | None = None
+    ) -> None:
+        """Answer in place of the app: 503 with Retry-After, or 409. What ``message``, the app's own answer,
+        tells pages of other origins is kept.
+        """
         self.started = self.replaced = True
         await self._session.withdraw()
-        await _answer(self._send, error)
+        cors = [header for header in (message or {}).get("headers", ()) if header[0].lower() in _CORS]
+        if not any(name.lower() == _CORS[0] for name, _ in cors):
+            cors = self._headers.cors(self._scope)
+        await _answer(self._send, error, cors)
 
 
-async def refuse(kind: str, receive: Receive, send: Send, error: StoreUnavailable) -> None:
+async def refuse(
+    headers: SessionHeaders, scope: Scope, receive: Receive, send: Send, error: StoreUnavailable
+) -> None:
     """Answer a request, or the handshake of a WebSocket, that is not given to the app at all."""
-    if kind == "http":
-        await _answer(send, error)
+    if scope["type"] == "http":
+        await _answer(send, error, headers.cors(scope))
         return
     logger.warning("closed a WebSocket with %d: %s", CloseCode.STORE_UNAVAILABLE, error)
     await receive()
@@ -88,8 +100,10 @@ async def refuse(kind: str, receive: Receive, send: Send, error: StoreUnavailabl
     await send({"type": "websocket.close", "code": code, "reason": "session store unavailable"})
 
 
-async def _answer(send: Send, error: StoreUnavailable | BusUnavailable | SessionConflict) -> None:
-    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"cache-control", b"no-store")]
+async def _answer(
+    send: Send, error: StoreUnavailable | BusUnavailable | SessionConflict, cors: Headers
+) -> None:
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"cache-control", b"no-store"), *cors]
     if isinstance(error, StoreUnavailable | BusUnavailable):
         logger.warning("answered 503: %s", error)
         what = b"session store" if isinstance(error, StoreUnavailable) else b"message bus"

@@ -64,7 +64,13 @@ class Endpoint:
             return
         body, tag = content
         # no-cache: kept, but asked about each time, so that a new version of the package is used at once.
-        headers = [(b"etag", tag), (b"cache-control", b"no-cache"), (b"x-content-type-options", b"nosniff")]
+        # And anybody's page may load it: it is the same public file for all of them.
+        headers = [
+            (b"etag", tag),
+            (b"cache-control", b"no-cache"),
+            (b"x-content-type-options", b"nosniff"),
+            (b"access-control-allow-origin", b"*"),
+        ]
         known = _header(scope, b"if-none-match")
         if known is not None and (
             known.strip() == b"*" or tag in [part.strip().removeprefix(b"W/") for part in known.split(b",")]

@@ -11,6 +11,7 @@ __all__ = ["Origins"]
 
 logger = logging.getLogger("asgi_cluster.realtime")
 
+_ALLOW_ORIGIN = b"access-control-allow-origin"
 _REMEMBERED = 100  # origins that have had their log line
 _LONGEST = 200  # characters of a header in a log line
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
@@ -40,6 +41,20 @@ class Origins:
                 self._log(origin, headers)
                 return False
         return True
+
+    def cors(self, scope: Mapping[str, Any]) -> list[tuple[bytes, bytes]]:
+        """Headers that let a page of ``allowed_origins`` read an answer of ours (Fetch standard, "CORS
+        protocol"). Empty where nothing was configured.
+        """
+        if self._allowed is None:
+            return []
+        origin = next((value for name, value in scope["headers"] if name.lower() == b"origin"), None)
+        headers = [(b"vary", b"Origin")]
+        if origin is not None and origin.decode("latin-1").lower() in self._allowed:
+            headers += [(_ALLOW_ORIGIN, origin), (b"access-control-allow-credentials", b"true")]
+        elif "*" in self._allowed:
+            headers += [(_ALLOW_ORIGIN, b"*")]
+        return headers
 
     def _allows(self, origin: str, headers: Mapping[bytes, Iterable[str]]) -> bool:
         if self._allowed is not None:
