@@ -157,7 +157,10 @@ async def test_told_when_it_cannot_recover(site: Site) -> None:
         assert at.subscribed[-1].was_recovering
         assert not at.subscribed[-1].recovered
         await node.cluster.room("short").broadcast("next")
-        await eventually(lambda: at.data == [0, "next"])
+        await eventually(lambda: at.data[-1:] == ["next"])
+        # On a busy machine it is back before the last of them was published.
+        live = at.data[1:-1]
+        assert live == list(range(9 - len(live), 9))
 
 
 async def test_history_and_presence(site: Site) -> None:
