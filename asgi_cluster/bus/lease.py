@@ -103,7 +103,11 @@ class Echo:
         if self._beats:
             sent_at, counts = self._beats.popleft()
             if counts and renewed:
-                self.lease.renew(sent_at)
+                self.prove(sent_at)
+
+    def prove(self, sent_at: float) -> None:
+        """Nothing that was committed before ``sent_at`` can have been missed."""
+        self.lease.renew(sent_at)
 
     @property
     def waiting_since(self) -> float | None:

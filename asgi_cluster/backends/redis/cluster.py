@@ -20,7 +20,7 @@ from asgi_cluster.backends.redis.slots import (
     SLOTS,
     Place,
     View,
-    epoch_of,
+    facts_of,
     parse_redirect,
     parse_slots,
     slot_of,
@@ -108,7 +108,7 @@ class ClusterTopology(Routed):
         known = [view for view in views if view is not None]
         return max(known, key=lambda seen: seen[0])[1] if known else None
 
-    async def _ask(self, member: Member) -> tuple[tuple[bool, int], View] | None:
+    async def _ask(self, member: Member) -> tuple[tuple[bool, int, int], View] | None:
         try:
             info, slots = await asyncio.gather(
                 member.commands.call("CLUSTER", "INFO", timeout=_ANSWER),
@@ -116,7 +116,7 @@ class ClusterTopology(Routed):
             )
         except (StoreUnavailable, RedisError):
             return None
-        return epoch_of(info), parse_slots(slots, member.place)
+        return facts_of(info), parse_slots(slots, member.place)
 
     async def _watch_slots(self) -> None:
         while True:

@@ -13,6 +13,7 @@ from asgi_cluster.backends.redis.lifetime import Background, background
 from asgi_cluster.backends.redis.listener import Heartbeat
 from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.primary import Primary
+from asgi_cluster.backends.redis.quorum import HeldEcho, common_ground
 from asgi_cluster.backends.redis.registry import InboxBeat, Registry, SideBeat
 from asgi_cluster.backends.redis.subscriber import Subscriber
 from asgi_cluster.backends.redis.topology import Topology
@@ -264,6 +265,20 @@ class Feed:
             self._receiver.gap(SUBSCRIBED_AGAIN, buckets)
         if rooms is None or rooms:
             self._receiver.rooms_restored(rooms)
+
+    def standing(self, subscriber: Subscriber) -> None:
+        """See ``Listener.standing``."""
+        standings = [each.standing for each in self._subscribers.values() if each.standing is not None]
+        ground = common_ground(standings, len(self._subscribers))
+        if len({standing.epoch for standing in standings}) > 1:
+            # A primary has been replaced, maybe the one that we take for it: look, and soon.
+            self.topology.doubt()
+        if ground is None:
+            return
+        epoch, moment = ground
+        for each in self._subscribers.values():
+            if each.standing is not None and each.standing.epoch == epoch and isinstance(each.echo, HeldEcho):
+                each.echo.confirm(moment)
 
     def moved(self, subscriber: Subscriber) -> None:
         """See ``Listener.moved``."""

@@ -51,6 +51,10 @@ class Listener(Protocol):
         """From now on messages on these channels arrive."""
         ...
 
+    def standing(self, subscriber: Subscriber) -> None:
+        """A primary of a Cluster has said where it stands, and answered a heartbeat."""
+        ...
+
     def moved(self, subscriber: Subscriber) -> None:
         """The server says that something lives elsewhere."""
         ...

@@ -7,7 +7,7 @@ from typing import Any
 
 from redis.crc import key_slot
 
-__all__ = ["SLOTS", "Place", "View", "epoch_of", "parse_redirect", "parse_slots", "slot_of", "tags"]
+__all__ = ["SLOTS", "Place", "View", "facts_of", "parse_redirect", "parse_slots", "slot_of", "tags"]
 
 SLOTS = 16384
 
@@ -36,13 +36,13 @@ def parse_slots(reply: Sequence[Any], asked: Place) -> View:
     return view
 
 
-def epoch_of(info: bytes) -> tuple[bool, int]:
-    """From ``CLUSTER INFO``: whether the node thinks all is well, and how fresh its knowledge is.
-
-    The greatest is right.
+def facts_of(info: bytes) -> tuple[bool, int, int]:
+    """From ``CLUSTER INFO``: whether the node thinks all is well, the newest epoch that it knows of, and how
+    many primaries. The greatest is right.
     """
     facts = dict(line.split(":", 1) for line in info.decode().splitlines() if ":" in line)
-    return facts.get("cluster_state") == "ok", int(facts.get("cluster_current_epoch", "0"))
+    epoch, size = facts.get("cluster_current_epoch", "0"), facts.get("cluster_size", "0")
+    return facts.get("cluster_state") == "ok", int(epoch), int(size)
 
 
 def parse_redirect(error: Any, asked: Place) -> tuple[int, Place]:

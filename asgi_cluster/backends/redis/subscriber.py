@@ -29,6 +29,8 @@ from asgi_cluster.backends.redis.lifetime import stop_if_cancelled
 from asgi_cluster.backends.redis.link import Link, Refusals
 from asgi_cluster.backends.redis.listener import Heartbeat, Listener
 from asgi_cluster.backends.redis.primary import Primary
+from asgi_cluster.backends.redis.quorum import HeldEcho, Standing
+from asgi_cluster.backends.redis.slots import facts_of
 from asgi_cluster.bus.lease import Echo, Lease
 from asgi_cluster.exceptions import BusUnavailable
 
@@ -67,7 +69,9 @@ class Subscriber:
     ) -> None:
         self.primary = primary
         self.lease = lease
-        self._echo = Echo(lease)
+        self.echo = HeldEcho(lease) if sharded else Echo(lease)
+        self.standing: Standing | None = None
+        """Where a primary of a Cluster stands, as of its last answer on this connection."""
         self._listener = listener
         self._sharded = sharded
         self._prefix = "S" if sharded else ""
@@ -240,7 +244,8 @@ class Subscriber:
 
     def _lost(self, reason: str | None) -> None:
         was_connected, self._link = self.connected, None
-        self._echo.gap()
+        self.echo.gap()
+        self.standing = None
         self._sent.clear()
         self._acked.clear()
         self._changed.clear()
@@ -263,7 +268,7 @@ class Subscriber:
                     await self._subscribe_all(link)
                 self.connections += 1
                 self._link = link
-                self._echo.subscribed()
+                self.echo.subscribed()
                 self._listener.acknowledged(self, frozenset(self._acked))
                 self._flush_soon(*self._wanted.symmetric_difference(self._sent))
                 await self._beat_forever(link, started)
@@ -298,7 +303,11 @@ class Subscriber:
         next_beat = loop.time()
         while True:
             heartbeat = self._listener.heartbeat(self)
-            self._echo.beat()
+            if self._sharded:
+                # Asked first: it stood there when it took the beat, or further on.
+                asked = self.lease.clock()
+                link.send("CLUSTER", "INFO").add_done_callback(partial(self._stands, link, asked))
+            self.echo.beat()
             link.send(*heartbeat.beat()).add_done_callback(partial(self._echoed, link, heartbeat, started))
             next_beat = max(next_beat + _BEAT_EVERY, loop.time())
             while (now := loop.time()) < next_beat:
@@ -306,9 +315,14 @@ class Subscriber:
                 if loop.time() - now > _BEAT_EVERY:
                     self._stall = (loop.time() - now, loop.time())
                     continue  # this process slept: the echo may be waiting to be read
-                since = self._echo.waiting_since
+                since = self.echo.waiting_since
                 if since is not None and self.lease.clock() - since > _DEAD_AFTER:
                     raise LinkBroken(f"no echo for {_DEAD_AFTER:g} s")
+
+    def _stands(self, link: Link, asked: float, done: asyncio.Future[Any]) -> None:
+        if not done.cancelled() and done.exception() is None and link is self._link and link.up:
+            _, epoch, size = facts_of(done.result())
+            self.standing = Standing(asked, epoch, size)
 
     def _echoed(
         self, link: Link, heartbeat: Heartbeat, started: asyncio.Future[None], done: asyncio.Future[Any]
@@ -319,7 +333,9 @@ class Subscriber:
         known = error is None and done.result() == 1
         if not self.lease.live:
             heartbeat.interrupted()
-        self._echo.reply(known)
+        self.echo.reply(known)
+        if self._sharded:
+            self._listener.standing(self)
         if error is not None:
             word = first_word(error)
             if not started.done():

@@ -1,0 +1,67 @@
+"""Whether a primary of a Redis Cluster is still the one that its peers take it for.
+
+A primary that is cut off from its peers takes writes until the node timeout is over, and answers heartbeats.
+Meanwhile the others may have replaced it. Its successor needed the votes of a majority, and each vote raised
+that voter's epoch before. So a majority that stands at the newest epoch known, the primary in question among
+them, proves that it had not been replaced at that moment: a successor's voters and this majority have one
+member in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from asgi_cluster.bus.lease import Echo, Lease
+
+__all__ = ["HeldEcho", "Standing", "common_ground"]
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """What a primary says of itself (``CLUSTER INFO``)."""
+
+    sent_at: float
+    """When it was asked, on the lease's clock."""
+    epoch: int
+    """The newest epoch that it knows of."""
+    size: int
+    """How many primaries it knows of."""
+
+
+def common_ground(standings: Sequence[Standing], primaries: int) -> tuple[int, float] | None:
+    """The newest epoch that any of them reports, and the moment at which a majority still stood at it.
+
+    ``None`` while there is no such majority. ``primaries``: how many there are, as far as this node knows.
+    """
+    if not standings:
+        return None
+    newest = max(standing.epoch for standing in standings)
+    agreeing = sorted((each.sent_at for each in standings if each.epoch == newest), reverse=True)
+    majority = max(primaries, *(each.size for each in standings)) // 2 + 1
+    return (newest, agreeing[majority - 1]) if len(agreeing) >= majority else None
+
+
+class HeldEcho(Echo):
+    """An echo that renews nothing before it is known that the primary has not been replaced."""
+
+    __slots__ = ("proven",)
+
+    def __init__(self, lease: Lease) -> None:
+        super().__init__(lease)
+        self.proven: float | None = None
+        """When the last beat was sent whose echo counts; ``None`` since the last gap."""
+
+    def prove(self, sent_at: float) -> None:
+        """See ``Echo.prove``: the lease is renewed by ``confirm``."""
+        self.proven = sent_at
+
+    def gap(self) -> None:
+        """See ``Echo.gap``."""
+        self.proven = None
+        super().gap()
+
+    def confirm(self, moment: float) -> None:
+        """At ``moment`` the primary had not been replaced."""
+        if self.proven is not None:
+            self.lease.renew(min(self.proven, moment))
