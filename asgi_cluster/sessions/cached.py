@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from asgi_cluster.exceptions import StoreUnavailable
@@ -23,6 +23,8 @@ class CachedStore:
     def __init__(self, store: SessionStore, cache: SessionCache) -> None:
         self._store = store
         self.cache = cache
+        self.ended: Container[Handle] = ()
+        """Sessions that are known to be over. A store that has lost its last writes may still have them."""
         self.damage = Damage()
         """Records whose values could not be read."""
 
@@ -64,7 +66,7 @@ class CachedStore:
         landed: asyncio.Future[Entry] = loop.create_future()
         flight.waiters = landed
         try:
-            record = await self._store.read(flight.handle, timeout=timeout)
+            record = await self.read_fresh(flight.handle, timeout=timeout)
         except BaseException as error:
             self.cache.abort(flight)
             if isinstance(error, StoreUnavailable):
@@ -79,6 +81,11 @@ class CachedStore:
 
     async def read_fresh(self, handle: Handle, *, timeout: float) -> Record | None:
         """The record as the store has it now: for handshakes and checks that must not rest on a cache."""
+        record = await self._store.read(handle, timeout=timeout)
+        return None if handle in self.ended else record
+
+    async def read_stored(self, handle: Handle, *, timeout: float) -> Record | None:
+        """The record as the store has it now, even if it is known to be over. Raises as the store."""
         return await self._store.read(handle, timeout=timeout)
 
     @contextmanager
@@ -165,9 +172,10 @@ class CachedStore:
         finally:
             self.cache.drop_user(user, keep=keep)
 
-    def devices(self, user: UserId, *, timeout: float) -> Awaitable[Sequence[Device]]:
+    async def devices(self, user: UserId, *, timeout: float) -> Sequence[Device]:
         """Never cached. Raises as the store."""
-        return self._store.devices(user, timeout=timeout)
+        found = await self._store.devices(user, timeout=timeout)
+        return [device for device in found if device.handle not in self.ended]
 
     def lock(self, handle: Handle, *, token: str, hold: float, timeout: float) -> Awaitable[bool]:
         """Raises as the store."""

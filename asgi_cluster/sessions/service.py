@@ -82,6 +82,7 @@ class SessionService:
         self.rolling = config.cookie.rolling
         self.acks = Acknowledgements()
         self.tombstones = Tombstones(store, self._end_again, deadline=deadline, clock=boot_clock)
+        store.ended = self.tombstones
         self.ensure_started = ensure_started
         self._sockets = sockets
         self._node = node

@@ -3,8 +3,8 @@
 Replication is asynchronous: a primary that dies can take its last writes along, a logout among them, and then
 the session lives on the next one. Whoever has committed a logout, or has heard that one was committed,
 remembers for a while which server that was. When another one answers for that bucket, the store is asked
-about each of these sessions, and those that it still has are ended again. A handle is never used twice, so
-that nothing but the lost session can be hit.
+about each of these sessions, and those that it still has are ended again. Until then this node serves none of
+them, whatever the store says. A handle is never used twice, so that nothing but the lost session can be hit.
 
 A logout of all sessions of a user is remembered in the same way, as the handles that it ended, and not by the
 epoch that it replaced: who signs in after the failover gets that epoch again.
@@ -66,6 +66,9 @@ class Tombstones:
 
     def __iter__(self) -> Iterator[Handle]:
         return iter(self._stones)
+
+    def __contains__(self, handle: object) -> bool:
+        return handle in self._stones
 
     def remember(self, handle: Handle, run_id: str) -> None:
         """``handle`` was ended on the server ``run_id``; ``""``: one that loses nothing.
@@ -145,7 +148,7 @@ class Tombstones:
         if run_id is None:
             return None
         try:
-            found = await self._store.read_fresh(handle, timeout=self._deadline) is not None
+            found = await self._store.read_stored(handle, timeout=self._deadline) is not None
             if found:
                 await self._end(handle)
         except StoreUnavailable:

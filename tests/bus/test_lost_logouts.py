@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import httpx
 import pytest
@@ -150,6 +150,42 @@ async def test_a_logout_that_a_failover_lost(prefix: str, way: str) -> None:
             assert await visitor.user(there.url) is None
             assert await other.user(there.url) == "bob"
             assert await meanwhile.user(there.url) == "ada"
+
+
+@pytest.mark.parametrize("way", ["by the session", "all of the user"])
+async def test_a_logout_that_a_restart_from_a_snapshot_lost(prefix: str, way: str) -> None:
+    """The server comes back with the ended session. No node that heard of the logout serves it for a moment,
+    nor lists it; then it is ended again.
+    """
+    visitor, other = Visitor(), Visitor()
+    with start_valkey() as server:
+        async with (
+            serve(ClusterMiddleware(make_app(), (first := node(server.url, prefix)))) as one,
+            serve(ClusterMiddleware(make_app(), (second := node(server.url, prefix)))) as two,
+        ):
+            handle = await visitor.login(one.url)
+            bob = await other.login(one.url, "bob")
+            with server.client() as client:
+                client.save()
+            if way == "by the session":
+                await visitor.post(one.url, "/logout")
+            else:
+                await second.user("ada").logout()
+            server.kill()
+            server.restart(data=True)
+            with server.client() as client:
+                assert client.exists(record_key(prefix, handle)), "the logout was not lost: nothing is tested"
+                seen: set[str | None] = set()
+                while client.exists(record_key(prefix, handle)):
+                    for url in (one.url, two.url):
+                        response = await visitor.post(url, "/show")
+                        seen.add(response.json()["user"] if response.status_code == 200 else None)
+                    for cluster in (first, second):
+                        with suppress(StoreUnavailable):
+                            seen |= {device.handle for device in await cluster.user("ada").sessions()}
+            assert seen == {None}
+            assert await other.user(two.url) == "bob"
+            assert {device.handle for device in await first.user("bob").sessions()} == {bob}
 
 
 async def test_the_receipt_says_how_many_replicas_have_it(prefix: str) -> None:
