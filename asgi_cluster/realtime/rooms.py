@@ -248,7 +248,11 @@ class Rooms:
             return Entered(None if already.sequence is None else already.sequence.last, None)
         found = self.rule(room)
         rule = None if found is None else found[0]
-        await self.retention.refresh(self._deadline)
+        try:
+            await self.retention.refresh(self._deadline)
+        except BusUnavailable:
+            # Who enters publishes nothing, and a room without history can be entered while the bus is down.
+            logger.debug("a room is entered by the rules that were read last")
         kept = self.retention.of(room)
         audience = await self._hub.hold(room)
         try:

@@ -100,8 +100,7 @@ class RoomRule:
     publish: Permission = None
     """As ``subscribe``, for publications of clients."""
     history: int = 0
-    """Publications kept; 0: none. Whoever publishes: where the rules of several nodes give a room a history, the
-    largest counts."""
+    """Publications kept, whoever publishes; 0: none. Where nodes' rules differ, the largest counts."""
     history_ttl: float = 600
     """Seconds after its last publication for which a room remembers."""
     presence: bool = False

@@ -5,13 +5,12 @@ from __future__ import annotations
 import ssl
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from asgi_cluster import Cluster, StoreUnavailable
 from tests.sessions.app import client_for
-from tests.support.machine import LOCAL, free_port, program
+from tests.support.machine import LOCAL, free_port, self_signed
 from tests.support.servers import debian_binary
 from tests.support.waiting import eventually
 
@@ -19,13 +18,7 @@ from tests.support.waiting import eventually
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A self-signed certificate for loopback, and its key."""
-    directory: Path = tmp_path_factory.mktemp("tls")
-    made, key = str(directory / "certificate.pem"), str(directory / "key.pem")
-    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
-    names = ("-subj", "/CN=asgi-cluster", "-addext", f"subjectAltName=IP:{LOCAL}")
-    command = [program("openssl"), "req", "-x509", *curve, *names, "-keyout", key, "-out", made]
-    subprocess.run(command, check=True, capture_output=True)
-    return made, key
+    return self_signed(tmp_path_factory.mktemp("tls"), f"IP:{LOCAL}")
 
 
 @pytest.fixture(scope="module")

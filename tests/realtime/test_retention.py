@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 import redis
 
-from asgi_cluster import Cluster, RealtimeConfig, RoomRule
+from asgi_cluster import BusUnavailable, Cluster, RealtimeConfig, RoomRule
 from tests.realtime.site import Node, Raw, Site
+from tests.support.proxy import Proxy
 from tests.support.servers import start_valkey
 from tests.support.waiting import eventually
 
@@ -148,6 +149,31 @@ async def test_superseded_rules_are_forgotten(redis_site: Site) -> None:
             kept = node.rooms.retention.of("kept:a")
             assert kept is not None
             assert kept.size == 2
+
+
+async def test_room_without_history_is_entered_while_the_bus_is_down(redis_site: Site) -> None:
+    """The rules cannot be read then, and need not be. What is broadcast after the outage arrives."""
+    async with Proxy(redis_site.url) as proxy, AsyncExitStack() as stack:
+        node = await Site(proxy.url, redis_site.prefix, stack).node(rules=[OTHER])
+        async with node.client() as client:
+            proxy.cut()
+            retention = node.cluster.rooms.retention
+            await eventually(lambda: not node.cluster.stats().bus.connected)
+            retention._until = 0.0
+            assert "subscribe" in await client.call("subscribe", {"channel": "other:a"})
+            with pytest.raises(BusUnavailable):
+                await node.cluster.room("other:a").broadcast("lost")
+            proxy.heal()
+
+            async def sent() -> bool:
+                try:
+                    await node.cluster.room("other:a").broadcast("back")
+                except BusUnavailable:
+                    return False
+                return node.cluster.stats().bus.connected
+
+            await eventually(sent, timeout=15)
+            assert await client.pub() == "back"
 
 
 async def test_broadcast_stays_one_round_trip(prefix: str) -> None:
