@@ -63,6 +63,8 @@ class LazyStart:
         else:
             check_loop(starting.get_loop())
         await asyncio.wait((starting,))
+        if starting.cancelled():
+            raise StoreUnavailable("the start of the cluster was cancelled")
         if self._failure:
             raise StoreUnavailable(self._failure, retry_after=self._pause)
 
@@ -73,7 +75,9 @@ class LazyStart:
         except Exception as error:
             self._pause = min(_LONGEST_PAUSE, self._pause * 2 or _FIRST_PAUSE)
             self._again_at = monotonic() + self._pause
-            reason = error.reason if isinstance(error, StoreUnavailable) else error or type(error).__name__
+            reason = (
+                error.reason if isinstance(error, StoreUnavailable) else str(error) or type(error).__name__
+            )
             self._failure = f"the cluster could not be started: {reason}"
             if isinstance(error, ClusterError | TimeoutError):
                 logger.error("%s; the next try is in %g s", self._failure, self._pause)

@@ -47,8 +47,7 @@ class Response:
             return
         session = self._session
         if message["status"] == 500:
-            # Most frameworks send the answer for an error that the app did not catch while they handle it.
-            error = session.raised or error_of_ours(sys.exception())
+            error = self._uncaught()
             if error is not None:
                 await self.replace(error, message)
                 return
@@ -70,6 +69,20 @@ class Response:
         self.started = True
         await self._send(self._headers.with_cookie(self._scope, session, message))
         session.sealed = True
+
+    def _uncaught(self) -> StoreUnavailable | BusUnavailable | SessionConflict | None:
+        """The error of this package that the app did not catch, and that its 500 is about."""
+        handled, raised = sys.exception(), self._session.raised
+        if handled is None:
+            # A framework that does not answer while it handles the error. What the app caught and made good
+            # is not remembered by the session.
+            return raised
+        # Most frameworks send their 500 while they handle the error, some in an exception of their own.
+        while handled is not None:
+            if (ours := error_of_ours(handled)) is not None:
+                return ours
+            handled = handled.__cause__ or handled.__context__
+        return None
 
     async def replace(
         self, error: StoreUnavailable | BusUnavailable | SessionConflict, message: Message | None = None

@@ -157,10 +157,12 @@ class CachedStore:
                 timeout=timeout,
             )
 
-    async def end(self, handle: Handle, *, message: bytes, take: bool = False, timeout: float) -> Ending:
+    async def end(
+        self, handle: Handle, *, message: bytes, expected: str | None = None, timeout: float
+    ) -> Ending:
         """Raises as the store."""
         with self._changing(handle):
-            return await self._store.end(handle, message=message, take=take, timeout=timeout)
+            return await self._store.end(handle, message=message, expected=expected, timeout=timeout)
 
     async def end_all(
         self, user: UserId, *, keep: Handle | None, epoch: str, message: bytes, timeout: float

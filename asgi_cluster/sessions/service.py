@@ -23,7 +23,7 @@ from asgi_cluster.sessions.receipts import Acknowledgements, LogoutReceipt, Pend
 from asgi_cluster.sessions.store import UNKNOWN_NODES, Ending, Record
 from asgi_cluster.sessions.tombstones import Tombstones
 
-__all__ = ["LocalSockets", "SessionService"]
+__all__ = ["LocalSockets", "Overtaken", "SessionService"]
 
 logger = logging.getLogger("asgi_cluster.sessions")
 
@@ -57,6 +57,18 @@ class LocalSockets(Protocol):
     def unwatch(self, watcher: SessionEnded) -> None:
         """No more of that. Harmless when it was never watched."""
         ...
+
+
+class Overtaken(Exception):
+    """A session was written since it was read, and has not been ended.
+
+    ``write_id`` and ``fields`` are what it has now.
+    """
+
+    def __init__(self, write_id: str, fields: Mapping[str, bytes]) -> None:
+        self.write_id = write_id
+        self.fields = fields
+        super().__init__(write_id)
 
 
 class SessionService:
@@ -127,20 +139,6 @@ class SessionService:
             self._remember([handle], run_id)
 
     async def end(
-        self, handle: Handle, *, code: int, reason: str, timeout: float, budget: Budget | None = None
-    ) -> LogoutReceipt:
-        """End one session everywhere; returns when every node has said so, or after ``timeout`` seconds. 0:
-        when it is committed and published; nothing is waited for.
-
-        Raises:
-            StoreUnavailable: not stored, as far as is known; nobody was logged out.
-        """
-        receipt, _ = await self.take(
-            handle, code=code, reason=reason, timeout=timeout, budget=budget, fields=False
-        )
-        return receipt
-
-    async def take(
         self,
         handle: Handle,
         *,
@@ -148,30 +146,35 @@ class SessionService:
         reason: str,
         timeout: float,
         budget: Budget | None = None,
-        fields: bool = True,
-    ) -> tuple[LogoutReceipt, Mapping[str, bytes]]:
-        """``end``, and with ``fields`` what the session held at its end; nothing when it was over before."""
-        held: Mapping[str, bytes] = {}
+        expected: str | None = None,
+    ) -> LogoutReceipt:
+        """End one session everywhere; returns when every node has said so, or after ``timeout`` seconds. 0:
+        when it is committed and published; nothing is waited for. With ``expected``, the write id that was
+        read, only if nothing was written since.
+
+        Raises:
+            StoreUnavailable: not stored, as far as is known; the session goes on.
+            Overtaken: something was written since; the session goes on.
+        """
 
         async def commit(pending: PendingAck, budget: Budget) -> Ending:
-            nonlocal held
             message = encode(Ended(handle, code, reason, self._node(), pending.id))
             # Asked before: whatever the server is replaced with afterwards, that is then another one.
             run_id = self.store.run_id(int(handle[:2], 16))
             ending = await budget.spend(
-                lambda left: self.store.end(handle, message=message, take=fields, timeout=left)
+                lambda left: self.store.end(handle, message=message, expected=expected, timeout=left)
             )
-            held = ending.fields
+            if ending.overtaken:
+                raise Overtaken(ending.overtaken, ending.fields)
             self._remember([handle], run_id)
             return ending
 
-        receipt = await self._end(
+        return await self._end(
             commit,
             lambda ending: self._sockets.close_session(handle, code, reason),
             timeout=timeout,
             budget=budget,
         )
-        return receipt, held
 
     async def end_all(
         self,
@@ -252,15 +255,18 @@ class SessionService:
                 # This node does not wait for its own message: its bus may be the one that is down.
                 pending.add(self._node(), closed_here)
             serves_for = self.config.serves_for
-            everyone = await self.acks.wait_for(pending, ending.nodes, timeout=min(timeout, serves_for))
-            if not everyone and timeout >= serves_for:
+            complete = await self.acks.wait_for(pending, ending.nodes, timeout=min(timeout, serves_for))
+            if not complete and timeout >= serves_for:
                 # The caller waits for so long that time alone may do it: when those missing cannot serve any
                 # more.
                 serves_for = await self._longest_service(
                     [node for node in ending.nodes if node not in pending.acked]
                 )
-                rest = committed + min(timeout, serves_for) - clock()
-                everyone = await pending.wait_for(ending.nodes, timeout=rest)
+                # The clocks of some loops have whole milliseconds, and their timers may come early by one.
+                over = committed + serves_for
+                while not complete and (rest := committed + min(timeout, serves_for) - clock()) > 0:
+                    complete = await pending.wait_for(ending.nodes, timeout=max(rest, 0.001))
+                complete = complete or clock() >= over
             finished = clock()
             if pending.sockets:
                 pending.sockets = max(0, pending.sockets - await self._sockets.failed_closes(began))
@@ -275,7 +281,7 @@ class SessionService:
             sessions=ending.sessions,
             nodes_acked=tuple(sorted(NodeId(node) for node in pending.acked)),
             nodes_missing=tuple(missing),
-            complete=everyone or finished - committed >= serves_for,
+            complete=complete,
             sockets_closed=pending.sockets,
             elapsed=finished - started,
             replicas=ending.replicas,

@@ -103,8 +103,10 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True):
     """Replicas that confirmed the write, when ``WAIT`` was asked for; else ``None``."""
     handles: Sequence[Handle] = ()
     """Of ``end_all``: the sessions that were ended."""
+    overtaken: str = ""
+    """Of ``end`` with ``expected``: the write id that the session has instead. Nothing was ended then."""
     fields: Mapping[str, bytes] = {}
-    """Of ``end`` with ``take``: what the session held at its end."""
+    """Of an ``end`` that was overtaken: what the session holds."""
 
 
 class SessionStore(Protocol):
@@ -168,9 +170,13 @@ class SessionStore(Protocol):
         """
         ...
 
-    async def end(self, handle: Handle, *, message: bytes, take: bool = False, timeout: float) -> Ending:
-        """Remove one session, and its entry in the user's index. Published even when there was none. ``take``
-        asks for its last ``fields``.
+    async def end(
+        self, handle: Handle, *, message: bytes, expected: str | None = None, timeout: float
+    ) -> Ending:
+        """Remove one session, and its entry in the user's index. Published even when there was none.
+
+        ``expected`` is the write id that the caller read: another one means ``Ending.overtaken``, and nothing
+        is removed or published. ``None``: whatever was written.
         """
         ...
 

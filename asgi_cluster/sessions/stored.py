@@ -26,7 +26,7 @@ from asgi_cluster.sessions.codec import Decoded, encode_value
 from asgi_cluster.sessions.data import SessionData
 from asgi_cluster.sessions.device import device_of
 from asgi_cluster.sessions.ended import SessionEnded
-from asgi_cluster.sessions.service import Budget, SessionService
+from asgi_cluster.sessions.service import Budget, Overtaken, SessionService
 from asgi_cluster.sessions.store import Draft, Record
 
 __all__ = ["StoredSession"]
@@ -35,6 +35,7 @@ logger = logging.getLogger("asgi_cluster.sessions")
 
 _NO_FIELDS: Mapping[str, bytes] = {}
 _LOGGED_OUT = "logged out"
+_TRIES = 5  # of a login to end a session that others go on writing
 _TOUCH_AFTER = (
     0.1  # of the idle timeout: a session in steady use costs one write per tenth, not one per request
 )
@@ -360,6 +361,7 @@ class StoredSession(SessionData):
         except StoreUnavailable as error:
             self.raised = error
             raise
+        self.raised = None  # what went wrong before has been made good
 
     def _differences(self) -> tuple[dict[str, bytes], list[str]]:
         """What this request changed, by its assignments or in place: new values, and removed keys."""
@@ -456,21 +458,48 @@ class StoredSession(SessionData):
         self, handle: Handle, record: Record, known: Mapping[str, bytes] | None, own: Set[str]
     ) -> Record:
         """End the session that ``record`` replaces. ``known`` is what of it went into ``record``, besides the
-        request's ``own`` keys: what it really held at its end goes there too. ``None``: nothing does.
+        request's ``own`` keys. What other requests have written meanwhile goes there first: the session is
+        ended only as it is known, so that nothing is lost when this fails. ``None``: nothing is carried over.
         """
+        old = self._record
         # An anonymous session gives nobody any right: nodes may take a lease to stop serving it.
-        anonymous = self._record is not None and self._record.user is None
-        with self._noting():
-            _, held = await self._service.take(
-                handle,
-                code=CloseCode.FORCE_RECONNECT,
-                reason="signed in",
-                timeout=0.0 if anonymous else self._service.deadline,
-                budget=self._allowance(),
-                fields=known is not None,
-            )
-        if known is None:
-            return record
+        anonymous = old is not None and old.user is None
+        expected = None if known is None or old is None else old.write_id
+        for _ in range(_TRIES):
+            try:
+                with self._noting():
+                    receipt = await self._service.end(
+                        handle,
+                        code=CloseCode.FORCE_RECONNECT,
+                        reason="signed in",
+                        timeout=0.0 if anonymous else self._service.deadline,
+                        budget=self._allowance(),
+                        expected=expected,
+                    )
+            except Overtaken as now:
+                assert known is not None
+                record = await self._carry(handle, record, known, now.fields, own)
+                known, expected = now.fields, now.write_id
+            else:
+                if known is not None and not receipt.sessions:
+                    # It was over before: what it held is not handed on.
+                    record = await self._carry(handle, record, known, _NO_FIELDS, own)
+                return record
+        raise StoreUnavailable("other requests went on writing the session that is signed in")
+
+    async def _carry(
+        self,
+        handle: Handle,
+        record: Record,
+        known: Mapping[str, bytes],
+        held: Mapping[str, bytes],
+        own: Set[str],
+    ) -> Record:
+        """Bring ``record`` from ``known`` to ``held``, what the session ``handle`` has, but for ``own`` keys.
+
+        Raises:
+            StoreUnavailable: not stored, or the new session is over already.
+        """
         changed = {key: data for key, data in held.items() if key not in own and data != known.get(key)}
         removed = [key for key in known if key not in own and key not in held]
         if not changed and not removed:
@@ -481,7 +510,7 @@ class StoredSession(SessionData):
             logger.error("session %s holds a value that is not msgpack: not carried over", handle)
             return record
         write_id = new_token()
-        await self._spend(
+        outcome = await self._spend(
             lambda left: self._service.store.write(
                 record.handle,
                 changed=changed,
@@ -493,6 +522,8 @@ class StoredSession(SessionData):
                 timeout=left,
             )
         )
+        if outcome == "gone":
+            raise StoreUnavailable("the user was logged out meanwhile")
         # A value that the app may hold stays the one that it sees, and counts as changed only when the app
         # changes it.
         kept = {key: dict.__getitem__(self, key) for key in (*changed, *removed) if self._held_by_app(key)}

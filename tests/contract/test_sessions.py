@@ -8,7 +8,7 @@ import time
 import pytest
 
 from asgi_cluster.ids import Handle, UserId, bucket_of, new_handle
-from asgi_cluster.sessions.store import Draft
+from asgi_cluster.sessions.store import Draft, Ending
 from tests.contract.drafts import alive, create, draft, end, end_all, rotate, write
 from tests.contract.sites import TIMEOUT, Site
 from tests.support.waiting import eventually
@@ -143,22 +143,28 @@ async def test_write_that_leaves_nothing_and_was_overtaken(site: Site) -> None:
     assert await alive(store, made.handle)
 
 
-async def test_end_that_takes_the_fields(site: Site) -> None:
-    """What the session held at its end; nothing of one that was over, nothing when it is not asked for."""
-    store = (await site.node()).backend.store
-    made, other = await create(store, "ann"), await create(store)
-    await write(store, made.handle)
-    await write(store, made.handle, changed={f"k{n}": b"\xc4\x00" for n in range(3000)}, removed=["theme"])
+async def test_end_that_was_overtaken(site: Site) -> None:
+    """An end with the write id that was read: another one ends and publishes nothing, and is told."""
+    node = await site.node()
+    store = node.backend.store
+    made, gone = await create(store, "ann"), await create(store)
+    await end(store, gone.handle)
+    await write(store, made.handle, write_id="w1")
+    values = {f"k{n}": b"\xc4\x00" for n in range(3000)}
+    await write(store, made.handle, changed=values, removed=["theme"], write_id="w2")
 
-    async def take(handle: Handle, take: bool) -> dict[str, bytes]:
-        ending = await store.end(handle, message=b"ended", take=take, timeout=TIMEOUT)
-        return dict(ending.fields)
+    async def attempt(handle: Handle, expected: str) -> Ending:
+        return await store.end(handle, message=b"ended", expected=expected, timeout=TIMEOUT)
 
-    expected = {"cart": b"\x02"} | {f"k{n}": b"\xc4\x00" for n in range(3000)}
-    assert await take(made.handle, True) == expected
-    assert await take(made.handle, True) == {}
-    assert await take(other.handle, False) == {}
-    assert not await alive(store, other.handle)
+    overtaken = await attempt(made.handle, "w1")
+    assert (overtaken.sessions, overtaken.overtaken) == (0, "w2")
+    assert dict(overtaken.fields) == {"cart": b"\x02"} | values
+    assert await alive(store, made.handle)
+    ended = await attempt(made.handle, "w2")
+    assert (ended.sessions, ended.overtaken) == (1, "")
+    assert not await alive(store, made.handle)
+    assert (await attempt(gone.handle, "w1")).overtaken == ""
+    await eventually(lambda: node.heard.sessions.count(b"ended") == 3)
 
 
 async def test_write_with_an_overtaken_write_id(site: Site) -> None:

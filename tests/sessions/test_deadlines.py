@@ -13,6 +13,7 @@ import httpx
 import pytest
 import websockets
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.routing import Route, WebSocketRoute
@@ -24,10 +25,12 @@ from asgi_cluster import (
     CookieConfig,
     Session,
     SessionConfig,
+    SessionConflict,
     StoreUnavailable,
     get_session,
 )
 from asgi_cluster.backends.redis.scripts import load
+from asgi_cluster.sessions.cached import CachedStore
 from tests.sessions.app import client_for, nodes
 from tests.sessions.requests import Browser, attempt
 from tests.support.nodes import serve
@@ -418,3 +421,56 @@ async def test_call_in_a_stall(stalled: Cluster, call: str) -> None:
     response = await Browser().on(stalled, work)
     assert response.status_code == 503
     assert int(response.headers["retry-after"]) >= 1
+
+
+async def test_login_that_fails_beside_another_write_loses_nothing(
+    prefix: str, valkey: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another request wrote during the login is in the old session until the new one has it."""
+    async with nodes(valkey.url, 1, prefix=prefix) as (cluster,):
+        browser = Browser()
+        await browser.on(cluster, put(n=1))
+        write, end = CachedStore.write, CachedStore.end
+
+        async def other_request_first(self: CachedStore, *arguments: Any, **options: Any) -> Any:
+            monkeypatch.setattr(CachedStore, "end", end)
+            await browser.tab().on(cluster, put(cart="book"))
+            monkeypatch.setattr(CachedStore, "write", unanswered)
+            return await end(self, *arguments, **options)
+
+        async def unanswered(*arguments: Any, **options: Any) -> Any:
+            raise StoreUnavailable("no answer in time")
+
+        monkeypatch.setattr(CachedStore, "end", other_request_first)
+        assert (await browser.on(cluster, lambda session: session.login("ada"))).status_code == 503
+        monkeypatch.setattr(CachedStore, "write", write)
+        assert await browser.data(cluster) == {"n": 1, "cart": "book"}
+        assert await cluster.user("ada").sessions() == []
+        assert (await browser.on(cluster, lambda session: session.login("ada"))).status_code == 200
+        assert await browser.data(cluster) == {"n": 1, "cart": "book"}
+
+
+@pytest.mark.parametrize("answer", ["fails", "answers 500"])
+async def test_error_that_the_app_has_made_good(prefix: str, answer: str) -> None:
+    """A conflict that the app caught and repaired does not answer for what goes wrong after it."""
+    config = SessionConfig(conflict="error")
+    async with nodes(f"memory://{prefix}", 1, prefix=prefix, sessions=config) as (cluster,):
+        browser = Browser()
+        await browser.on(cluster, put(n=1))
+
+        async def work(session: Session) -> None:
+            session["n"] = 2
+            await browser.tab().on(cluster, put(n=3))
+            with pytest.raises(SessionConflict):
+                await session.save()
+            await session.reload()
+            session["n"] = 4
+            await session.save()
+            if answer == "fails":
+                raise ValueError("another error")
+            raise HTTPException(500, "the payment provider is down")
+
+        response = await browser.on(cluster, work)
+        assert response.status_code == 500
+        assert "Another request" not in response.text
+        assert await browser.data(cluster) == {"n": 4}

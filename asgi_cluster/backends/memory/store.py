@@ -190,17 +190,17 @@ class MemorySessionStore:
             stored.version += 1
             return "written"
 
-    async def end(self, handle: Handle, *, message: bytes, take: bool = False, timeout: float) -> Ending:
+    async def end(
+        self, handle: Handle, *, message: bytes, expected: str | None = None, timeout: float
+    ) -> Ending:
         """See ``SessionStore.end``."""
         with self._world.lock:
             nodes = [seat.node for seat in self._world.living()]
             stored = self._sessions.records.get(handle)
+            if stored is not None and expected not in (None, stored.write_id):
+                return Ending(sessions=0, nodes=(), overtaken=stored.write_id, fields=dict(stored.fields))
             self._world.tell_sessions(message)
-            return Ending(
-                sessions=int(self._sessions.remove(handle)),
-                nodes=nodes,
-                fields=stored.fields if take and stored is not None else {},
-            )
+            return Ending(sessions=int(self._sessions.remove(handle)), nodes=nodes)
 
     async def devices(self, user: UserId, *, timeout: float) -> Sequence[Device]:
         """See ``SessionStore.devices``."""

@@ -152,21 +152,24 @@ class RedisSessionStore:
         args = [self._publish, channel, message, write_id, secret, current, milliseconds(grace)]
         return await self._change("session_rotate", handle, args, timeout=timeout)
 
-    async def end(self, handle: Handle, *, message: bytes, take: bool = False, timeout: float) -> Ending:
+    async def end(
+        self, handle: Handle, *, message: bytes, expected: str | None = None, timeout: float
+    ) -> Ending:
         """See ``SessionStore.end``."""
         channel = self._names.sessions_channel(handle[:2])
-        args = [handle[3:], self._publish, channel, message, self._registry(), int(take)]
+        args = [handle[3:], self._publish, channel, message, self._registry(), expected or ""]
         clock = asyncio.get_running_loop().time
         deadline = clock() + timeout
-        ended, nodes, *held = await self._run("session_end", handle, args, timeout=timeout)
-        ending = await self._ending(self._names.session(handle), [ended, nodes], deadline - clock())
-        if not held:
-            return ending
+        ended, nodes, *found = await self._run("session_end", handle, args, timeout=timeout)
+        if not found:
+            return await self._ending(self._names.session(handle), [ended, nodes], deadline - clock())
+        write_id, lengths, contents = found
+        fields: Mapping[str, bytes] = {}
         try:
-            return msgspec.structs.replace(ending, fields=decode_fields(*held)[1])
+            fields = decode_fields(lengths, contents)[1]
         except ValueError:  # of the decoder: no UTF-8
             self._corrupted(handle)
-            return ending
+        return Ending(sessions=0, nodes=(), overtaken=_text(write_id), fields=fields)
 
     async def devices(self, user: UserId, *, timeout: float) -> Sequence[Device]:
         """See ``SessionStore.devices``."""
