@@ -10,13 +10,18 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
-from asgi_cluster import Cluster, RoomRule, SessionConfig
+from asgi_cluster import Cluster, RoomRule, SessionConfig, get_session
+from asgi_cluster.backends.redis import registry
 from asgi_cluster.config import CookieConfig
 from tests.realtime.site import Node, Raw, Site
 from tests.support.machine import ROOT
 from tests.support.servers import Server, debian_binary, start_valkey
 from tests.support.topologies import RedisCluster, start_redis_cluster, start_sentinel_set
+from tests.support.waiting import eventually
 
 KEPT = RoomRule("kept:{name}", subscribe=True, publish=True, history=5, presence=True, join_leave=True)
 
@@ -124,6 +129,18 @@ async def site(place: Place, prefix: str) -> AsyncIterator[Site]:
         yield Site(place.url, prefix, stack)
 
 
+async def add_to_cart(request: Request) -> JSONResponse:
+    get_session(request)["cart"], get_session(request)["seen"] = 1, 1
+    return JSONResponse(None)
+
+
+async def empty_cart(request: Request) -> JSONResponse:
+    return JSONResponse(get_session(request).pop("cart"))
+
+
+ROUTES = [Route("/add", add_to_cart), Route("/empty", empty_cart)]
+
+
 async def everything(first: Node, second: Node, user: str) -> None:
     """Sessions, rooms with history and presence, and logouts, on two nodes."""
     store = second.cluster.service.store
@@ -132,6 +149,8 @@ async def everything(first: Node, second: Node, user: str) -> None:
         cookie, handle = response.headers["set-cookie"].partition(";")[0], response.json()
         assert len(await second.cluster.user(user).sessions()) == 1
         assert await store.touch(handle, timeout=5)
+        assert (await http.get("/add")).status_code == 200
+        assert (await http.get("/empty")).json() == 1
         async with first.client(cookie) as one, second.client(cookie) as two:
             for client in (one, two):
                 assert "subscribe" in await client.call("subscribe", {"channel": "kept:a"})
@@ -142,6 +161,12 @@ async def everything(first: Node, second: Node, user: str) -> None:
             recovered = await two.call("history", {"channel": "kept:a", "limit": 10, "reverse": True})
             assert recovered["history"]["publications"][0]["data"] == {"n": 1}
             assert "unsubscribe" in await two.call("unsubscribe", {"channel": "kept:a"})
+
+
+            async def refreshed() -> bool:
+                return sum(node.sockets for node in await first.cluster.nodes()) == 2
+
+            await eventually(refreshed, timeout=15)
             receipt = await second.cluster.session(handle).logout()
             assert (receipt.complete, receipt.sockets_closed) == (True, 2)
             assert (await one.drained())[0] == (await two.drained())[0] == 4501
@@ -155,11 +180,14 @@ async def until_published(client: Raw) -> None:
         continue
 
 
-async def test_least_privilege_is_enough(place: Place, site: Site, prefix: str) -> None:
+async def test_least_privilege_is_enough(
+    place: Place, site: Site, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing fails, and the servers have refused nothing, not even what would be tried another way."""
+    monkeypatch.setattr(registry, "_REFRESH_EVERY", 0.0)
     sessions = SessionConfig(wait_replicas=1, cookie=CookieConfig(secure=False))
     options: dict[str, Any] = {"rooms_url": place.rooms_url}
-    first, second = [await site.node(cluster=options, rules=[KEPT]) for _ in range(2)]
+    first, second = [await site.node(cluster=options, rules=[KEPT], routes=ROUTES) for _ in range(2)]
     await everything(first, second, "ada")
     async with Cluster(place.url, prefix=prefix, listen=False, sessions=sessions, **options) as worker:
         assert await worker.room("kept:b").broadcast("from a worker", idempotency_key="k") is not None
@@ -191,3 +219,37 @@ def test_the_lists_can_be_found() -> None:
     """A list that the document has lost would allow nothing here, or all."""
     assert "-@all" in BASE
     assert "+ssubscribe" in ON_A_CLUSTER
+
+
+def test_every_command_of_a_script_is_in_the_lists() -> None:
+    """Also one that is called with a variable: each upper-case word in the place of a command counts."""
+    scripts = sorted((ROOT / "asgi_cluster" / "backends" / "redis" / "scripts").glob("*.lua"))
+    called: dict[str, set[str]] = {}
+    for script in scripts:
+        code = re.sub(r"--.*", "", script.read_text())
+        for command in re.findall(r"[({]\s*'([A-Z]+)'", code):
+            called.setdefault(command.lower(), set()).add(script.name)
+    assert {"hdel", "hmget", "xrevrange", "zadd"} <= called.keys()
+    assert {name: where for name, where in called.items() if f"+{name}" not in BASE} == {}
+
+
+async def test_refused_refresh_of_the_registry_is_logged_once(
+    valkey: Server, prefix: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The node goes on; one warning says what the server answered."""
+    monkeypatch.setattr(registry, "_OBSERVE_EVERY", 0.01)
+    monkeypatch.setattr(registry, "_REFRESH_EVERY", 0.0)
+    grant([valkey], "least", [rule for rule in (*BASE, *NEWER) if rule != "+hexists"], prefix)
+    url = valkey.url.replace("://", "://least:pw@")
+
+    def refusals() -> int:
+        with valkey.client() as client:
+            entries = [_fields(entry) for entry in client.execute_command("ACL", "LOG")]
+        return sum(int(entry["count"]) for entry in entries if entry["object"] == "hexists")
+
+    async with Cluster(url, prefix=prefix) as cluster:
+        await eventually(lambda: refusals() >= 3)
+        assert cluster.ready
+    (told,) = [record for record in caplog.records if record.name == "asgi_cluster.registry"]
+    assert told.levelname == "WARNING"
+    assert "NOPERM" in told.getMessage()

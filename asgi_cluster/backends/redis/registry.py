@@ -16,7 +16,9 @@ import time
 from collections.abc import Callable
 
 import msgspec
+from redis.exceptions import ResponseError
 
+from asgi_cluster.backends.redis.errors import NOT_EXECUTED, first_word
 from asgi_cluster.backends.redis.listener import Command
 from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.scripts import load
@@ -83,6 +85,7 @@ class Registry:
         self._started_at = time.time()
         self._seen: dict[str, _Seen] = {}
         self._written: bytes | None = None
+        self._warned: set[str] = set()
         self.incarnation = new_token()
         self.on_dead: Callable[[str, str], None] | None = None
         """Called with the id and the incarnation of a node that this observer removed, and no other did."""
@@ -143,8 +146,21 @@ class Registry:
                     )
                     self._written, refreshed_at = info, loop.time()
             except StoreUnavailable as error:
-                logger.debug("the registry did not answer: %s", error.reason)
+                self._log_failure(error)
                 self.interrupted()
+
+    def _log_failure(self, error: StoreUnavailable) -> None:
+        cause = error.__cause__
+        refused = isinstance(cause, ResponseError) and first_word(cause) not in NOT_EXECUTED
+        if refused and error.reason not in self._warned:
+            self._warned.add(error.reason)
+            logger.warning(
+                "node %s cannot observe other nodes or refresh its entry in the registry: %s. Check the rights "
+                "of the Redis user (docs/security.md) and maxmemory",
+                *(self.node, error.reason),
+            )
+        else:
+            logger.debug("the registry did not answer: %s", error.reason)
 
     async def observe(self, lease: Lease | None, *, timeout: float = 1.0) -> dict[NodeId, NodeInfo]:
         """All registered nodes; with a live ``lease``, those that have died are removed first.
