@@ -26,7 +26,7 @@ from asgi_cluster.sessions.receipts import LogoutReceipt
 from asgi_cluster.sessions.session import Session
 from asgi_cluster.stats import ClusterStats
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BusStats",

@@ -52,8 +52,8 @@ INTERNALS: dict[type, str] = {
     Connection: "outbox rooms socket",
     Room: "",
     Cluster: """
-        deadline endpoint hub identify lazy listen loop needs_start origins realtime rooms service tasks
-        verifier warned_insecure
+        deadline drainer endpoint hub identify lazy listen loop needs_start origins realtime rooms service
+        tasks verifier warned_insecure
     """,
 }
 """What other modules use of them: to become less."""

@@ -104,7 +104,8 @@ class Pair:
             absolute=1000,
             epoch=new_token(),
         )
-        await self.each(lambda store: store.create(draft, timeout=TIMEOUT))
+        for store in self.stores:  # each says when, by a clock of its own
+            await store.create(draft, timeout=TIMEOUT)
         self.model[handle], self.whose[handle] = dict(fields), user
         self.secret[handle], self.write_id[handle] = draft.secret, draft.write_id
 

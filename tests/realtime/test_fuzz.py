@@ -370,7 +370,8 @@ async def test_message_tampered_with_in_redis(redis_site: Site, caplog: pytest.L
     async with node.client() as client:
         for room in ("kept", "live"):
             await client.call("subscribe", {"channel": room})
-        await node.cluster.room("kept").broadcast({"a": "before"})
+        before = await node.cluster.room("kept").broadcast({"a": "before"})
+        assert before is not None
         assert await client.pub() == {"a": "before"}
         for room in ("kept", "live"):
             # As version 0.1 did with what a client sent in a binary frame.
@@ -381,7 +382,7 @@ async def test_message_tampered_with_in_redis(redis_site: Site, caplog: pytest.L
         history = await node.cluster.room("kept").history()
         assert [found.data for found in history.publications] == [{"a": "before"}, "after"]
         async with node.client() as late:
-            position = {"recover": True, "offset": 1, "epoch": history.epoch}
+            position = {"recover": True, "offset": before.offset, "epoch": history.epoch}
             missed = (await late.call("subscribe", {"channel": "kept", **position}))["subscribe"]
             assert [found["data"] for found in missed["publications"]] == ["after"]
     assert "could not be decoded" in caplog.text

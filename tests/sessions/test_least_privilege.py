@@ -162,7 +162,6 @@ async def everything(first: Node, second: Node, user: str) -> None:
             assert recovered["history"]["publications"][0]["data"] == {"n": 1}
             assert "unsubscribe" in await two.call("unsubscribe", {"channel": "kept:a"})
 
-
             async def refreshed() -> bool:
                 return sum(node.sockets for node in await first.cluster.nodes()) == 2
 

@@ -155,8 +155,8 @@ class Registry:
         if refused and error.reason not in self._warned:
             self._warned.add(error.reason)
             logger.warning(
-                "node %s cannot observe other nodes or refresh its entry in the registry: %s. Check the rights "
-                "of the Redis user (docs/security.md) and maxmemory",
+                "node %s cannot observe other nodes or refresh its entry in the registry: %s. Check the "
+                "rights of the Redis user (docs/security.md) and maxmemory",
                 *(self.node, error.reason),
             )
         else:
