@@ -99,8 +99,9 @@ class HistoryStore(Protocol):
         """Declare the ``rules`` of ``node`` and read those of the others, in one step. An empty ``digest``
         declares nothing.
 
-        The caller may rely on what it got for at most ``view`` seconds from the call. Declarations outlive
-        their nodes until others have taken their place. Raises ``BusUnavailable`` as ``publish``.
+        The caller may rely on what it got for at most ``view`` seconds from the call. A declaration
+        outlives its node: a caller that declares removes it when no node has renewed it for a minute. While
+        no caller declares it stays for a week (Redis). Raises ``BusUnavailable`` as ``publish``.
         """
         ...
 

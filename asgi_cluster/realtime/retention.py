@@ -2,7 +2,9 @@
 
 Whether a room has a history does not depend on the process that publishes to it: a worker without rules, and
 an app with other rules, keep what the nodes' rules say. So every node declares its rules where the rooms are,
-and every process reads the declarations of the others.
+and every process reads the declarations of the others. A node without history rules declares an empty list.
+A declaration that no node has renewed for a minute is removed by a node that has kept its own alive. While no
+node runs, the last declarations stay for a week.
 
 What was read may be relied on for ``VIEW`` seconds. A node whose rules are new to the cluster waits, before
 it serves, until every reading from before its declaration is older than that. From then on every publisher
@@ -35,7 +37,9 @@ VIEW = 2.0
 
 _EVERY = 1.0
 _IDLE_AFTER = 10.0
-"""Seconds without a publication after which a process that is no node stops reading in the background."""
+"""Seconds without a publication after which a process with ``listen=False`` stops reading in the background.
+Its next publication takes a second round trip. A node goes on reading.
+"""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -78,10 +82,10 @@ class Retention:
         self._timeout = timeout
         self._clock = clock
         self._declared = b""
-        if declares and any(rule.history for rule in rules):
-            self._declared = _encoder.encode(
-                [_Declared(rule.pattern, rule.history, rule.history_ttl) for rule in rules]
-            )
+        self._keeps = any(rule.history for rule in rules)
+        if declares:
+            declared = [_Declared(rule.pattern, rule.history, rule.history_ttl) for rule in rules]
+            self._declared = _encoder.encode(declared if self._keeps else [])
         self._digest = hashlib.sha256(self._declared).hexdigest()[:16] if self._declared else ""
         self._read: dict[bytes, list[RoomRule]] = {}
         self._others: list[list[RoomRule]] = []
@@ -130,9 +134,11 @@ class Retention:
         return max(0.0, timeout - (self._clock() - began))
 
     async def start(self) -> None:
-        """Declare this node's rules, and wait until all publishers have them. Raises ``BusUnavailable``."""
+        """Declare this node's rules, and wait until all publishers have its histories. Raises
+        ``BusUnavailable``.
+        """
         wait = await self._exchange(self._timeout)
-        if wait:
+        if wait and self._keeps:
             logger.info("room rules that are new to the cluster: waiting %.1f s for other publishers", wait)
             await asyncio.sleep(wait)
 
@@ -153,7 +159,7 @@ class Retention:
             self._digest,
             self._declared,
             node=self._node(),
-            # Whoever relies on this until the last moment has a publication under way for so long after it.
+            # A publication that began at the last moment of the reading may take the timeout.
             view=VIEW + self._timeout,
             timeout=timeout,
         )

@@ -11,6 +11,7 @@ import pytest
 import redis
 
 from asgi_cluster import BusUnavailable, Cluster, RealtimeConfig, RoomRule
+from asgi_cluster.realtime import retention
 from tests.realtime.site import Node, Raw, Site
 from tests.support.proxy import Proxy
 from tests.support.servers import start_valkey
@@ -117,6 +118,52 @@ async def test_rule_that_keeps_nothing_here(site: Site) -> None:
         assert audience.slow == "disconnect"
 
 
+def make_older(server: redis.Redis, site: Site, name: bytes, seconds: int) -> None:
+    """As if the node had declared the rules that much earlier."""
+    key = f"{site.prefix}:{{rooms}}:rules"
+    seen, _, rest = server.hget(key, name).partition(b" ")
+    server.hset(key, name, b"%d %s" % (int(seen) - seconds * 1000, rest))
+
+
+async def test_history_that_no_rule_has_any_more(site: Site) -> None:
+    """A deploy without any history counts as one with less: when the old nodes are gone for a minute
+    (``memory://``: at once), the room keeps nothing, and slow clients get what the new rule says.
+    """
+    async with worker(site, KEPT, listen=True) as before:
+        assert await before.room("kept:a").broadcast(1) is not None
+    node = await site.node(rules=[RoomRule("kept:{name}", subscribe=True, slow="drop")])
+    if not site.url.startswith("memory"):
+        with redis.Redis.from_url(site.url) as server:
+            assert await node.cluster.room("kept:a").broadcast(2) is not None
+            (old,) = [
+                name
+                for name, value in server.hgetall(f"{site.prefix}:{{rooms}}:rules").items()
+                if b"kept" in value
+            ]
+            make_older(server, site, old, 61)
+
+    async def forgotten() -> bool:
+        return await node.cluster.room("kept:a").broadcast(3) is None
+
+    await eventually(forgotten, timeout=15)
+    async with node.client() as client:
+        assert "recoverable" not in await subscribed(client)
+        audience = node.cluster.hub.audience("kept:a")
+        assert audience is not None
+        assert audience.slow == "drop"
+
+
+async def test_node_without_history_does_not_wait(redis_site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    """It brings no rule that publishers would have to read before it serves."""
+    caplog.set_level(logging.INFO, "asgi_cluster.realtime")
+    async with worker(redis_site) as publisher:
+        await publisher.room("r").broadcast(1)
+        async with worker(redis_site, OTHER, listen=True):
+            assert "new to the cluster" not in caplog.text
+        async with worker(redis_site, KEPT, listen=True):
+            assert "new to the cluster" in caplog.text
+
+
 async def test_superseded_rules_are_forgotten(redis_site: Site) -> None:
     """A deploy that keeps less counts when no node has declared the old rules for a minute; after a stall, in
     which none could, they still hold.
@@ -129,8 +176,7 @@ async def test_superseded_rules_are_forgotten(redis_site: Site) -> None:
         [old] = server.hkeys(key)
 
         def age(name: bytes, seconds: int) -> None:
-            seen, _, rest = server.hget(key, name).partition(b" ")
-            server.hset(key, name, b"%d %s" % (int(seen) - seconds * 1000, rest))
+            make_older(server, redis_site, name, seconds)
 
         async with worker(redis_site, small, listen=True) as node:
             [new] = set(server.hkeys(key)) - {old}
@@ -242,3 +288,50 @@ async def test_declaration_that_was_tampered_with(
             assert await publisher.room("kept:a").broadcast(1) is not None
         assert await remembered(node) == [1]
     assert len(caplog.records) <= 4
+
+
+async def test_quiet_node_keeps_its_reading_fresh(redis_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With or without history rules, so that its next broadcast is one round trip. A worker that publishes
+    nothing stops reading.
+    """
+    monkeypatch.setattr(retention, "_IDLE_AFTER", 0.0)
+    async with worker(redis_site, listen=True) as node, worker(redis_site) as publisher:
+        readings, unread = {node.rooms.retention._until}, publisher.rooms.retention._until
+
+        def often() -> bool:
+            readings.add(node.rooms.retention._until)
+            return len(readings) > 3
+
+        await eventually(often, timeout=15)
+        assert publisher.rooms.retention._until == unread
+
+
+async def test_reading_the_rules_seldom_writes(prefix: str) -> None:
+    """What a node writes when nothing happens does not grow with the number of its readings."""
+    rules = RealtimeConfig(rules=[KEPT])
+    with start_valkey() as server, server.client() as client:
+
+        def calls(name: str) -> int:
+            return int(client.info("commandstats").get(f"cmdstat_{name}", {}).get("calls", 0))
+
+        async with Cluster(server.url, prefix=prefix, realtime=rules) as node:
+            before = {name: calls(name) for name in ("set", "hset", "pexpire")}
+            most = {"set": 30, "hset": 30, "pexpire": 150}  # the beats, some in each second, are PEXPIRE
+            for _ in range(300):
+                await node.rooms.retention._exchange(5.0)
+            written = {name: calls(name) - n for name, n in before.items()}
+            assert {name: n for name, n in written.items() if n > most[name]} == {}
+
+
+async def test_declaration_waits_for_every_reading(redis_site: Site) -> None:
+    """Of processes that rely on theirs for different times, also those that wrote nothing."""
+    async with worker(redis_site) as publisher:
+        history, clock = publisher._backend.history, asyncio.get_running_loop().time
+        for turn, views in enumerate([[3.0, 1.0], [1.0, 3.0], [3.0, 3.0], [3.0, 1.0, 0.5, 3.0]]):
+            until = 0.0
+            for view in views:
+                until = max(until, clock() + view)
+                await history.declare("", b"", node="w", view=view, timeout=5)
+            found = await history.declare(f"new {turn}", b"\x90", node="n", view=0.5, timeout=5)
+            assert found.wait <= 5.0  # the worker's own view is 3 s
+            assert clock() + found.wait >= until - 0.01

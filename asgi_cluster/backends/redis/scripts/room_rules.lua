@@ -1,7 +1,7 @@
 -- KEYS: declarations, view, epoch. ARGV: digest of the caller's rules ('' declares none), the rules, node, epoch
 -- if there is none, its ttl, ttl of the declarations, for how long the reply is relied on. Milliseconds.
 -- Reply: {epoch, for how long the caller has to wait, {node, rules, …} of others}.
-local SEEN_EVERY, GONE_AFTER = 10000, 60000
+local SEEN_EVERY, GONE_AFTER, SPARE = 10000, 60000, 10000
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
@@ -18,32 +18,43 @@ if not epoch then
   epoch = ARGV[4]
   redis.pcall('SET', KEYS[3], epoch, 'PX', ARGV[5]) -- refused when memory is full: then each has its own
 end
+local declarations, view = KEYS[1], KEYS[2]
+-- The value of `view` is the longest time for which a reader relies on a reply, and the key lives at least that
+-- long after every reading. So every reading is too old when either the key's time or its value has passed.
+local wanted, longest = tonumber(ARGV[7]), tonumber(redis.call('GET', view) or '') or 0
+local relied = math.max(0, redis.call('PTTL', view))
 local wait, steady = 0, false
+local function declare(command)
+  local line = string.format('%.0f', now) .. ' ' .. ARGV[3]
+  command('HSET', declarations, ARGV[1], line .. '\n' .. ARGV[2])
+  redis.call('PEXPIRE', declarations, ARGV[6])
+end
 if ARGV[1] ~= '' then
-  local seen = parse(redis.call('HGET', KEYS[1], ARGV[1]))
-  local declaration = string.format('%.0f', now) .. ' ' .. ARGV[3] .. '\n' .. ARGV[2]
+  local seen = parse(redis.call('HGET', declarations, ARGV[1]))
   if not seen then
-    redis.call('HSET', KEYS[1], ARGV[1], declaration)
-    wait = math.max(0, redis.call('PTTL', KEYS[2]))
+    declare(redis.call)
+    wait = math.min(relied, longest)
   elseif now - seen > SEEN_EVERY then
-    redis.pcall('HSET', KEYS[1], ARGV[1], declaration) -- when memory is full, the old one stays
+    declare(redis.pcall) -- when memory is full, the old one stays
   end
-  redis.call('PEXPIRE', KEYS[1], ARGV[6])
-  -- After a stall of the server all look old, and nobody may be taken for gone.
+  -- After a stall of the server all declarations look old, those of running nodes too.
   steady = seen and now - seen <= 2 * SEEN_EVERY
 end
-local others, all = {}, redis.call('HGETALL', KEYS[1])
+local others, all = {}, redis.call('HGETALL', declarations)
 for i = 1, #all, 2 do
   if all[i] ~= ARGV[1] then
     local seen, node, rules = parse(all[i + 1])
     if not seen or (steady and now - seen > GONE_AFTER) then
-      redis.call('HDEL', KEYS[1], all[i])
+      redis.call('HDEL', declarations, all[i])
     else
       others[#others + 1] = node
       others[#others + 1] = rules
     end
   end
 end
--- When memory is full, nobody can declare anything either.
-if redis.call('PTTL', KEYS[2]) < tonumber(ARGV[7]) then redis.pcall('SET', KEYS[2], '', 'PX', ARGV[7]) end
+-- SPARE longer than needed, so that one of many readings writes. Refused when memory is full, as a declaration
+-- would be.
+if relied < wanted or longest < wanted then
+  redis.pcall('SET', view, ARGV[7], 'PX', wanted + SPARE)
+end
 return {epoch, wait, others}
