@@ -136,7 +136,10 @@ class Dispatch:
             else:
                 # Not uvicorn: whether the server takes a close is known a little later.
                 work = self._acknowledge_later(origin, request, sockets, monotonic())
-                spawn(tasks, work, name="asgi-cluster acknowledgement")
+                try:
+                    spawn(tasks, work, name="asgi-cluster acknowledgement")
+                except RuntimeError:  # that socket's work has ended in this moment
+                    self._bus.post(origin, encode(Ack(request, self._node(), sockets)))
 
     async def _acknowledge_later(self, origin: str, request: str, sockets: int, since: float) -> None:
         sockets = max(0, sockets - await self._hub.failed_closes(since))

@@ -17,6 +17,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from asgi_cluster.tasks import spawn
+
 __all__ = ["Drainer", "draining_on_sigterm"]
 
 logger = logging.getLogger("asgi_cluster.draining")
@@ -102,11 +104,16 @@ class Drainer:
             self._loop.call_soon_threadsafe(self._begin)
 
     def _begin(self) -> None:
-        self._draining = self._tasks.create_task(self._drain_and_let_go(), name="asgi-cluster drain")
+        try:
+            self._draining = spawn(self._tasks, self._drain_and_let_go(), name="asgi-cluster drain")
+        except RuntimeError:
+            self._let_go()  # the cluster has ended in this moment
 
     async def _drain_and_let_go(self) -> None:
-        await self._drain()
-        self._let_go()
+        try:
+            await self._drain()
+        finally:
+            self._let_go()
 
     def _let_go(self) -> None:
         if not self._over:
@@ -133,13 +140,18 @@ class Drainer:
             self._pass_on()
 
     def close(self) -> None:
-        """Give everything back. A stop in another way does not wait for the rest of a drain."""
+        """Give everything back. A stop in another way does not wait for the rest of a drain; a signal that is
+        still held back is raised again.
+        """
         if self._draining is not None:
             self._draining.cancel()
+        held_back = self._begun and not self._over
         if not self._over:
             self._restore()
         self._reader.close()
         self._writer.close()
+        if held_back:
+            signal.raise_signal(signal.SIGTERM)
 
 
 def reloads() -> bool:

@@ -37,11 +37,14 @@ def spawn(
     """
     guarded = _guarded(coroutine, name)
     try:
-        return group.create_task(guarded, name=name)
+        task = group.create_task(guarded, name=name)
     except BaseException:
         guarded.close()
         coroutine.close()
         raise
+    # A task that is cancelled before its first step has not begun to await it.
+    task.add_done_callback(lambda _: coroutine.close())
+    return task
 
 
 def running_asyncio_loop() -> asyncio.AbstractEventLoop:

@@ -218,7 +218,9 @@ class Socket:
             self._closing = self.loop.create_future()
         closes = self._closes
         try:
-            spawn(self.tasks, self._finish_close(rest), name="asgi-cluster close")
+            task = spawn(self.tasks, self._finish_close(rest), name="asgi-cluster close")
+            # Cancelled before its first step it has not even begun to await this.
+            task.add_done_callback(lambda _: discard(rest))
         except RuntimeError:
             discard(rest)
             self._closing.set_result(None)
@@ -315,6 +317,8 @@ class Socket:
             self._receiving.exception()  # seen: nobody will ask for it any more
         if self._closing is not None and not self._closing.done():
             self._closing.cancel()
+        if (closes := self._closes) is not None:
+            closes.under_way.discard(self)
         # What is left refers to the app's scope and buffers, and a stored socket would keep them alive.
         self.connection = None
 

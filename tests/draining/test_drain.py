@@ -246,3 +246,33 @@ async def test_rolling_restart_loses_nothing_in_a_room_with_history(redis_url: s
         assert reader.unrecovered == 0
         assert reader.seen == list(range(reader.seen[0], published + 1))
         assert reader.seen[0] == 1
+
+
+@pytest.mark.parametrize("what", ["the cluster stops meanwhile", "the drain fails"])
+async def test_sigterm_that_is_held_back_is_raised_again(
+    what: str, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever becomes of the drain, the handler that was there before gets the signal, once."""
+    taken: list[int] = []
+    begun = asyncio.Event()
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: taken.append(number))
+    try:
+        async with Cluster(f"memory://{prefix}", realtime=RealtimeConfig(drain=5.0)) as cluster:
+
+            async def drain(seconds: float) -> None:
+                begun.set()
+                if what == "the drain fails":
+                    raise KeyError("injected")
+                await asyncio.Event().wait()
+
+            monkeypatch.setattr(cluster.hub, "drain", drain)
+            signal.raise_signal(signal.SIGTERM)
+            await asyncio.wait_for(begun.wait(), 10)
+            if what == "the drain fails":
+                await eventually(lambda: bool(taken))
+                assert cluster.started
+            else:
+                assert taken == []
+        assert taken == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -145,6 +145,15 @@ async def test_spawn_in_a_group_that_has_ended() -> None:
         gc.collect()
 
 
+async def test_spawned_task_that_is_cancelled_before_its_first_step() -> None:
+    """Nothing is left that was never awaited either."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        async with asyncio.TaskGroup() as group:
+            spawn(group, asyncio.sleep(0), name="early").cancel()
+        gc.collect()
+
+
 async def test_socket_that_is_gone_while_its_session_is_checked(
     cluster_url: str, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
