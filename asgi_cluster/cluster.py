@@ -42,7 +42,7 @@ from asgi_cluster.sessions.cached import CachedStore
 from asgi_cluster.sessions.service import SessionService
 from asgi_cluster.sessions.session import Session
 from asgi_cluster.stats import ClusterStats
-from asgi_cluster.tasks import check_loop, keep_running, running_asyncio_loop
+from asgi_cluster.tasks import Failing, check_loop, keep_running, running_asyncio_loop
 from asgi_cluster.verification import Verifier
 
 __all__ = ["Cluster", "get_session"]
@@ -206,7 +206,7 @@ class Cluster:
         self.warned_insecure = False
         self.lazy: LazyStart | None = LazyStart(self._start, self.__aexit__)
         """For servers without lifespan; ``None`` once the cluster has been started in another way."""
-        self._failing: dict[str, str] = {}
+        self._failing: Failing = {}
         self._told_unstarted = False
         self._supervisor: asyncio.Task[None] | None = None
         self._stop: asyncio.Event | None = None
@@ -349,7 +349,7 @@ class Cluster:
         node = self._current_node()
         try:
             async with (
-                self._backend.open(node, self._dispatch, listen=self.listen),
+                self._backend.open(node, self._dispatch, listen=self.listen, failing=self._failing),
                 asyncio.TaskGroup() as tasks,
             ):
                 await self.rooms.retention.start()
@@ -487,7 +487,7 @@ class Cluster:
         return ClusterStats(
             node=self._node,
             ready=self.ready,
-            failing=dict(self._failing),
+            failing=dict(self._failing.values()),
             cache=self.service.store.cache.stats(),
             bus=replace(self._backend.bus.stats(), malformed=self._dispatch.malformed),
             realtime=self.hub.stats(),

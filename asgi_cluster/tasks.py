@@ -8,9 +8,12 @@ import random
 from collections.abc import Callable, Coroutine, MutableMapping
 from typing import Any
 
-__all__ = ["check_loop", "keep_running", "running_asyncio_loop", "spawn"]
+__all__ = ["Failing", "check_loop", "keep_running", "running_asyncio_loop", "spawn"]
 
 logger = logging.getLogger("asgi_cluster.tasks")
+
+Failing = MutableMapping[object, tuple[str, str]]
+"""Background work that has failed: for each a name and the kind of its last error."""
 
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 30.0
@@ -59,21 +62,22 @@ async def keep_running(
     work: Callable[[], Coroutine[Any, Any, None]],
     *,
     name: str,
-    failing: MutableMapping[str, str] | None = None,
+    failing: Failing | None = None,
 ) -> None:
     """Run ``work()`` and, when it fails, again after a pause that grows from 0.1 to 30 s; returns when it
     returns.
 
     Each failure is logged with its traceback. From the first one until the work has gone on for two seconds,
-    ``failing`` has its name and the kind of the last error.
+    ``failing`` has an entry with its name and the kind of the last error.
     """
     loop = asyncio.get_running_loop()
     failing = {} if failing is None else failing
+    key = object()  # works of one name, as the subscribers of several primaries, do not share an entry
     pause = _FIRST_PAUSE
     try:
         while True:
             began = loop.time()
-            steady = loop.call_later(_STEADY, failing.pop, name, None)
+            steady = loop.call_later(_STEADY, failing.pop, key, None)
             try:
                 await work()
                 return
@@ -82,14 +86,14 @@ async def keep_running(
                     raise asyncio.CancelledError from error
                 if loop.time() - began >= _STEADY:
                     pause = _FIRST_PAUSE
-                failing[name] = type(error).__name__
+                failing[key] = name, type(error).__name__
                 logger.exception("%s failed: it is started again in %.1f s at most", name, pause)
             finally:
                 steady.cancel()
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 2, _LONGEST_PAUSE)
     finally:
-        failing.pop(name, None)
+        failing.pop(key, None)
 
 
 def _cancelled() -> bool:

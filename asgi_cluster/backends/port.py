@@ -10,6 +10,7 @@ from asgi_cluster.ids import NodeId
 from asgi_cluster.realtime.history import HistoryStore
 from asgi_cluster.realtime.presence import PresenceStore
 from asgi_cluster.sessions.store import SessionStore
+from asgi_cluster.tasks import Failing
 
 __all__ = ["Backend"]
 
@@ -38,13 +39,15 @@ class Backend(Protocol):
         """
         ...
 
-    def open(self, node: NodeId, receiver: Receiver, *, listen: bool) -> AbstractAsyncContextManager[None]:
+    def open(
+        self, node: NodeId, receiver: Receiver, *, listen: bool, failing: Failing | None = None
+    ) -> AbstractAsyncContextManager[None]:
         """Connect, register the node and receive, until the context is left.
 
         Entering returns when sessions can be read and messages arrive, or raises ``StoreUnavailable`` with a
         reason that names the address and what is wrong, never the password. Later outages do not end it.
         ``listen=False``: no registration, and no subscriber but for the answers to this node's own logouts
-        (``Bus.reachable``).
+        (``Bus.reachable``). ``failing`` gets an entry for each background task that has failed.
         """
         ...
 

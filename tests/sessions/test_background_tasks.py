@@ -14,12 +14,13 @@ import pytest
 import websockets
 
 from asgi_cluster import Cluster, CookieConfig, SessionConfig
+from asgi_cluster.backends.redis.commands import CommandLink
 from asgi_cluster.backends.redis.feed import Feed
 from asgi_cluster.backends.redis.registry import Registry
 from asgi_cluster.backends.redis.subscriber import Subscriber
 from asgi_cluster.realtime.hub import Hub
 from asgi_cluster.sessions.tombstones import Tombstones
-from asgi_cluster.tasks import spawn
+from asgi_cluster.tasks import Failing, keep_running, spawn
 from tests.sessions.app import Gate, client_for
 from tests.sessions.test_live_logout import cookies, place, sign_in
 from tests.support.waiting import eventually
@@ -79,18 +80,25 @@ async def test_background_work_that_fails(
 
 
 @pytest.mark.parametrize(
-    ("kind", "method"), [(Registry, "observe"), (Subscriber, "_one_connection"), (Feed, "gap")]
+    ("kind", "method", "name"),
+    [
+        (Registry, "observe", "registry"),
+        (Subscriber, "_one_connection", "subscriber"),
+        (Feed, "gap", "subscriber"),
+        (CommandLink, "_one_connection", "commands"),
+    ],
 )
 async def test_work_of_the_backend_that_fails(
     redis_url: str,
     prefix: str,
     kind: type,
     method: str,
+    name: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The registry, or the subscriber, runs into a fault of its own: logged, started again, and the node goes
-    on.
+    """The registry, the subscriber or the link for commands runs into a fault of its own: logged, started
+    again, and the node goes on. Until then it is not ready, and its ``stats`` name the work.
     """
     broken = Broken(getattr(kind, method))
     async with (
@@ -102,9 +110,18 @@ async def test_work_of_the_backend_that_fails(
         bus: Any = cluster._backend.bus
         for subscriber in list(bus._sessions._subscribers.values()):
             subscriber._link.abort("broken by the test")
-        await eventually(lambda: "KeyError: 'injected'" in caplog.text, timeout=15)
-        assert (await browser.post("/login?user=ada")).json()["user"] == "ada"
+        backend: Any = cluster._backend
+        if kind is CommandLink:
+            backend._topology.drop("broken by the test")
+        await eventually(lambda: cluster.stats().failing == {name: "KeyError"}, timeout=15)
+        assert not cluster.ready
+        assert "KeyError: 'injected'" in caplog.text
+        if kind is not CommandLink:
+            assert (await browser.post("/login?user=ada")).json()["user"] == "ada"
         broken.mended = True
+        await eventually(lambda: cluster.ready, timeout=20)
+        assert cluster.stats().failing == {}
+        assert (await browser.post("/login?user=ada")).json()["user"] == "ada"
         await eventually(lambda: cluster.stats().bus.lease_remaining > 0, timeout=15)
 
         async def complete() -> bool:
@@ -190,3 +207,21 @@ async def test_socket_that_is_gone_while_its_session_is_checked(
 
         await eventually(gone, timeout=20)
         await browser.aclose()
+
+
+async def test_work_of_one_name_that_fails_apart() -> None:
+    """One that recovers, or ends, leaves the entry of another one with the same name."""
+    failing: Failing = {}
+
+    async def fails() -> None:
+        raise KeyError("injected")
+
+    async def ends() -> None:
+        await eventually(lambda: failing)
+
+    async with asyncio.TaskGroup() as group:
+        broken = group.create_task(keep_running(fails, name="subscriber", failing=failing))
+        await keep_running(ends, name="subscriber", failing=failing)
+        assert list(failing.values()) == [("subscriber", "KeyError")]
+        broken.cancel()
+    assert failing == {}

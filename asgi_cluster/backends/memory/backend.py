@@ -15,6 +15,7 @@ from asgi_cluster.bus.bus import Receiver
 from asgi_cluster.bus.lease import Clock, boot_clock
 from asgi_cluster.exceptions import NotStarted
 from asgi_cluster.ids import NodeId
+from asgi_cluster.tasks import Failing
 
 __all__ = ["MemoryBackend"]
 
@@ -57,7 +58,9 @@ class MemoryBackend:
         return self._bus.seat.incarnation
 
     @asynccontextmanager
-    async def open(self, node: NodeId, receiver: Receiver, *, listen: bool) -> AsyncIterator[None]:
+    async def open(
+        self, node: NodeId, receiver: Receiver, *, listen: bool, failing: Failing | None = None
+    ) -> AsyncIterator[None]:
         """See ``Backend.open``. Registers the node until it is left; that is all there is to do."""
         self._sit(Seat(node, lambda: receiver, self._bus.rooms, listens=listen))
         self._opened = True

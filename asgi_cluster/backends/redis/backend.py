@@ -18,6 +18,7 @@ from asgi_cluster.backends.redis.topology import Topology, single_server
 from asgi_cluster.backends.redis.urls import Target, parse_targets
 from asgi_cluster.bus.bus import Receiver
 from asgi_cluster.ids import Handle, NodeId
+from asgi_cluster.tasks import Failing
 
 __all__ = ["RedisBackend"]
 
@@ -76,15 +77,17 @@ class RedisBackend:
         self.presence = RedisPresence(rooms_topology, rooms_names, self.bus)
 
     @asynccontextmanager
-    async def open(self, node: NodeId, receiver: Receiver, *, listen: bool) -> AsyncIterator[None]:
+    async def open(
+        self, node: NodeId, receiver: Receiver, *, listen: bool, failing: Failing | None = None
+    ) -> AsyncIterator[None]:
         """See ``Backend.open``."""
         async with AsyncExitStack() as stack:
             for topology in self._topologies:
-                await stack.enter_async_context(topology.opened())
+                await stack.enter_async_context(topology.opened(failing))
             # A right to run scripts that is missing should stop the start, and not the first visitor.
             await self.store.read(Handle(f"00.{'-' * 22}"), timeout=1.0)
-            bus = self.bus.opened(node, receiver) if listen else self.bus.publishing(node, receiver)
-            await stack.enter_async_context(bus)
+            enter = self.bus.opened if listen else self.bus.publishing
+            await stack.enter_async_context(enter(node, receiver, failing))
             yield
 
     def attach(self, node: NodeId, receiver: Receiver, *, listen: bool) -> None:

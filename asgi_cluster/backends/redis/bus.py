@@ -20,6 +20,7 @@ from asgi_cluster.bus.lease import Lease
 from asgi_cluster.bus.messages import Ack, encode
 from asgi_cluster.exceptions import BusUnavailable, NotStarted, StoreUnavailable
 from asgi_cluster.ids import NodeId
+from asgi_cluster.tasks import Failing
 
 __all__ = ["RedisBus"]
 
@@ -67,7 +68,9 @@ class RedisBus:
         """
 
     @asynccontextmanager
-    async def opened(self, node: NodeId, receiver: Receiver) -> AsyncIterator[None]:
+    async def opened(
+        self, node: NodeId, receiver: Receiver, failing: Failing | None = None
+    ) -> AsyncIterator[None]:
         """Registered and receiving while entered.
 
         Raises ``StoreUnavailable`` when a channel or a key is refused.
@@ -77,7 +80,7 @@ class RedisBus:
         async with AsyncExitStack() as stack:
             for feed in self._feeds:
                 try:
-                    await stack.enter_async_context(feed.opened(node, receiver))
+                    await stack.enter_async_context(feed.opened(node, receiver, failing))
                 except BusUnavailable as error:
                     raise StoreUnavailable(error.reason) from error
             registry = self._registry(self._rooms)
@@ -89,23 +92,27 @@ class RedisBus:
                 self._listening = False
 
     @asynccontextmanager
-    async def publishing(self, node: NodeId, receiver: Receiver) -> AsyncIterator[None]:
+    async def publishing(
+        self, node: NodeId, receiver: Receiver, failing: Failing | None = None
+    ) -> AsyncIterator[None]:
         """Not registered. Receives what is posted to ``node``, from the first ``reachable`` on."""
         self._node = node
         self._inbox_wanted, self._inbox_open = asyncio.Event(), asyncio.Event()
         try:
-            async with background() as tasks:
-                keep = partial(self._keep_inbox, node, receiver, self._inbox_wanted)
-                tasks.keep(keep, name="asgi-cluster inbox")
+            async with background(failing) as tasks:
+                keep = partial(self._keep_inbox, node, receiver, self._inbox_wanted, failing)
+                tasks.keep(keep, name="inbox")
                 yield
         finally:
             self._inbox_wanted = None
 
-    async def _keep_inbox(self, node: NodeId, receiver: Receiver, wanted: asyncio.Event) -> None:
+    async def _keep_inbox(
+        self, node: NodeId, receiver: Receiver, wanted: asyncio.Event, failing: Failing | None
+    ) -> None:
         await wanted.wait()
         while True:
             try:
-                async with self._inbox.opened(node, receiver):
+                async with self._inbox.opened(node, receiver, failing):
                     self._inbox_open.set()
                     await asyncio.Event().wait()
             except BusUnavailable as error:

@@ -29,6 +29,7 @@ from asgi_cluster.backends.redis.slots import (
 from asgi_cluster.backends.redis.topology import Routed
 from asgi_cluster.backends.redis.urls import Target
 from asgi_cluster.exceptions import StoreUnavailable
+from asgi_cluster.tasks import Failing
 
 __all__ = ["ClusterTopology"]
 
@@ -58,15 +59,15 @@ class ClusterTopology(Routed):
         self._changed: Callable[[], None] | None = None
 
     @asynccontextmanager
-    async def opened(self) -> AsyncIterator[None]:
+    async def opened(self, failing: Failing | None = None) -> AsyncIterator[None]:
         """See ``Topology.opened``."""
-        async with background() as tasks:
+        async with background(failing) as tasks:
             self._tasks = tasks
             self._doubted = asyncio.Event()
             try:
                 self._adopt(await self._look_from_outside())
                 await asyncio.gather(*[member.started for member in self._members.values()])
-                tasks.keep(self._watch_slots, name="asgi-cluster slots")
+                tasks.keep(self._watch_slots, name="slots")
                 yield
             finally:
                 self._tasks = None

@@ -62,13 +62,14 @@ class CommandLink:
         pause = _FIRST_PAUSE
         self._loop = asyncio.get_running_loop()
         began = self._loop.time()
-        while True:
+        unexpected: BaseException | None = None
+        while unexpected is None:
             try:
                 await self._one_connection(started)
             except* Exception as group:
                 error = first_of(group)
                 if not isinstance(error, LinkBroken | StoreUnavailable | RedisError | OSError):
-                    logger.error("the link to %s failed", self._primary.name, exc_info=error)
+                    unexpected = error
                 if self._link is not None:
                     pause = _FIRST_PAUSE
                     logger.warning("lost the connection to %s: %s", self._primary.name, reason_of(error))
@@ -81,8 +82,10 @@ class CommandLink:
             finally:
                 self._link = None
             stop_if_cancelled()
-            await self._rest(random.uniform(0, pause))
+            if unexpected is None:
+                await self._rest(random.uniform(0, pause))
             pause = min(pause * 2, _LONGEST_PAUSE)
+        raise unexpected
 
     async def _rest(self, pause: float) -> None:
         self._hurried.clear()

@@ -21,6 +21,7 @@ from asgi_cluster.bus.bus import SUBSCRIBED_AGAIN, Receiver
 from asgi_cluster.bus.lease import Lease
 from asgi_cluster.exceptions import NotStarted
 from asgi_cluster.ids import BUCKETS, NodeId
+from asgi_cluster.tasks import Failing
 
 __all__ = ["Feed"]
 
@@ -72,7 +73,9 @@ class Feed:
         self._received = self._reconnects = 0
 
     @asynccontextmanager
-    async def opened(self, node: NodeId, receiver: Receiver) -> AsyncIterator[None]:
+    async def opened(
+        self, node: NodeId, receiver: Receiver, failing: Failing | None = None
+    ) -> AsyncIterator[None]:
         """Registered and receiving while entered. Raises ``StoreUnavailable``, ``BusUnavailable``."""
         if self._carries_sessions or self._carries_rooms:
             self.registry = self.registry_for(node, receiver.load)
@@ -85,7 +88,7 @@ class Feed:
             self._wanted |= self._buckets.keys()
         self._fixed = frozenset(self._wanted)
         try:
-            async with background() as tasks:
+            async with background(failing) as tasks:
                 self._tasks = tasks
                 await asyncio.gather(*self._plan())
                 self._open = True
@@ -93,7 +96,7 @@ class Feed:
                 self._replan()
                 if registry is not None:
                     lease = partial(self.lease_of, self.names.nodes())
-                    tasks.keep(partial(registry.run, lease), name="asgi-cluster registry")
+                    tasks.keep(partial(registry.run, lease), name="registry")
                 try:
                     yield
                 finally:
@@ -143,7 +146,7 @@ class Feed:
             outcome.add_done_callback(_retrieve)  # nobody waits for a primary that comes later
             started.append(outcome)
             run = partial(self._subscribers[primary].run, outcome)
-            self._running[primary] = self._tasks.keep(run, name="asgi-cluster subscriber")
+            self._running[primary] = self._tasks.keep(run, name="subscriber")
         for primary in [primary for primary in self._subscribers if primary not in primaries]:
             subscriber = self._subscribers.pop(primary)
             self._running.pop(primary).cancel()

@@ -31,7 +31,7 @@ class Member:
         self.commands = CommandLink(self.primary)
         self.started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.started.add_done_callback(lambda done: done.cancelled() or done.exception())
-        self.task = tasks.keep(partial(self.commands.run, self.started), name="asgi-cluster commands")
+        self.task = tasks.keep(partial(self.commands.run, self.started), name="commands")
         self.tag: str | None = None
 
     async def retire(self) -> None:

@@ -23,6 +23,7 @@ from asgi_cluster.backends.redis.primary import Primary
 from asgi_cluster.backends.redis.topology import OnePrimary
 from asgi_cluster.backends.redis.urls import Address, Target
 from asgi_cluster.exceptions import StoreUnavailable
+from asgi_cluster.tasks import Failing
 
 __all__ = ["SentinelTopology"]
 
@@ -49,20 +50,23 @@ class _Sentinel:
 
     async def run(self) -> None:
         pause = _FIRST_PAUSE
-        while True:
+        unexpected: BaseException | None = None
+        while unexpected is None:
             try:
                 await self._one_connection()
             except* Exception as group:
                 error = first_of(group)
                 if not isinstance(error, LinkBroken | RedisError | OSError):
-                    logger.error("the link to sentinel %s failed", self.address.name, exc_info=error)
+                    unexpected = error
                 self.reason = reason_of(error)
             finally:
                 pause = _FIRST_PAUSE if self.link is not None else min(pause * 2, _LONGEST_PAUSE)
                 self.link = None
                 self._topology.heard_of_sentinels()
             stop_if_cancelled()
-            await asyncio.sleep(random.uniform(0, pause))
+            if unexpected is None:
+                await asyncio.sleep(random.uniform(0, pause))
+        raise unexpected
 
     async def _one_connection(self) -> None:
         link = await self.address.dial(self._pushed)
@@ -127,12 +131,12 @@ class SentinelTopology(OnePrimary):
         return f"{self._service} at {self._place[0]}:{self._place[1]}" if self._place else self._service
 
     @asynccontextmanager
-    async def opened(self) -> AsyncIterator[None]:
+    async def opened(self, failing: Failing | None = None) -> AsyncIterator[None]:
         """See ``Topology.opened``."""
-        async with background() as tasks:
+        async with background(failing) as tasks:
             for sentinel in self._sentinels:
-                tasks.keep(sentinel.run, name="asgi-cluster sentinel")
-            async with super().opened():
+                tasks.keep(sentinel.run, name="sentinel")
+            async with super().opened(failing):
                 await self._warn()
                 yield
 

@@ -224,14 +224,15 @@ class Subscriber:
         """
         pause = _FIRST_PAUSE
         began = asyncio.get_running_loop().time()
-        while True:
+        unexpected: BaseException | None = None
+        while unexpected is None:
             reason: str | None = None
             try:
                 await self._one_connection(started)
             except* Exception as group:
                 error = first_of(group)
                 if not isinstance(error, LinkBroken | RedisError | OSError):
-                    logger.error("the subscriber of %s failed", self.primary.name, exc_info=error)
+                    unexpected = error
                 reason = reason_of(error)
                 late = asyncio.get_running_loop().time() - began > PATIENCE_AT_START
                 if not started.done() and (late or not is_timeout(error)):
@@ -240,7 +241,9 @@ class Subscriber:
                 pause = _FIRST_PAUSE if self.connected else min(pause * 2, _LONGEST_PAUSE)
                 self._lost(reason)
             stop_if_cancelled()
-            await asyncio.sleep(random.uniform(0, pause))
+            if unexpected is None:
+                await asyncio.sleep(random.uniform(0, pause))
+        raise unexpected
 
     def _lost(self, reason: str | None) -> None:
         was_connected, self._link = self.connected, None

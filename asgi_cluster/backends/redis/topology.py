@@ -19,6 +19,7 @@ from asgi_cluster.backends.redis.primary import Primary
 from asgi_cluster.backends.redis.scripts import Script
 from asgi_cluster.backends.redis.urls import Address
 from asgi_cluster.exceptions import StoreUnavailable
+from asgi_cluster.tasks import Failing
 
 __all__ = ["OnePrimary", "Topology", "single_server"]
 
@@ -33,7 +34,7 @@ class Topology(Protocol):
     sharded: bool
     """Redis Cluster: channels live in slots, publish with SPUBLISH."""
 
-    def opened(self) -> AbstractAsyncContextManager[None]:
+    def opened(self, failing: Failing | None = None) -> AbstractAsyncContextManager[None]:
         """Connected while entered.
 
         Raises ``StoreUnavailable`` on entering: cannot be reached, refuses us, is too old.
@@ -133,12 +134,12 @@ class OnePrimary(Routed):
         self._commands: CommandLink | None = None
 
     @asynccontextmanager
-    async def opened(self) -> AsyncIterator[None]:
+    async def opened(self, failing: Failing | None = None) -> AsyncIterator[None]:
         """See ``Topology.opened``."""
         commands = CommandLink(self.primary)
         started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        async with background() as tasks:
-            tasks.keep(partial(commands.run, started), name="asgi-cluster commands")
+        async with background(failing) as tasks:
+            tasks.keep(partial(commands.run, started), name="commands")
             await started
             self._commands = commands
             try:
