@@ -23,7 +23,7 @@ __all__ = ["MemoryBackend"]
 class MemoryBackend:
     """One node of a memory cluster.
 
-    ``name=None`` keeps it to itself; everybody in this process who gives the same name shares sessions, rooms
+    ``name=None`` keeps it to itself; all backends of this process with the same name share sessions, rooms
     and messages, as long as one of them exists. ``clock`` is the store's clock, in seconds; the first of a
     name decides.
     """
@@ -71,7 +71,7 @@ class MemoryBackend:
             self._rise()
 
     def attach(self, node: NodeId, receiver: Receiver, *, listen: bool = True) -> None:
-        """Register a node that nobody starts, for as long as its ``receiver`` exists. Costs nothing when it
+        """Register a node that is not started, for as long as its ``receiver`` exists. Costs nothing when it
         is there already.
         """
         seat = self._bus.seat or self._letterbox

@@ -82,7 +82,7 @@ class MemoryBus:
         self._world.tell_node(node, payload)
 
     async def reachable(self, *, timeout: float) -> None:
-        """See ``Bus.reachable``: whoever is here is."""
+        """See ``Bus.reachable``: a registered node is."""
 
     async def nodes(self, *, timeout: float) -> Mapping[NodeId, NodeInfo]:
         """See ``Bus.nodes``. A node of this process cannot lag."""

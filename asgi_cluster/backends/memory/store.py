@@ -67,7 +67,7 @@ class MemorySessionStore:
         self._sessions: _Sessions = world.part(_Sessions)
 
     def run_id(self, bucket: int) -> str:
-        """See ``SessionStore.run_id``: what is lost here is lost with everybody."""
+        """See ``SessionStore.run_id``: what is lost here is lost with the process."""
         return ""
 
     async def read(self, handle: Handle, *, timeout: float) -> Record | None:

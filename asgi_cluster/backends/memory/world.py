@@ -24,7 +24,7 @@ logger = logging.getLogger("asgi_cluster.memory")
 
 
 class Seat:
-    """One node's place: who receives for it, and which rooms it hears.
+    """One node's place: its receiver, and the rooms that it is subscribed to.
 
     ``listens=False``: of a publisher, which is no node and receives only what is posted to it.
     """
@@ -67,7 +67,7 @@ class World:
 
     @classmethod
     def named(cls, name: str | None, clock: Clock = boot_clock) -> World:
-        """The world that everybody in this process who says ``name`` shares; a private one for ``None``."""
+        """The world that clusters of this process with this ``name`` share; a private one for ``None``."""
         if name is None:
             return cls(clock)
         with cls._naming:
@@ -119,7 +119,7 @@ class World:
         self._tell("node", node, payload)
 
     def tell_room(self, room: str, payload: bytes) -> None:
-        """To every node that hears the room."""
+        """To every node that is subscribed to the room."""
         self._tell("room", room, payload)
 
     def _tell(self, audience: str, name: str, payload: bytes) -> None:

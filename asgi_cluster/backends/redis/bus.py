@@ -33,7 +33,7 @@ class RedisBus:
     """One feed for sessions and rooms; rooms get a feed of their own when they live on servers of their own.
 
     Two feeds mean two sets of connections, echoes and leases: a broadcast spike that costs the rooms their
-    connection does not cost anybody a session.
+    connection costs no session.
     """
 
     def __init__(
@@ -126,8 +126,8 @@ class RedisBus:
             self.on_dead(node, incarnation)
 
     async def _probe_rights(self, node: NodeId) -> None:
-        # A right that is missing should stop the start, and not the first logout. An Ack that nobody waits
-        # for is harmless, and no room has an empty name.
+        # A right that is missing should stop the start, and not the first logout. An Ack to no request
+        # is harmless, and no room has an empty name.
         harmless = encode(Ack("", node, 0))
         sessions, rooms = self._sessions, self._rooms
         for feed, channel, what in (

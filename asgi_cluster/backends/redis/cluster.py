@@ -183,7 +183,7 @@ class ClusterTopology(Routed):
                 if self._tasks is None:
                     raise StoreUnavailable("not connected")
                 if place is None:
-                    raise _NobodysSlot
+                    raise _SlotWithoutPrimary
                 commands = self._member(place).commands
                 return await commands.call(*args, timeout=deadline - loop.time(), asking=asking is not None)
             except NoScriptError:
@@ -217,7 +217,7 @@ class ClusterTopology(Routed):
         """See ``Topology.run_id``."""
         member = self._home(key)
         if member is None:
-            raise StoreUnavailable("nobody has this slot")
+            raise StoreUnavailable("no primary has this slot")
         return member.commands.run_id
 
     @property
@@ -265,14 +265,14 @@ async def _until_broken(link: Link) -> None:
     try:
         await link.run()
     except LinkBroken:
-        return  # whoever asked over it has been told
+        return  # its callers have got the error
 
 
-class _NobodysSlot(ResponseError):
+class _SlotWithoutPrimary(ResponseError):
     """A slot without primary: as good as CLUSTERDOWN."""
 
     def __init__(self) -> None:
-        super().__init__("CLUSTERDOWN nobody has this slot")
+        super().__init__("CLUSTERDOWN no primary has this slot")
 
 
 def _said(error: BaseException) -> str:

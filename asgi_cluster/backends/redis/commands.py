@@ -96,7 +96,7 @@ class CommandLink:
             return
 
     def hurry(self) -> None:
-        """The server has been reached by somebody else: try at once, and let callers wait for it again."""
+        """Another connection has reached the server: try at once, and let callers wait for it again."""
         if self._link is None:
             self._failing_since = asyncio.get_running_loop().time()
             self._hurried.set()
@@ -107,7 +107,7 @@ class CommandLink:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(link.run(), name="asgi-cluster command link")
                 async with asyncio.timeout(_INTRODUCTION):
-                    # Another run id means another history of writes: whoever hands out numbers knows it
+                    # Another run id means another history of writes: the store that numbers writes gets it
                     # before the first command.
                     self.run_id = await self._primary.introduce(link)
                 self._link = link
@@ -197,7 +197,7 @@ class CommandLink:
             raise unavailable(error, sent=sent) from error
 
     def post(self, *args: str | bytes | int) -> bool:
-        """One command whose reply nobody wants; False when it could not be sent."""
+        """One command whose reply is not needed; False when it could not be sent."""
         if self._link is None:
             return False
         try:

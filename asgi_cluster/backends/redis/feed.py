@@ -1,4 +1,4 @@
-"""What the primaries of one topology push to this node: which channel is heard where, under whose lease."""
+"""What the primaries of one topology push to this node: which channel is subscribed where, and its lease."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Feed:
         self._carries_sessions = sessions
         self._carries_rooms = rooms
         self._lease = Lease(lease_duration)  # of the only primary, when there is only one
-        self._nobodys = Lease(lease_duration)  # never renewed: of channels that nobody hears
+        self._no_lease = Lease(lease_duration)  # never renewed: of channels without a subscriber
         self._subscribers: dict[Primary, Subscriber] = {}
         self._running: dict[Primary, asyncio.Task[None]] = {}
         self._homes: dict[str, Subscriber] = {}
@@ -118,7 +118,7 @@ class Feed:
 
     def registry_for(self, node: NodeId, load: Callable[[], tuple[int, int]]) -> Registry:
         """The registry at these servers, for a node that may not be in it."""
-        # Where only rooms are, no logout counts on anybody.
+        # Where only rooms are, no logout waits for a node.
         lease = self._duration if self._carries_sessions else 0.0
         return Registry(self.topology, self.names, node, load, lease=lease, stale_for=self._stale_for)
 
@@ -143,7 +143,7 @@ class Feed:
             self._settle(channel)
         for primary in fresh:
             outcome: asyncio.Future[None] = loop.create_future()
-            outcome.add_done_callback(_retrieve)  # nobody waits for a primary that comes later
+            outcome.add_done_callback(_retrieve)  # not awaited for a primary that comes later
             started.append(outcome)
             run = partial(self._subscribers[primary].run, outcome)
             self._running[primary] = self._tasks.keep(run, name="subscriber")
@@ -178,7 +178,7 @@ class Feed:
         """The lease of the primary that has ``key``."""
         primary = self.topology.home(key)
         subscriber = None if primary is None else self._subscribers.get(primary)
-        return self._nobodys if subscriber is None else subscriber.lease
+        return self._no_lease if subscriber is None else subscriber.lease
 
     def lease(self, channel: str) -> Lease:
         """The lease that vouches for ``channel``."""
@@ -186,12 +186,12 @@ class Feed:
             return self._lease
         home = self._homes.get(channel)
         # A primary's lease says nothing of a channel that has yet to be subscribed there.
-        return home.lease if home is not None and home.hears(channel) else self._nobodys
+        return home.lease if home is not None and home.hears(channel) else self._no_lease
 
     def run_id(self, channel: str) -> str:
-        """Of the server that ``channel`` is heard from."""
+        """Of the server where ``channel`` is subscribed."""
         home = self._homes.get(channel)
-        # A message that comes from a channel's old home, on the way out, is nobody's: who asks will look.
+        # A message may still come from a channel's old home: its run id is not known.
         return _UNKNOWN if home is None else home.run_id
 
     # Rooms

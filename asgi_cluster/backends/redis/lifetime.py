@@ -65,7 +65,7 @@ def stop_if_cancelled() -> None:
     """For a loop that goes on after a ``TaskGroup`` of its own has failed.
 
     When a child fails and the task is cancelled in the same moment, Python before 3.13 raises the child's
-    error and the cancellation is lost: whoever waits for the loop's end waits for ever.
+    error and the cancellation is lost: a caller that waits for the loop's end waits for ever.
 
     Raises:
         asyncio.CancelledError: the task has been cancelled.

@@ -2,8 +2,8 @@
 
 One reader takes replies and pushes in the order in which the server wrote them and matches replies to
 commands first in, first out. Commands of one loop tick go out in one write. A caller that stops waiting
-leaves the connection as it is: its reply is dropped when it comes. When the connection breaks, everybody who
-waits is told that the outcome is unknown.
+leaves the connection as it is: its reply is dropped when it comes. When the connection breaks, all callers
+that wait get an error: the outcome is unknown.
 
 (Un)subscribe commands have no reply of their own, only pushes, and on a Cluster a slot that moves away brings
 the same push unasked. Counting them could put every later reply in the wrong place by one, and a heartbeat
@@ -133,7 +133,7 @@ class Link:
         return future
 
     def post(self, *args: str | bytes | int) -> None:
-        """Send a command whose reply nobody wants. Raises as ``send``."""
+        """Send a command whose reply is not needed. Raises as ``send``."""
         self._check()
         self._write(args, None)
 
@@ -248,7 +248,7 @@ class Link:
 
     def _next(self) -> asyncio.Future[Any] | _Batch | None:
         if not self._pending:
-            raise LinkBroken("a reply that nobody asked for")
+            raise LinkBroken("a reply to no command")
         return self._pending.popleft()
 
     async def _pushed(self, push: Sequence[Any]) -> Any:
@@ -263,7 +263,7 @@ class Link:
         if isinstance(head, _Batch) and channel is not None and head.acknowledged(kind, channel.decode()):
             return _PUSHED
         if kind in (b"unsubscribe", b"sunsubscribe") and channel is not None and self._on_push is not None:
-            # Nobody asked: a slot has moved away, and its channels with it.
+            # No unsubscribe was sent: a slot has moved away, and its channels with it.
             self._on_push(kind, channel, None)
         return _PUSHED
 

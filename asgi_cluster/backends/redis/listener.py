@@ -1,4 +1,4 @@
-"""What a subscriber needs of others: something to beat with, and somebody to tell."""
+"""What a subscriber needs of others: a heartbeat, and a receiver of its events."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from asgi_cluster.realtime.presence import count_people
 __all__ = ["RedisPresence", "Registered"]
 
 _ROOM_TTL = 7 * 24 * 3600 * 1000
-"""Milliseconds after the last arrival, or the last look, for which a room's presence stays when nobody is
+"""Milliseconds after the last arrival, or the last look, for which a room's presence stays when no node is
 left to clean it up: longer than sockets live."""
 
 _TRUSTED_FOR = 1.0
@@ -47,8 +47,8 @@ class RedisPresence:
     """``realtime.presence.PresenceStore``. An entry is ``<node> <incarnation>`` and, after a newline, the
     client info.
 
-    What a dead node left behind is not shown; it is removed by ``reap``, and where nobody does, by looking at
-    it.
+    What a dead node left behind is not shown; it is removed by ``reap``, else when the room
+    is next read.
     """
 
     def __init__(self, topology: Topology, names: Names, registry: Registered) -> None:
@@ -81,16 +81,16 @@ class RedisPresence:
             owner, newline, info = entry.partition(b"\n")
             found.append((client.decode("utf-8", "replace"), owner + newline, info))
         owners = {owner for _, owner, _ in found}
-        # Whoever the last list did not name may have registered since: only then is it asked for out of turn.
+        # A node that is not in the last list may have registered since: only then is it read early.
         if not owners <= self._living or clock() - self._asked_at >= _TRUSTED_FOR:
             await self._ask(deadline - clock())
         await self._tidy(room, owners - self._living, deadline - clock())
         return {client: info for client, owner, info in found if owner in self._living}
 
     async def _tidy(self, room: str, strangers: set[bytes], timeout: float) -> None:
-        # A room in which nobody alive was left when a node died: nobody reaped it, and nobody waits for a
-        # leave. A node that has just started may be a stranger for a moment, so that only who stays one is
-        # taken out.
+        # No running node was in the room when a node died: its entries were not reaped, and no client waits
+        # for a leave. A node that has just started may be a stranger for a moment, so only one that stays a
+        # stranger is taken out.
         now = asyncio.get_running_loop().time()
         self._strangers = {
             owner: since for owner, since in self._strangers.items() if now - since < 10 * _STRANGER_FOR

@@ -10,7 +10,7 @@ from asgi_cluster.sessions.store import Record
 __all__ = ["decode_fields", "decode_record", "field_pairs", "milliseconds"]
 
 _LONGEST = 100 * 365 * 24 * 3600
-"""Seconds. Redis refuses expiry times that overflow; nobody can tell a hundred years from more."""
+"""Seconds. Redis refuses expiry times that overflow; a hundred years are as good as for ever."""
 
 
 def milliseconds(seconds: float) -> int:

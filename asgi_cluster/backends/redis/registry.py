@@ -232,7 +232,7 @@ class SideBeat:
         return ("PEXPIRE", self._key, BEAT_TTL)
 
     def interrupted(self) -> None:
-        """See ``Heartbeat.interrupted``: nobody is observed here."""
+        """See ``Heartbeat.interrupted``: no node is observed here."""
 
 
 class InboxBeat:
@@ -241,7 +241,7 @@ class InboxBeat:
     """
 
     def __init__(self, names: Names, node: NodeId) -> None:
-        # An answer to no request is ignored by whoever receives it.
+        # An answer to no request is ignored by its receiver.
         self._command = (names.publish, names.node_channel(node), encode(Ack("", node, 0)))
 
     def registration(self) -> Command:
@@ -253,4 +253,4 @@ class InboxBeat:
         return self._command
 
     def interrupted(self) -> None:
-        """See ``Heartbeat.interrupted``: nobody is observed here."""
+        """See ``Heartbeat.interrupted``: no node is observed here."""

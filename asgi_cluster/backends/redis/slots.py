@@ -14,7 +14,7 @@ SLOTS = 16384
 Place = tuple[str, int]
 
 View = list[Place | None]
-"""For each slot, host and port of its primary; ``None`` when nobody has it."""
+"""For each slot, host and port of its primary; ``None`` when no primary has it."""
 
 
 def slot_of(key: str) -> int:

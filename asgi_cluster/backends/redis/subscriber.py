@@ -1,9 +1,9 @@
-"""The subscriber: one connection that hears everything, and proves with every heartbeat that it has missed
+"""The subscriber: one connection that receives everything, and proves with every heartbeat that it has missed
 nothing.
 
 Order is all. Subscriptions first; a beat that was sent before the last of them was acknowledged proves
 nothing. Pushes are handed on as they are read, before any later reply is looked at. On a gap the lease goes
-first, then everybody is told.
+first, then the listener is called.
 """
 
 from __future__ import annotations
@@ -252,9 +252,7 @@ class Subscriber:
         self._sent.clear()
         self._acked.clear()
         self._changed.clear()
-        if (
-            was_connected and reason is not None
-        ):  # without one it is being stopped, and nobody is left to be told
+        if was_connected and reason is not None:  # without one it is being stopped
             self._listener.gap(self, reason, frozenset(self._wanted))
         self._answer(list(self._waiting), None)
 
@@ -279,8 +277,8 @@ class Subscriber:
             await link.close()
 
     async def _register(self, link: Link) -> None:
-        # Before the first lease: whoever serves from a cache is known to those who log out. Known already
-        # after a mere reconnect: then the incarnation, and with it everybody's presence, stays.
+        # Before the first lease: a logout waits for every registered node that serves from a cache. After a
+        # mere reconnect it is registered already: the incarnation stays, and with it the presence entries.
         heartbeat = self._listener.heartbeat(self)
         if not self._registered or await link.send(*heartbeat.beat()) != 1:
             await link.send(*heartbeat.registration())
@@ -383,7 +381,7 @@ class Subscriber:
         if not self._sharded:
             link.abort("the server ended a subscription")
             return
-        # The slot has moved, and what is published there now is not heard here.
+        # The slot has moved, and what is published there now does not arrive here.
         self._acked.discard(name)
         self._listener.gap(self, "a channel has moved", frozenset((name,)))
         self._listener.moved(self)

@@ -58,7 +58,7 @@ class Topology(Protocol):
         ...
 
     def post(self, key: str, *args: str | bytes | int) -> bool:
-        """One command whose reply nobody wants, to the primary that has ``key``; False when it could not be
+        """One command whose reply is not needed, to the primary that has ``key``; False when it could not be
         sent.
         """
         ...
@@ -83,7 +83,7 @@ class Topology(Protocol):
         ...
 
     def home(self, key: str) -> Primary | None:
-        """The primary that has ``key`` (or a channel), as far as is known; ``None`` while nobody has it."""
+        """The primary that has ``key`` (or a channel), as far as is known; ``None`` while none has it."""
         ...
 
     def tag_at(self, primary: Primary) -> str | None:
@@ -95,7 +95,7 @@ class Topology(Protocol):
         ...
 
     def doubt(self) -> None:
-        """Somebody was redirected or cut off: look again where everything is, soon. Never waits."""
+        """A command was redirected or a connection cut: look again where everything is, soon. Never waits."""
         ...
 
     def hurry(self, primary: Primary) -> None:

@@ -3,7 +3,7 @@
 -- Reply: {top offset, epoch, complete, 'offset previous length …', messages in one string}
 local epoch, top = numbering(ARGV[5])
 -- Kept from now on, so that the position that this reader takes away means something later. Where nothing has
--- been published nothing is stored: anybody may ask for rooms that do not exist.
+-- been published nothing is stored: a client may ask for rooms that do not exist.
 redis.call('PEXPIRE', KEYS[2], ARGV[6])
 local since, limit, backwards = tonumber(ARGV[1]), tonumber(ARGV[3]), ARGV[4] == '1'
 local complete = 1

@@ -5,7 +5,7 @@
 local record, why = living(KEYS[1], ARGV[1], milliseconds())
 if type(why) == 'table' then return why end
 if record and ARGV[7] ~= '' and ARGV[7] ~= record.write then return {0, {}, record.write or '', packed(KEYS[1])} end
--- What is heard of the end has happened: nodes remember it, and act on it after a failover. So a server that
+-- An end that was published has happened: nodes remember it, and act on it after a failover. So a server that
 -- refuses writes (a replica, too few replicas) is to say so now; memory that is full is no reason.
 redis.call('PEXPIRE', KEYS[1], record and record.left or 1000)
 -- Published even when there is none: a node may still have it cached, or sockets of it open.

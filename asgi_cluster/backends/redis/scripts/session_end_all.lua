@@ -5,7 +5,7 @@ local now = milliseconds()
 local kept_key, kept = ARGV[1] .. 's:' .. ARGV[3], nil
 if ARGV[3] ~= '' then kept = living(kept_key, ARGV[1], now) end
 if kept and kept.user ~= ARGV[2] then kept = nil end
--- What is heard of the end has happened, as in session_end: a server that refuses writes is to say so now, with
+-- An end that was published has happened, as in session_end: a server that refuses writes is to say so now, with
 -- one that changes nothing; and a slot that is moving, when the records are looked at.
 redis.call('ZREM', KEYS[2], '')
 local keys, ended = {}, {}
@@ -16,7 +16,7 @@ for _, token in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
     if living(key, ARGV[1], now) then ended[#ended + 1] = token end
   end
 end
--- A message that ends in an empty list (0x90 in msgpack) tells everybody what was ended, and so what to
+-- A message that ends in an empty list (0x90 in msgpack) lists for all nodes what was ended, and so what to
 -- remember: those that would have lived longest, if they are very many.
 local message = ARGV[6]
 if string.byte(message, -1) == 0x90 then

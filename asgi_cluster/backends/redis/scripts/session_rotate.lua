@@ -1,6 +1,6 @@
 --! session
 -- ARGV: prefix, publish command, channel, message, write id, new secret, current secret, grace.
--- Reply: 1 rotated, 0 gone, -1 somebody else has rotated it, -2 corrupt, {-3, user} unsure.
+-- Reply: 1 rotated, 0 gone, -1 another request has rotated it, -2 corrupt, {-3, user} unsure.
 local now = milliseconds()
 local record, why = living(KEYS[1], ARGV[1], now)
 if not record then return why end

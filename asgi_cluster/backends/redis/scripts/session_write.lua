@@ -37,7 +37,7 @@ if ARGV[6] ~= '' and not record.user and last_removed == #ARGV then
     return 3
   end
 end
--- Publish first: if the channel is refused, nothing has been changed that nobody will hear of.
+-- Publish first: if the channel is refused, nothing has been changed without a message.
 redis.call(ARGV[3], ARGV[4], ARGV[5])
 -- The first write is one that is refused when memory is full: then nothing was written.
 redis.call('HSET', KEYS[1], '@write', ARGV[7])
