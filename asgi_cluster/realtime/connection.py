@@ -89,15 +89,24 @@ class Connection:
         """Whom it belongs to; ``None``: nobody that is known."""
         return self.socket.user
 
+    @property
+    def over(self) -> bool:
+        """Whether it can be in no room any more: the client is gone, or the app is done with it."""
+        return self._gone or self.outbox.closed
+
     async def join(self, room: str) -> None:
         """Enter a room; returns when its messages arrive. No rule is asked: the app itself does this.
         Idempotent.
 
         Raises:
             ValueError: no valid room name.
+            OSError: the connection is closed, or was closed meanwhile.
             BusUnavailable: the room cannot be subscribed to, or its history not be read.
         """
-        await self.cluster.rooms.enter(self, check_room(room))
+        check_room(room)
+        self._check_open()
+        await self.cluster.rooms.enter(self, room)
+        self._check_open()
 
     async def leave(self, room: str) -> None:
         """Leave a room. Harmless when it is not in it. Raises ``ValueError`` for no valid room name."""
@@ -134,7 +143,7 @@ class Connection:
         spawn(self.socket.tasks, self.leave(room), name="asgi-cluster leave")
 
     def _check_open(self) -> None:
-        if self.socket.state != "open" or self.outbox.closed:
+        if self.socket.state != "open" or self.over:
             raise OSError("the connection is closed")
 
     # Input

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -100,6 +101,7 @@ class Rooms:
         self._ensure_started = ensure_started
         self._tasks = tasks
         self._reception = Reception(hub)
+        self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
         self.retention = Retention(config.rules, history, node=node, declares=listens, timeout=deadline)
         bus.on_dead = self.report_dead
 
@@ -237,15 +239,21 @@ class Rooms:
 
     async def enter(self, connection: Connection, room: str, *, since: Position | None = None) -> Entered:
         """Make ``connection`` a member. Nothing is delivered to it before the return, and nothing missed
-        after it.
+        after it. Does nothing for a connection that is over.
 
         Raises:
             BusUnavailable, StoreUnavailable: not entered.
         """
         self._ensure_started("joining a room")
-        already = connection.rooms.get(room)
-        if already is not None:
-            return Entered(None if already.sequence is None else already.sequence.last, None)
+        async with self._turn(connection, room):
+            already = connection.rooms.get(room)
+            if already is not None:
+                return Entered(None if already.sequence is None else already.sequence.last, None)
+            if connection.over:
+                return Entered(None, None)
+            return await self._enter(connection, room, since)
+
+    async def _enter(self, connection: Connection, room: str, since: Position | None) -> Entered:
         found = self.rule(room)
         rule = None if found is None else found[0]
         try:
@@ -266,25 +274,35 @@ class Rooms:
             self._release(audience)
             await self._attendance.vanish(connection, room)
             raise
+        if connection.over:
+            self._release(audience)
+            # ``leave_all`` may have run while the entry was on its way to the store: withdraw it again.
+            connection._present[room] = None
+            await self._attendance.vanish(connection, room)
+            return Entered(None, None)
         # No await from here to the return: what is delivered after this goes to this member too.
         if rule is not None:
             # Whatever a rule here says: of what is kept, nothing is left out unnoticed.
             audience.slow = rule.slow if kept is None else "disconnect"
-        if connection.outbox.closed or room in connection.rooms:
-            self._release(audience)
-        else:
-            connection.rooms[room] = audience
-            audience.attach(connection)
-            if rule is not None and rule.join_leave:
-                connection._announced[room] = None
-                self._tell(connection, room, Joined(connection.id, self.client_info(connection)))
+        connection.rooms[room] = audience
+        audience.attach(connection)
+        if rule is not None and rule.join_leave:
+            connection._announced[room] = None
+            self._tell(connection, room, Joined(connection.id, self.client_info(connection)))
         return Entered(position, missed)
 
     async def leave(self, connection: Connection, room: str) -> bool:
-        """End a membership; False when there was none."""
-        left = self._drop(connection, room)
-        await self._attendance.vanish(connection, room)
-        return left
+        """End a membership; False when there was none. Waits for an ``enter`` that began before."""
+        async with self._turn(connection, room):
+            left = self._drop(connection, room)
+            await self._attendance.vanish(connection, room)
+            return left
+
+    def _turn(self, connection: Connection, room: str) -> asyncio.Lock:
+        """One change of a membership at a time, in the order of the calls: presence and membership agree
+        after each.
+        """
+        return self._turns.setdefault((connection.id, room), asyncio.Lock())
 
     async def leave_all(self, connection: Connection) -> None:
         """The connection is over."""

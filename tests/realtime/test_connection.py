@@ -12,6 +12,8 @@ from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from asgi_cluster import Cluster, Connection, RoomRule
+from asgi_cluster.backends.memory.history import MemoryHistory
+from asgi_cluster.backends.memory.presence import MemoryPresence
 from asgi_cluster.scope import ScopeState
 from tests.realtime.conftest import sign_in
 from tests.realtime.site import Site
@@ -267,3 +269,97 @@ async def test_leaving_the_body_does_not_wait_for_a_client_that_does_not_read(
         await eventually(lambda: node.cluster.stats().realtime.connections == 0)
         client.ws.transport.abort()
     assert left[0] < 5
+
+
+class Held:
+    """Holds the calls of one method of a class: each waits, ``before`` its work or after it."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, of: type, method: str, *, before: bool = False) -> None:
+        self.waiting = asyncio.Event()
+        self.go_on = asyncio.Event()
+        real = getattr(of, method)
+
+        async def held(*args: Any, **options: Any) -> Any:
+            found = None if before else await real(*args, **options)
+            self.waiting.set()
+            await self.go_on.wait()
+            return await real(*args, **options) if before else found
+
+        patch.setattr(of, method, held)
+
+
+SHOWN = RoomRule("shown", presence=True, history=5)
+
+
+def kept_open(held: list[Connection]) -> WebSocketRoute:
+    async def keep(websocket: WebSocket) -> None:
+        async with cluster_of(websocket).accept(websocket) as connection:
+            held.append(connection)
+            async for message in connection:
+                if message == "leave the body":
+                    return
+
+    return WebSocketRoute("/keep", keep)
+
+
+@pytest.mark.parametrize("end", ["client", "app"])
+async def test_join_of_a_connection_that_ends_meanwhile(
+    lone_site: Site, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """``join`` raises when the connection is over, before or during it, and leaves no presence."""
+    found: list[Connection] = []
+    node = await lone_site.node(routes=[kept_open(found)], rules=[SHOWN])
+    async with node.raw(path="/keep") as client:
+        await eventually(lambda: found)
+        held = Held(monkeypatch, MemoryPresence, "enter")
+        joining = asyncio.create_task(found[0].join("shown"))
+        await held.waiting.wait()
+        await (client.ws.close() if end == "client" else client.ws.send("leave the body"))
+        await eventually(lambda: node.cluster.stats().realtime.connections == 0)
+        held.go_on.set()
+        with pytest.raises(OSError, match="closed"):
+            await joining
+    room = node.cluster.room("shown")
+    assert await room.presence() == []
+    with pytest.raises(OSError, match="closed"):
+        await found[0].join("shown")
+    assert await room.presence() == []
+    assert node.cluster.stats().realtime.rooms == 0
+
+
+async def test_leave_during_a_join(lone_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ``leave`` that is called while a ``join`` waits comes after it: no member, and no presence."""
+    found: list[Connection] = []
+    node = await lone_site.node(routes=[kept_open(found)], rules=[SHOWN])
+    async with node.raw(path="/keep"), asyncio.TaskGroup() as tasks:
+        await eventually(lambda: found)
+        held = Held(monkeypatch, MemoryHistory, "read")
+        joining = tasks.create_task(found[0].join("shown"))
+        await held.waiting.wait()
+        leaving = tasks.create_task(found[0].leave("shown"))
+        await asyncio.sleep(0)  # it has begun
+        held.go_on.set()
+        await asyncio.wait([joining, leaving])
+        assert not found[0].rooms
+        assert await node.cluster.room("shown").presence() == []
+        assert node.cluster.stats().realtime.rooms == 0
+
+
+async def test_join_during_a_leave(lone_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ``join`` that is called while a ``leave`` waits comes after it: a member, with presence."""
+    found: list[Connection] = []
+    node = await lone_site.node(routes=[kept_open(found)], rules=[SHOWN])
+    async with node.raw(path="/keep"), asyncio.TaskGroup() as tasks:
+        await eventually(lambda: found)
+        await found[0].join("shown")
+        held = Held(monkeypatch, MemoryPresence, "leave", before=True)
+        leaving = tasks.create_task(found[0].leave("shown"))
+        await held.waiting.wait()
+        joining = tasks.create_task(found[0].join("shown"))
+        await asyncio.sleep(0)  # it has begun
+        held.go_on.set()
+        await asyncio.wait([joining, leaving])
+        assert set(found[0].rooms) == {"shown"}
+        assert [member.connection_id for member in await node.cluster.room("shown").presence()] == [
+            found[0].id
+        ]
