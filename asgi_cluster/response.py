@@ -131,9 +131,14 @@ async def _answer(
 
 
 def error_of_ours(error: BaseException | None) -> StoreUnavailable | BusUnavailable | SessionConflict | None:
-    """``error``, if it is one that the middleware answers: 503 or 409. Task groups may have wrapped it."""
+    """``error``, if it is one that the middleware answers: 503 or 409. Of a task group's errors all have to
+    be such; the first that means 503 counts, then the first.
+    """
     if isinstance(error, StoreUnavailable | BusUnavailable | SessionConflict):
         return error
-    if isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        return error_of_ours(error.exceptions[0])
-    return None
+    if not isinstance(error, BaseExceptionGroup):
+        return None
+    ours = [found for each in error.exceptions if (found := error_of_ours(each)) is not None]
+    if len(ours) < len(error.exceptions):
+        return None
+    return next((each for each in ours if not isinstance(each, SessionConflict)), ours[0])

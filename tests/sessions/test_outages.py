@@ -21,6 +21,7 @@ from asgi_cluster import (
     CookieConfig,
     RealtimeConfig,
     SessionConfig,
+    SessionConflict,
     StoreUnavailable,
 )
 from tests.sessions.app import client_for, make_app, nodes
@@ -329,3 +330,34 @@ async def test_events_between_two_outages_are_not_lost(own: Server, prefix: str)
             await eventually(lambda: second.stats().bus.lease_remaining > 0, timeout=6)
         assert second.stats().bus.gaps >= 5
     raw.close()
+
+
+@pytest.mark.parametrize(
+    ("errors", "status"),
+    [
+        ([BusUnavailable("no reply"), StoreUnavailable("no reply")], 503),
+        ([SessionConflict("h"), ExceptionGroup("inner", [BusUnavailable("no reply")])], 503),
+        ([SessionConflict("h"), SessionConflict("h")], 409),
+        ([BusUnavailable("no reply"), ZeroDivisionError()], 500),
+        ([ZeroDivisionError(), BusUnavailable("no reply")], 500),
+    ],
+)
+async def test_several_operations_of_a_task_group_fail(
+    prefix: str, errors: list[Exception], status: int
+) -> None:
+    """503 when all that failed is the store or the bus, 409 when all are conflicts; an error of the app's
+    own among them is its 500.
+    """
+
+    async def fail(error: Exception) -> None:
+        await asyncio.sleep(0)  # all of them have begun
+        raise error
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for error in errors:
+                tasks.create_task(fail(error))
+
+    cluster = Cluster(f"memory://{prefix}")
+    async with serve(ClusterMiddleware(app, cluster)) as node, httpx.AsyncClient(base_url=node.url) as client:
+        assert (await client.get("/")).status_code == status
