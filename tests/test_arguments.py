@@ -21,6 +21,7 @@ from asgi_cluster import (
     ClusterMiddleware,
     CookieConfig,
     RealtimeConfig,
+    RoomRule,
     SessionConfig,
     get_session,
 )
@@ -297,3 +298,43 @@ async def test_object_in_place_of_the_session_is_explained(value: Any, told: str
     text = str(caught.value.__cause__)
     assert re.match(rf"scope\['session'\] was set to an? .*{told}", text)
     assert "middleware" not in text
+
+
+# Rooms
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"exclude": 5}, "exclude must be a Connection or str or None, not an int"),
+        ({"exclude": ["c1"]}, "exclude must be a Connection or str or None, not a list"),
+        ({"key": 5}, "key must be a str or None, not an int"),
+        ({"idempotency_key": 5}, "idempotency_key must be a str or None, not an int"),
+    ],
+)
+async def test_broadcast_with_an_argument_of_the_wrong_type_stores_nothing(
+    cluster_url: str, prefix: str, given: dict[str, Any], told: str
+) -> None:
+    """What cannot be read back is refused before anything is written."""
+    realtime = RealtimeConfig(rules=[RoomRule("r", history=5)])
+    async with Cluster(cluster_url, prefix=prefix, realtime=realtime) as cluster:
+        room = cluster.room("r")
+        with pytest.raises(TypeError, match=told):
+            await room.broadcast("hello", **given)
+        page = await room.history()
+        assert (page.offset, page.publications) == (0, [])
+
+
+async def test_log_line_of_an_undecodable_publication_names_room_and_offset(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It tells where to look. The store is written to directly, as another version would."""
+    cluster = Cluster("memory://", realtime=RealtimeConfig(rules=[RoomRule("r", history=5)]))
+    room = cluster.room("r")
+    await room.broadcast("before")
+    await cluster.rooms._history.publish(
+        "r", b"\xc1", size=5, ttl=600, idempotency_key=None, epoch=cluster.rooms.retention.epoch, timeout=1.0
+    )
+    page = await room.history()
+    assert [publication.data for publication in page.publications] == ["before"]
+    assert "publication 2 of room 'r' cannot be decoded" in caplog.text

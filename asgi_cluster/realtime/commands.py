@@ -108,7 +108,7 @@ async def subscribe(client: Client, request: SubscribeCommand) -> Result:
         entered = await client.cluster.rooms.enter(client, channel, since=since)
     finally:
         client.entering.remove(channel)
-    result = _subscribed(entered, request)
+    result = _subscribed(channel, entered, request)
     if request.rejects_unrecovered and result.was_recovering and not result.recovered:
         await client.cluster.rooms.leave(client, channel)
         raise ReplyError(ErrorCode.UNRECOVERABLE_POSITION)
@@ -120,16 +120,16 @@ async def subscribe_here(client: Client, room: str, request: SubscribeCommand | 
     since = None if request is None or not request.recover else Position(request.offset, request.epoch)
     entered = await client.cluster.rooms.enter(client, check_room(room), since=since)
     client.server_side[room] = None
-    return _subscribed(entered, request or SubscribeCommand())
+    return _subscribed(room, entered, request or SubscribeCommand())
 
 
-def _subscribed(entered: Entered, request: SubscribeCommand) -> SubscribeResult:
+def _subscribed(room: str, entered: Entered, request: SubscribeCommand) -> SubscribeResult:
     position = entered.position
     if position is None:
         return SubscribeResult()
     publications: Sequence[Any] = ()
     if entered.missed is not None:
-        publications = [pub for entry in entered.missed if (pub := pub_of(entry)) is not None]
+        publications = [pub for entry in entered.missed if (pub := pub_of(room, entry)) is not None]
     return SubscribeResult(
         recoverable=True,
         positioned=True,
@@ -200,7 +200,7 @@ async def history(client: Client, request: HistoryCommand) -> Result:
     )
     if since is not None and not request.reverse and not page.complete:
         raise ReplyError(ErrorCode.UNRECOVERABLE_POSITION)
-    publications = [pub for entry in page.entries if (pub := pub_of(entry)) is not None]
+    publications = [pub for entry in page.entries if (pub := pub_of(request.channel, entry)) is not None]
     return {"publications": publications, "epoch": page.top.epoch, "offset": page.top.offset}
 
 

@@ -15,9 +15,9 @@ __all__ = ["encode_publication", "pub_of", "published"]
 logger = logging.getLogger("asgi_cluster.realtime")
 
 
-def pub_of(entry: Entry) -> Pub | None:
+def pub_of(room: str, entry: Entry) -> Pub | None:
     """A remembered publication as clients get it; ``None`` when it cannot be read."""
-    message = published(entry)
+    message = published(room, entry)
     if message is None:
         return None
     return _pub(message, entry.offset)
@@ -38,11 +38,13 @@ def encode_publication(room: str, message: Published, offset: int | None, *, loc
     return encode_push("pub", pub, channel=room)
 
 
-def published(entry: Entry) -> Published | None:
+def published(room: str, entry: Entry) -> Published | None:
     """What is remembered; ``None`` when it cannot be read."""
     try:
         message = decode(entry.payload)
     except MalformedMessage:
-        logger.warning("a remembered publication cannot be decoded (another version?)")
+        logger.warning(
+            "publication %d of room %r cannot be decoded and is left out (another version?)", entry.offset, room
+        )
         return None
     return message if isinstance(message, Published) else None

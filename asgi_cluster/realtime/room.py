@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from asgi_cluster.arguments import expect
 from asgi_cluster.ids import check_user
 from asgi_cluster.realtime.connection import Connection
 from asgi_cluster.realtime.history import Entry, Position
@@ -85,8 +86,12 @@ class Room:
 
         Raises:
             BusUnavailable: it could not be handed to the bus.
-            TypeError, ValueError: ``data`` cannot be encoded, or is longer than ``max_broadcast_bytes``.
+            TypeError, ValueError: ``data`` cannot be encoded, or is longer than ``max_broadcast_bytes``; or
+                another argument is of the wrong type. Nothing was sent.
         """
+        expect("exclude", exclude, Connection, str, None)
+        expect("key", key, str, None)
+        expect("idempotency_key", idempotency_key, str, None)
         kind, payload = encode_payload(data)
         excluded = exclude.id if isinstance(exclude, Connection) else exclude
         return await self._rooms.publish(
@@ -105,7 +110,7 @@ class Room:
         if limit is not None and limit < 0:
             raise ValueError(f"limit must be at least 0, or None, not {limit!r}")
         page = await self._rooms.read(self.name, limit=limit, since=since, reverse=reverse)
-        publications = [found for entry in page.entries if (found := _publication(entry)) is not None]
+        publications = [found for entry in page.entries if (found := _publication(self.name, entry)) is not None]
         return RoomHistory(publications=publications, offset=page.top.offset, epoch=page.top.epoch)
 
     async def presence(self) -> Sequence[RoomMember]:
@@ -130,8 +135,8 @@ class Room:
         return f"<Room {self.name!r}>"
 
 
-def _publication(entry: Entry) -> Publication | None:
-    message = published(entry)
+def _publication(room: str, entry: Entry) -> Publication | None:
+    message = published(room, entry)
     if message is None:
         return None
     read = None if message.info is None else read_info(message.info)
@@ -139,7 +144,7 @@ def _publication(entry: Entry) -> Publication | None:
         data = decode_payload(message.kind, message.data)
     except ValueError as error:
         logger.warning(
-            "publication %d in a room's history is unreadable and left out (%s)", entry.offset, error
+            "publication %d of room %r is unreadable and left out (%s)", entry.offset, room, error
         )
         return None
     return Publication(
