@@ -44,7 +44,9 @@ def published(room: str, entry: Entry) -> Published | None:
         message = decode(entry.payload)
     except MalformedMessage:
         logger.warning(
-            "publication %d of room %r cannot be decoded and is left out (another version?)", entry.offset, room
+            "publication %d of room %r cannot be decoded and is left out (another version?)",
+            entry.offset,
+            room,
         )
         return None
     return message if isinstance(message, Published) else None

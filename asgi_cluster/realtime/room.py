@@ -110,7 +110,9 @@ class Room:
         if limit is not None and limit < 0:
             raise ValueError(f"limit must be at least 0, or None, not {limit!r}")
         page = await self._rooms.read(self.name, limit=limit, since=since, reverse=reverse)
-        publications = [found for entry in page.entries if (found := _publication(self.name, entry)) is not None]
+        publications = [
+            found for entry in page.entries if (found := _publication(self.name, entry)) is not None
+        ]
         return RoomHistory(publications=publications, offset=page.top.offset, epoch=page.top.epoch)
 
     async def presence(self) -> Sequence[RoomMember]:
@@ -143,9 +145,7 @@ def _publication(room: str, entry: Entry) -> Publication | None:
     try:
         data = decode_payload(message.kind, message.data)
     except ValueError as error:
-        logger.warning(
-            "publication %d of room %r is unreadable and left out (%s)", entry.offset, room, error
-        )
+        logger.warning("publication %d of room %r is unreadable and left out (%s)", entry.offset, room, error)
         return None
     return Publication(
         data=data,

@@ -276,7 +276,7 @@ async def test_position_of_an_empty_room_is_recovered_from(site: Site) -> None:
             assert [pub["data"] for pub in again["publications"]] == [0, 1, 2]  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("value", [b"", b"x", b"1 n", b"1 n\n\xc1", b"1 n\n" + b"\x91" * 100_000])
+@pytest.mark.parametrize("value", [b"", b"x", b"1 n", b"1 1 n\n\xc1", b"1 1 n\n" + b"\x91" * 100_000])
 async def test_declaration_that_was_tampered_with(
     redis_site: Site, value: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -335,3 +335,6 @@ async def test_declaration_waits_for_every_reading(redis_site: Site) -> None:
             found = await history.declare(f"new {turn}", b"\x90", node="n", view=0.5, timeout=5)
             assert found.wait <= 5.0  # the worker's own view is 3 s
             assert clock() + found.wait >= until - 0.01
+            # So does a node that brings the same rules meanwhile.
+            same = await history.declare(f"new {turn}", b"\x90", node="n2", view=0.5, timeout=5)
+            assert clock() + same.wait >= until - 0.01

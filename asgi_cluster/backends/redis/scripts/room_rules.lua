@@ -5,12 +5,12 @@ local SEEN_EVERY, GONE_AFTER, SPARE = 10000, 60000, 10000
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
--- A declaration is '<time> <node>\n<rules>'.
+-- A declaration is '<when it was last made> <when all readers have it> <node>\n<rules>'.
 local function parse(value)
   local line = value and string.find(value, '\n', 1, true)
   if not line then return nil end
-  local seen, node = string.match(string.sub(value, 1, line - 1), '^(%d+) (.*)$')
-  return tonumber(seen), node, string.sub(value, line + 1)
+  local seen, known, node = string.match(string.sub(value, 1, line - 1), '^(%d+) (%d+) (.*)$')
+  return tonumber(seen), node, string.sub(value, line + 1), tonumber(known)
 end
 
 local epoch = redis.call('GET', KEYS[3])
@@ -24,18 +24,20 @@ local declarations, view = KEYS[1], KEYS[2]
 local wanted, longest = tonumber(ARGV[7]), tonumber(redis.call('GET', view) or '') or 0
 local relied = math.max(0, redis.call('PTTL', view))
 local wait, steady = 0, false
-local function declare(command)
-  local line = string.format('%.0f', now) .. ' ' .. ARGV[3]
+local function declare(command, known)
+  local line = string.format('%.0f %.0f ', now, known) .. ARGV[3]
   command('HSET', declarations, ARGV[1], line .. '\n' .. ARGV[2])
   redis.call('PEXPIRE', declarations, ARGV[6])
 end
 if ARGV[1] ~= '' then
-  local seen = parse(redis.call('HGET', declarations, ARGV[1]))
+  local seen, _, _, known = parse(redis.call('HGET', declarations, ARGV[1]))
   if not seen then
-    declare(redis.call)
     wait = math.min(relied, longest)
-  elseif now - seen > SEEN_EVERY then
-    declare(redis.pcall) -- when memory is full, the old one stays
+    declare(redis.call, now + wait)
+  else
+    -- Another node with the same rules may have declared them a moment ago.
+    wait = math.max(0, known - now)
+    if now - seen > SEEN_EVERY then declare(redis.pcall, known) end -- when memory is full, the old one stays
   end
   -- After a stall of the server all declarations look old, those of running nodes too.
   steady = seen and now - seen <= 2 * SEEN_EVERY
