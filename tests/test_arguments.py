@@ -337,4 +337,4 @@ async def test_log_line_of_an_undecodable_publication_names_room_and_offset(
     )
     page = await room.history()
     assert [publication.data for publication in page.publications] == ["before"]
-    assert "publication 2 of room 'r' cannot be decoded" in caplog.text
+    assert f"publication {page.offset} of room 'r' cannot be decoded" in caplog.text
