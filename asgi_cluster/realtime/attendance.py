@@ -40,12 +40,15 @@ class Attendance:
         self._ghosts: set[tuple[str, str]] = set()
         self._incarnation: str | None = None
 
-    async def appear(self, connection: Connection, room: str) -> None:
-        """The connection is in ``room``. Raises ``BusUnavailable``; ``vanish`` is due then, too."""
+    async def appear(self, connection: Connection, room: str, *, limit: int | None = None) -> bool:
+        """The connection is in ``room``; False when ``limit`` others are. Raises ``BusUnavailable``.
+        ``vanish`` is due in each case.
+        """
         connection._present[room] = None  # before: an entry whose reply was lost has to go, too
         if self._incarnation is None:
             self._incarnation = self._bus.incarnation
-        await self._store.enter(room, connection.id, self._info(connection), timeout=self._timeout)
+        info = self._info(connection)
+        return await self._store.enter(room, connection.id, info, limit=limit, timeout=self._timeout)
 
     async def vanish(self, connection: Connection, room: str) -> None:
         """It is not (any more). What the store cannot be told now it is told when it is back."""

@@ -23,12 +23,11 @@ class ConnectionLimits:
         self._per_session = config.max_connections_per_session
 
     async def enter(self, connection: Connection) -> bool:
-        """Count a connection; False when it is one too many. Raises ``BusUnavailable`` when nobody can
-        say.
+        """Count a connection; False when it is one too many. Of connections that come at once, those that
+        fit are counted. Raises ``BusUnavailable`` when the store does not answer.
         """
         for room, limit in self._counted(connection):
-            connections = await self._rooms.count_in(room, connection)
-            if connections > limit:
+            if not await self._rooms.count_in(room, connection, limit):
                 await self._rooms.count_out(connection)
                 return False
         return True
@@ -41,8 +40,9 @@ class ConnectionLimits:
         counted = []
         handle = connection.socket.handle
         # A control character, which no room of the app's can have.
-        if self._per_user is not None and connection.user_id is not None:
-            counted.append((f"\x1fuser\x1f{connection.user_id}", self._per_user))
+        # The session first: what it refuses takes no place of the user's, not even for a moment.
         if self._per_session is not None and handle is not None:
             counted.append((f"\x1fsession\x1f{handle}", self._per_session))
+        if self._per_user is not None and connection.user_id is not None:
+            counted.append((f"\x1fuser\x1f{connection.user_id}", self._per_user))
         return counted

@@ -13,8 +13,14 @@ __all__ = ["PresenceStore", "count_people", "read_info"]
 class PresenceStore(Protocol):
     """Who is in a room, across the cluster. Entries belong to a node's incarnation and go with it."""
 
-    async def enter(self, room: str, client: str, info: bytes, *, timeout: float) -> None:
-        """``client`` (a connection id) is in the room; ``info`` is its client info as JSON."""
+    async def enter(
+        self, room: str, client: str, info: bytes, *, limit: int | None = None, timeout: float
+    ) -> bool:
+        """``client`` (a connection id) is in the room; ``info`` is its client info as JSON.
+
+        With ``limit`` it enters only if fewer than so many other connections of living nodes are there, in
+        one atomic step, or if it is there already; False when it did not enter.
+        """
         ...
 
     async def leave(self, room: str, client: str, *, timeout: float) -> bool:

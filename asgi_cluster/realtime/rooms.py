@@ -213,13 +213,11 @@ class Rooms:
         if found is None or not found[0].presence:
             raise ValueError(f"no rule gives {room!r} presence")
 
-    async def count_in(self, room: str, connection: Connection) -> int:
-        """Enter a counting room (presence, and nothing else); how many are in it. Raises
+    async def count_in(self, room: str, connection: Connection, limit: int) -> bool:
+        """Enter a counting room (presence, and nothing else) if fewer than ``limit`` are in it. Raises
         ``BusUnavailable``.
         """
-        await self._attendance.appear(connection, room)
-        connections, _ = await self._attendance.stats(room)
-        return connections
+        return await self._attendance.appear(connection, room, limit=limit)
 
     async def count_out(self, connection: Connection) -> None:
         """Leave the counting rooms."""

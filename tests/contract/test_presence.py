@@ -156,3 +156,32 @@ async def test_presence_keys_expire(server_site: Site) -> None:
         assert server.pttl(key) > 6 * 86_400_000
         await a.backend.presence.leave("r", "c1", timeout=TIMEOUT)
         assert not server.exists(key)
+
+
+async def test_entering_with_a_limit(site: Site) -> None:
+    """Of many that enter at once on two nodes as many enter as the limit says. Who is in enters again, a
+    place that becomes free can be had, and entries of a node that has left do not count.
+    """
+    a, b = await site.node(), await site.node()
+
+    async def admit(node: Member, client: str) -> bool:
+        return await node.backend.presence.enter("r", client, info("ann"), limit=3, timeout=TIMEOUT)
+
+    for node in (a, b):
+        await members(node)  # both know the nodes
+    admitted = await asyncio.gather(*(admit((a, b)[n % 2], f"c{n}") for n in range(8)))
+    assert sum(admitted) == 3
+    entered = {f"c{n}" for n in range(8) if admitted[n]}
+    assert set(await members(a)) == entered
+    inside = sorted(entered)[0]
+    assert await admit(a, inside)
+    assert not await admit(b, "late")
+    assert await a.backend.presence.leave("r", inside, timeout=TIMEOUT)
+    assert await admit(b, "late")
+    assert not await admit(a, "later")
+    await b.leave()
+    there = set(await members(await site.node()))
+    newcomer = await site.node()
+    outcomes = [await admit(newcomer, f"n{n}") for n in range(4)]
+    assert sum(outcomes) == 3 - len(there)
+    assert not await admit(newcomer, "one more")

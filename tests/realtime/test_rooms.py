@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import websockets
 
 from asgi_cluster import Cluster, RealtimeConfig, RoomRule
 from asgi_cluster.exceptions import BusUnavailable
 from asgi_cluster.realtime.hub import Hub
 from asgi_cluster.realtime.rooms import Connected
 from tests.realtime.conftest import sign_in
-from tests.realtime.site import Site
+from tests.realtime.site import Raw, Site
 from tests.support.waiting import eventually
 
 OPEN = RoomRule("open:{name}", subscribe=True, publish=True)
@@ -283,3 +285,30 @@ def test_rules_that_are_no_list_of_rules(rules: Any) -> None:
     """The error says what ``rules`` has to be."""
     with pytest.raises(TypeError, match=r"rules=\[RoomRule\(\.\.\.\)\]"):
         RealtimeConfig(rules=rules)
+
+
+async def test_connection_limit_when_several_come_at_once(site: Site) -> None:
+    """Of six connections of a user that come at once to two nodes, the three that fit stay; later ones are
+    refused while they are there, and displace none.
+    """
+    options: dict[str, Any] = {"connect": lambda request: request.token, "max_connections_per_user": 3}
+    nodes = await site.node(**options), await site.node(**options)
+
+    async def connect(client: Raw) -> bool:
+        await client.send({"id": 1, "connect": {"token": "ada"}})
+        try:
+            return "connect" in await client.reply(1)
+        except websockets.ConnectionClosed:
+            assert await client.closed() == (3504, "connection limit")
+            return False
+
+    for _ in range(3):
+        async with AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(nodes[n % 2].raw()) for n in range(10)]
+            outcomes = await asyncio.gather(*map(connect, clients[:6]))
+            assert sum(outcomes) == 3
+            assert not any(await asyncio.gather(*map(connect, clients[6:])))
+            for client, stays in zip(clients, outcomes, strict=False):
+                if stays:
+                    assert "error" not in await client.call("ping", {})
+        await eventually(lambda: not any(node.cluster.stats().realtime.connections for node in nodes))

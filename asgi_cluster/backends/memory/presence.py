@@ -39,10 +39,17 @@ class MemoryPresence:
         self._rooms: _Rooms = world.part(_Rooms)
         self._incarnation = incarnation
 
-    async def enter(self, room: str, client: str, info: bytes, *, timeout: float) -> None:
+    async def enter(
+        self, room: str, client: str, info: bytes, *, limit: int | None = None, timeout: float
+    ) -> bool:
         """See ``PresenceStore.enter``."""
         with self._world.lock:
+            if limit is not None:
+                there = self._living(room)
+                if client not in there and len(there) >= limit:
+                    return False
             self._rooms.members.setdefault(room, {})[client] = (self._incarnation(), info)
+            return True
 
     async def leave(self, room: str, client: str, *, timeout: float) -> bool:
         """See ``PresenceStore.leave``."""
@@ -56,12 +63,15 @@ class MemoryPresence:
     async def members(self, room: str, *, timeout: float) -> Mapping[str, bytes]:
         """See ``PresenceStore.members``."""
         with self._world.lock:
-            living = {seat.incarnation for seat in self._world.living()}
-            return {
-                client: info
-                for client, (incarnation, info) in self._rooms.members.get(room, {}).items()
-                if incarnation in living
-            }
+            return self._living(room)
+
+    def _living(self, room: str) -> dict[str, bytes]:
+        living = {seat.incarnation for seat in self._world.living()}
+        return {
+            client: info
+            for client, (incarnation, info) in self._rooms.members.get(room, {}).items()
+            if incarnation in living
+        }
 
     async def stats(self, room: str, *, timeout: float) -> tuple[int, int]:
         """See ``PresenceStore.stats``."""

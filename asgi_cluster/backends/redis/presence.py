@@ -59,10 +59,22 @@ class RedisPresence:
         self._asked_at = -_TRUSTED_FOR
         self._strangers: dict[bytes, float] = {}
 
-    async def enter(self, room: str, client: str, info: bytes, *, timeout: float) -> None:
-        """See ``PresenceStore.enter``."""
+    async def enter(
+        self, room: str, client: str, info: bytes, *, limit: int | None = None, timeout: float
+    ) -> bool:
+        """See ``PresenceStore.enter``. One round trip when it enters; where dead nodes left entries that
+        count at first, one more to read these, and one to enter in spite of them.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout
         entry = _owner(*self._registry.identity()) + info
-        await self._run("presence_enter", room, [client, entry, _ROOM_TTL], timeout)
+        args = [client, entry, _ROOM_TTL, "" if limit is None else limit]
+        if await self._run("presence_enter", room, args, timeout):
+            return True
+        _, strangers = await self._look(room, deadline)
+        if not strangers:
+            return False
+        left = deadline - asyncio.get_running_loop().time()
+        return bool(await self._run("presence_enter", room, [*args, *strangers], left))
 
     async def leave(self, room: str, client: str, *, timeout: float) -> bool:
         """See ``PresenceStore.leave``."""
@@ -74,18 +86,23 @@ class RedisPresence:
 
     async def members(self, room: str, *, timeout: float) -> Mapping[str, bytes]:
         """See ``PresenceStore.members``."""
+        found, strangers = await self._look(room, asyncio.get_running_loop().time() + timeout)
+        return {client: info for client, owner, info in found if owner not in strangers}
+
+    async def _look(self, room: str, deadline: float) -> tuple[list[tuple[str, bytes, bytes]], set[bytes]]:
+        """The entries (connection id, owner, client info), and which owners are no living nodes."""
         clock = asyncio.get_running_loop().time
-        deadline = clock() + timeout
         found: list[tuple[str, bytes, bytes]] = []
-        for client, entry in _pairs(await self._run("presence_members", room, [_ROOM_TTL], timeout)):
+        for client, entry in _pairs(await self._run("presence_members", room, [_ROOM_TTL], deadline - clock())):
             owner, newline, info = entry.partition(b"\n")
             found.append((client.decode("utf-8", "replace"), owner + newline, info))
         owners = {owner for _, owner, _ in found}
         # A node that is not in the last list may have registered since: only then is it read early.
         if not owners <= self._living or clock() - self._asked_at >= _TRUSTED_FOR:
             await self._ask(deadline - clock())
-        await self._tidy(room, owners - self._living, deadline - clock())
-        return {client: info for client, owner, info in found if owner in self._living}
+        strangers = owners - self._living
+        await self._tidy(room, strangers, deadline - clock())
+        return found, strangers
 
     async def _tidy(self, room: str, strangers: set[bytes], timeout: float) -> None:
         # No running node was in the room when a node died: its entries were not reaped, and no client waits
