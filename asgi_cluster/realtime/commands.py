@@ -191,6 +191,8 @@ async def history(client: Client, request: HistoryCommand) -> Result:
     _check_feature(client, request.channel, "history")
     since = None
     if request.since is not None:
+        if request.since.offset < 0:
+            raise ReplyError(ErrorCode.BAD_REQUEST)
         since = await _position(client, request.channel, request.since.offset, request.since.epoch)
     page = await client.cluster.rooms.read(
         request.channel,

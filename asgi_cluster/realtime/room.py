@@ -105,10 +105,12 @@ class Room:
         all).
 
         ``reverse``: the newest first. Raises ``BusUnavailable``, and ``ValueError`` when no rule gives the
-        room a history.
+        room a history, and for a negative ``limit`` or offset.
         """
         if limit is not None and limit < 0:
             raise ValueError(f"limit must be at least 0, or None, not {limit!r}")
+        if since is not None and since.offset < 0:
+            raise ValueError(f"the offset of since must be at least 0, not {since.offset!r}")
         page = await self._rooms.read(self.name, limit=limit, since=since, reverse=reverse)
         publications = [
             found for entry in page.entries if (found := _publication(self.name, entry)) is not None

@@ -63,6 +63,9 @@ __all__ = [
 
 logger = logging.getLogger("asgi_cluster.realtime")
 
+_HIGHEST = 1 << 53
+"""Above every offset: the last integer up to which the numbers of a Redis script are exact."""
+
 
 @dataclass(frozen=True, slots=True)
 class Entered:
@@ -185,6 +188,11 @@ class Rooms:
         kept = self.retention.of(room)
         if kept is None:
             raise ValueError(f"no rule gives {room!r} a history, neither here nor on any node")
+        # Redis fails on numbers of more than 64 bits, and no room has so many publications.
+        if limit is not None:
+            limit = min(limit, _HIGHEST)
+        if since is not None and since.offset > _HIGHEST:
+            since = Position(_HIGHEST, since.epoch)
         return await self._history.read(
             room,
             since=since,

@@ -9,7 +9,7 @@ import httpx
 import pytest
 import websockets
 
-from asgi_cluster import ConnectRequest, NotPermitted, RoomRequest, RoomRule, TokenExpired
+from asgi_cluster import ConnectRequest, NotPermitted, Position, RoomRequest, RoomRule, TokenExpired
 from asgi_cluster.realtime.rules import Connected
 from tests.realtime.conftest import sign_in
 from tests.realtime.site import Site
@@ -348,6 +348,51 @@ async def test_position_without_epoch(site: Site, seen: int) -> None:
         other = {"offset": offset, "epoch": "other"}
         reply = await client.call("history", {"channel": "kept", "limit": -1, "since": other})
         assert reply["error"]["code"] == 112
+
+
+@pytest.mark.parametrize("huge", [1 << 53, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, 1 << 64, 10**30])
+async def test_numbers_above_every_offset(site: Site, caplog: pytest.LogCaptureFixture, huge: int) -> None:
+    """A ``limit`` that no room reaches is no limit. A position after all others is not recoverable (112), and
+    everything is before it. The app gets the same.
+    """
+    node = await site.node(rules=[RoomRule("kept", subscribe=True, history=10)])
+    room = node.cluster.room("kept")
+    for number in range(3):
+        await room.broadcast(number)
+    epoch = (await room.history(limit=0)).epoch
+    async with node.client() as client:
+        for named in ("", epoch):
+            recover = {"channel": "kept", "recover": True, "offset": huge, "epoch": named}
+            assert not (await client.call("subscribe", recover))["subscribe"].get("recovered")
+            page = await client.call("history", {"channel": "kept", "limit": huge})
+            assert [pub["data"] for pub in page["history"]["publications"]] == [0, 1, 2]
+            since = {"channel": "kept", "limit": -1, "since": {"offset": huge, "epoch": named}}
+            assert (await client.call("history", since))["error"]["code"] == 112
+            page = await client.call("history", {**since, "limit": huge, "reverse": True})
+            assert [pub["data"] for pub in page["history"]["publications"]] == [2, 1, 0]
+            await client.call("unsubscribe", {"channel": "kept"})
+    page = await room.history(limit=huge, since=Position(huge, epoch), reverse=True)
+    assert [publication.data for publication in page.publications] == [2, 1, 0]
+    assert not (await room.history(limit=huge, since=Position(huge, epoch))).publications
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+
+
+@pytest.mark.parametrize("offset", [-1, -5, -(1 << 64)])
+async def test_negative_offset(site: Site, caplog: pytest.LogCaptureFixture, offset: int) -> None:
+    """No position: error 107 to a client that asks for history, ``ValueError`` to the app; and with
+    ``recover`` it is not recovered.
+    """
+    node = await site.node(rules=[RoomRule("kept", subscribe=True, history=10)])
+    room = node.cluster.room("kept")
+    await room.broadcast(0)
+    async with node.client() as client:
+        recover = {"channel": "kept", "recover": True, "offset": offset, "epoch": ""}
+        assert not (await client.call("subscribe", recover))["subscribe"].get("recovered")
+        since = {"channel": "kept", "limit": -1, "since": {"offset": offset, "epoch": ""}}
+        assert (await client.call("history", since))["error"] == {"code": 107, "message": "bad request"}
+    with pytest.raises(ValueError, match="at least 0"):
+        await room.history(since=Position(offset, "any"))
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
 
 
 async def test_null_is_absent(lone_site: Site) -> None:
