@@ -67,7 +67,7 @@ class RedisPresence:
         """
         deadline = asyncio.get_running_loop().time() + timeout
         entry = _owner(*self._registry.identity()) + info
-        args = [client, entry, _ROOM_TTL, "" if limit is None else limit]
+        args: list[str | bytes | int] = [client, entry, _ROOM_TTL, "" if limit is None else limit]
         if await self._run("presence_enter", room, args, timeout):
             return True
         _, strangers = await self._look(room, deadline)
@@ -93,7 +93,9 @@ class RedisPresence:
         """The entries (connection id, owner, client info), and which owners are no living nodes."""
         clock = asyncio.get_running_loop().time
         found: list[tuple[str, bytes, bytes]] = []
-        for client, entry in _pairs(await self._run("presence_members", room, [_ROOM_TTL], deadline - clock())):
+        for client, entry in _pairs(
+            await self._run("presence_members", room, [_ROOM_TTL], deadline - clock())
+        ):
             owner, newline, info = entry.partition(b"\n")
             found.append((client.decode("utf-8", "replace"), owner + newline, info))
         owners = {owner for _, owner, _ in found}
