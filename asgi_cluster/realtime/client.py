@@ -68,6 +68,7 @@ class Client(Connection):
         "_connecting",
         "_expiry",
         "_full",
+        "_handshake_user",
         "_pending",
         "_refused",
         "_spent_at",
@@ -79,6 +80,7 @@ class Client(Connection):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        self._handshake_user = self.user_id  # before a connect hook names another
         self._connected = False
         self._connecting: asyncio.Task[None] | None = None
         self._refused = False
@@ -317,8 +319,9 @@ class Client(Connection):
         hub = self.cluster.hub
         began = hub.logouts.last
         answer = await self._ask_connect(request.token, request.data, request.headers)
-        if answer.user_id not in (None, self.user_id):
-            hub.set_user(self.socket, answer.user_id)
+        user = self._named_by(answer)
+        if user != self.user_id:
+            hub.set_user(self.socket, user)
             hub.close_if_logged_out(self.socket, since=began)
         if self.socket.state != "open":
             return  # its user or its session was logged out while the hook waited
@@ -354,7 +357,7 @@ class Client(Connection):
             data=decoded(data),
             headers=headers,
             session=self.session,
-            user_id=self.user_id,
+            user_id=self._handshake_user,
             scope=self.socket.scope,
         )
         answer = hook(request)
@@ -370,12 +373,16 @@ class Client(Connection):
             check_user(answer.user_id)
         return answer
 
-    async def _refreshed(self, request: RefreshCommand) -> Result:
+    def _named_by(self, answer: Connected) -> str | None:
+        return self._handshake_user if answer.user_id is None else answer.user_id
+
+    async def _refreshed(self, request: RefreshCommand) -> Result | None:
         if self.config.connect is None or self._expiry is None:
             raise ReplyError(ErrorCode.NOT_AVAILABLE)
         answer = await self._ask_connect(request.token, Raw(), {})
-        if answer.user_id is not None and answer.user_id != self.user_id:
-            raise ReplyError(ErrorCode.PERMISSION_DENIED, "the token is another user's")
+        if self._named_by(answer) != self.user_id:
+            self._end(DisconnectCode.INVALID_TOKEN)  # as the reference server: a connection keeps its user
+            return None
         self._expires(answer)
         return {"client": self.id, "version": "asgi-cluster", **_expiry(answer)}
 

@@ -31,10 +31,11 @@ _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffd]")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConnectRequest:
-    """A client of the built-in endpoint wants to connect.
+    """A client of the built-in endpoint wants to connect, or to go on after ``expires_in`` with a new token.
 
     ``data`` is what the client sent along, decoded; ``None`` when it sent nothing. ``user_id`` is the
-    session's user, if any.
+    session's user, or the one that ``identify`` found, if any: in a refresh too, whoever the hook named when
+    the client connected.
     """
 
     token: str
@@ -52,9 +53,11 @@ class Connected:
     """What a ``connect`` hook may return in place of a bare user id."""
 
     user_id: str | None = None
-    """``None``: the session's user."""
+    """``None``: the session's user. When the answer to a refresh means another user than the connection has,
+    the connection is closed with 3500.
+    """
     expires_in: float | None = None
-    """Seconds after which the client has to refresh, with a new token; ``None``: never."""
+    """Seconds after which the client has to refresh, with a new token; ``None``: never (again)."""
     data: Any = None
     """Goes to the client in the connect reply; any JSON value."""
     info: Any = None

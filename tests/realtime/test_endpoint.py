@@ -533,6 +533,45 @@ async def test_token_expired_and_invalid(lone_site: Site) -> None:
         NotPermitted("no", code=4000)
 
 
+@pytest.mark.parametrize("session", [None, "eve"])
+@pytest.mark.parametrize("token", ["", "fallback", "bob"])
+async def test_refresh_of_another_user(lone_site: Site, session: str | None, token: str) -> None:
+    """A refresh whose answer does not mean the user of the connection ends it with 3500: a hook that returns
+    None, or the handshake's user, means that user at a refresh as it does when a client connects.
+    """
+    asked: list[str | None] = []
+
+    def connect(request: ConnectRequest) -> Connected | None:
+        asked.append(request.user_id)
+        if not request.token:
+            return None
+        user = request.user_id if request.token == "fallback" else request.token
+        return Connected(user_id=user, expires_in=60)
+
+    node = await lone_site.node(
+        connect=connect, rules=[OPEN], cluster={"identify": lambda scope: session} if session else {}
+    )
+    async with node.raw() as client:
+        assert "connect" in await client.call("connect", {"token": "ada"})
+        assert (await client.call("refresh", {"token": "ada"}))["refresh"]["ttl"] == 60
+        await client.send({"id": 9, "refresh": {"token": token}})
+        assert await client.drained() == (3500, "invalid token")
+    assert asked == [session] * 3
+
+
+async def test_refresh_by_the_session(lone_site: Site) -> None:
+    """A refresh without a token is good where the handshake names the same user, and ends the expiry."""
+
+    def connect(request: ConnectRequest) -> Connected | None:
+        return Connected(user_id=request.token, expires_in=60) if request.token else None
+
+    node = await lone_site.node(connect=connect, cluster={"identify": lambda scope: "ada"})
+    async with node.raw() as client:
+        assert "connect" in await client.call("connect", {"token": "ada"})
+        assert "ttl" not in (await client.call("refresh", {}))["refresh"]
+        assert (await client.call("refresh", {}))["error"]["code"] == 108  # it does not expire any more
+
+
 async def broken(*arguments: Any) -> None:
     raise ZeroDivisionError
 
