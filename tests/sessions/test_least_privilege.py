@@ -14,11 +14,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from asgi_cluster import Cluster, RoomRule, SessionConfig, get_session
+from asgi_cluster import BusUnavailable, Cluster, RealtimeConfig, RoomRule, SessionConfig, get_session
 from asgi_cluster.backends.redis import registry
 from asgi_cluster.config import CookieConfig
 from tests.realtime.site import Node, Raw, Site
-from tests.support.machine import ROOT
+from tests.support.machine import LOCAL, ROOT
 from tests.support.servers import Server, debian_binary, start_valkey
 from tests.support.topologies import RedisCluster, start_redis_cluster, start_sentinel_set
 from tests.support.waiting import eventually
@@ -251,4 +251,17 @@ async def test_refused_refresh_of_the_registry_is_logged_once(
         assert cluster.ready
     (told,) = [record for record in caplog.records if record.name == "asgi_cluster.registry"]
     assert told.levelname == "WARNING"
-    assert "NOPERM" in told.getMessage()
+    assert "lacks the permission" in told.getMessage()
+
+
+@pytest.mark.parametrize("kind", ["valkey", "redis"])
+async def test_missing_right_of_a_script_is_named(kind: str, prefix: str) -> None:
+    """A script that may not run one of its commands: the error says so, and where the rights are listed."""
+    binary = debian_binary() if kind == "redis" else None
+    with start_valkey(binary=binary) if binary else start_valkey() as server:
+        with server.client() as client:
+            client.execute_command("ACL", "SETUSER", "least", "on", ">secret", "~*", "&*", "+@all", "-xadd")
+        url = f"redis://least:secret@{LOCAL}:{server.port}/0"
+        async with Cluster(url, prefix=prefix, realtime=RealtimeConfig(rules=[KEPT])) as cluster:
+            with pytest.raises(BusUnavailable, match=r"lacks the permission .*docs/security\.md"):
+                await cluster.room("kept:a").broadcast(1)

@@ -37,6 +37,7 @@ NOT_EXECUTED = ("MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN", "NOSCRIPT", "LOADING"
 PATIENCE_AT_START = 3.0
 """Seconds for which a server that is late may be merely busy, at the start. A refusal is final."""
 
+_COMMAND = re.compile(r"no permissions to run the '([\w|-]+)' command")
 _IN_SCRIPT = re.compile(r"@user_script: ?\d+: -?([A-Z]{3,}) ")
 
 
@@ -70,7 +71,7 @@ def first_word(error: BaseException) -> str:
     if name is not None:
         return name
     text = str(error)
-    if "ACL failure in script" in text:
+    if "ACL failure in script" in text or "can't run this command" in text:  # the latter is Redis 7.0's
         return "NOPERM"
     # Redis 6.2 wraps what a script's command answered: "ERR Error running script (…): @user_script:3: -OOM
     # command not…"
@@ -102,7 +103,12 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, ResponseError):
         if "unknown command" in str(error).lower() and "hello" in str(error).lower():
             return "the server is too old: Redis 6.2 or newer is needed (it does not know HELLO)"
-        return f"the server answered {first_word(error)}"
+        word = first_word(error)
+        if word == "NOPERM":
+            command = _COMMAND.search(str(error))
+            what = f"to run '{command[1]}'" if command else "for a command that a script of this package runs"
+            return f"the user lacks the permission {what}: docs/security.md lists what is needed"
+        return f"the server answered {word}"
     if isinstance(error, RedisTimeoutError | TimeoutError):
         return "no answer in time"
     if isinstance(error, ConnectionError):
