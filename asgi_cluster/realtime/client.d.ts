@@ -171,9 +171,10 @@ export interface LatestOptions {
 }
 
 declare class Emitter<E> {
-  /** Call `listener` at every `event`; returns a function that ends it. */
+  /** Call `listener` at every `event`; returns a function that ends it. Throws a `TypeError` for an event that is not listed. */
   on<K extends keyof E>(event: K, listener: (event: E[K]) => void): () => void;
   off<K extends keyof E>(event: K, listener: (event: E[K]) => void): void;
+  /** The next `event`. Rejects with a `TypeError` for an event that is not listed. */
   once<K extends keyof E>(event: K): Promise<E[K]>;
 }
 

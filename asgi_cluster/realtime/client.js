@@ -91,16 +91,31 @@ function defaultUrl() {
   return url.href;
 }
 
+const CLIENT_EVENTS = ["state", "logout", "publication", "message", "subscribed", "unsubscribed", "join", "leave", "error"];
+const SUBSCRIPTION_EVENTS = ["publication", "join", "leave", "subscribed", "subscribing", "unsubscribed", "error"];
+
 class Emitter {
+  #events;
   #listeners = new Map();
 
-  /** Call `listener` at every `event`; returns a function that ends it. */
+  constructor(events) {
+    this.#events = events;
+  }
+
+  /** Call `listener` at every `event`; returns a function that ends it. Throws a TypeError for an event that there is not. */
   on(event, listener) {
-    if (typeof listener !== "function") throw new TypeError(`a listener for ${event} is a function`);
+    this._check(event, listener);
     let listeners = this.#listeners.get(event);
     if (!listeners) this.#listeners.set(event, (listeners = new Set()));
     listeners.add(listener);
     return () => this.off(event, listener);
+  }
+
+  _check(event, listener) {
+    if (!this.#events.includes(event)) {
+      throw new TypeError(`there is no event ${JSON.stringify(event)}: the events are ${this.#events.join(", ")}`);
+    }
+    if (typeof listener !== "function") throw new TypeError(`a listener for ${event} is a function`);
   }
 
   off(event, listener) {
@@ -143,7 +158,7 @@ export class Subscription extends Emitter {
   #generation = 0;
 
   constructor(client, room, options) {
-    super();
+    super(SUBSCRIPTION_EVENTS);
     this.#client = client;
     this.room = room;
     this.data = options.data;
@@ -331,7 +346,7 @@ export class ClusterClient extends Emitter {
   #watched = [];
 
   constructor(url = defaultUrl(), options = {}) {
-    super();
+    super(CLIENT_EVENTS);
     for (const name of Object.keys(options)) {
       if (!(name in DEFAULTS)) throw new TypeError(`ClusterClient has no option ${name}`);
     }
@@ -388,11 +403,11 @@ export class ClusterClient extends Emitter {
     const { data, ...listeners } = handlers;
     let subscription = this.#subscriptions.get(room);
     const isNew = !subscription;
-    if (isNew) {
-      subscription = new Subscription(this, room, { data });
-      this.#subscriptions.set(room, subscription);
-    }
+    if (isNew) subscription = new Subscription(this, room, { data });
+    // All before the first: a mistake in one leaves nothing behind.
+    for (const [event, listener] of Object.entries(listeners)) subscription._check(event, listener);
     for (const [event, listener] of Object.entries(listeners)) subscription.on(event, listener);
+    if (isNew) this.#subscriptions.set(room, subscription);
     if (isNew && this.#state === "connected") subscription._start();
     return subscription;
   }

@@ -383,3 +383,53 @@ async def _ends_with(page: Page, event: list[Any]) -> bool:
 
 async def _state(page: Page, state: str) -> bool:
     return bool(await page.evaluate("client.state") == state)
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (
+            'client.on("connected", () => {})',
+            'there is no event "connected": the events are state, logout, publication, message, subscribed, '
+            "unsubscribed, join, leave, error",
+        ),
+        ('client.once("connected")', 'there is no event "connected": the events are state, '),
+        (
+            'room.on("nonsense", () => {})',
+            'there is no event "nonsense": the events are publication, join, leave, subscribed, subscribing, '
+            "unsubscribed, error",
+        ),
+        ('client.subscribe("r", { message: () => {} })', 'there is no event "message": the events are pub'),
+        ('client.on("state", 5)', "a listener for state is a function"),
+    ],
+)
+async def test_listener_for_an_unknown_event_is_refused(
+    page: Page, fake: Fake, call: str, told: str
+) -> None:
+    """A listener that would never be called is a TypeError that lists the events."""
+    peer = await connected(page, fake)
+    await subscribed(page, peer)
+    caught = await page.evaluate(
+        f"async () => {{ try {{ await {call}; }} catch (e) {{ return [e.name, e.message]; }} }}"
+    )
+    assert caught is not None
+    assert caught[0] == "TypeError"
+    assert caught[1].startswith(told)
+
+
+async def test_subscribe_with_an_unknown_event_leaves_no_subscription(page: Page, fake: Fake) -> None:
+    """Nothing is sent for the room either, and a corrected call starts afresh."""
+    peer = await connected(page, fake)
+    await page.evaluate(
+        """() => {
+          try {
+            client.subscribe("wrong", { publication: () => {}, nonsense: () => {} });
+          } catch (error) {
+            seen.push(["caught", error.name]);
+          }
+        }"""
+    )
+    assert await page.evaluate('client.subscription("wrong") === undefined')
+    assert ["caught", "TypeError"] in await seen(page)
+    await page.evaluate('() => { client.subscribe("right", { publication: () => {} }); }')
+    assert (await peer.next("subscribe"))["subscribe"] == {"channel": "right"}
