@@ -19,7 +19,8 @@ from typing import Any, Self
 
 from starlette.requests import HTTPConnection
 
-from asgi_cluster.arguments import expect, expect_callable, seconds
+from asgi_cluster.arguments import described, expect, expect_callable
+from asgi_cluster.arguments import seconds as in_seconds
 from asgi_cluster.backends.choose import open_backend
 from asgi_cluster.bus.bus import NodeInfo
 from asgi_cluster.bus.lease import boot_clock
@@ -66,7 +67,8 @@ class Cluster:
 
     Args:
         url: ``memory://``, ``redis://``, ``rediss://``, ``unix://``, ``redis+sentinel://`` or
-            ``redis+cluster://``. ``None``: the environment variable ``ASGI_CLUSTER_URL``, else ``memory://``.
+            ``redis+cluster://``. ``None``: the environment variable ``ASGI_CLUSTER_URL``, else ``memory://``,
+            which is logged as a warning with ``listen=False``.
         prefix: starts every key and channel name; clusters with different prefixes do not see each other.
         node_label: readable part of the node id (``label-pid-random``); ``None``: the host name.
         listen: ``False`` for a publisher outside the web: no registration, no sockets, and no subscriber but
@@ -104,6 +106,11 @@ class Cluster:
         credential_provider: Any = None,
     ) -> None:
         expect("url", url, str, None)
+        if url == "":
+            raise ValueError(
+                "url is an empty string: give a URL, or None for the environment variable ASGI_CLUSTER_URL "
+                "or memory://"
+            )
         expect("prefix", prefix, str)
         expect("node_label", node_label, str, None)
         expect("listen", listen, bool)
@@ -111,7 +118,7 @@ class Cluster:
         expect_callable("identify", identify)
         expect("sessions", sessions, SessionConfig, None, cure=_WRAPPED.get(type(sessions), ""))
         expect("realtime", realtime, RealtimeConfig, None)
-        deadline = seconds("deadline", deadline)
+        deadline = in_seconds("deadline", deadline)
         sessions = sessions or SessionConfig()
         self.realtime = realtime or RealtimeConfig()
         if not 0 < deadline <= sessions.cache.lease:
@@ -139,6 +146,7 @@ class Cluster:
             stale_for=sessions.stale_for if sessions.on_store_error == "stale" else 0.0,
         )
         self._alone = not url and not os.environ.get("ASGI_CLUSTER_URL")
+        self._warn_of_no_url()
         self._warn_of_siblings()
         bus = self._backend.bus
         cache = SessionCache(
@@ -323,15 +331,16 @@ class Cluster:
         if not supervisor.cancelled() and (error := supervisor.exception()) is not None:
             raise error
 
-    async def drain(self, seconds: float) -> None:
-        """Close this node's sockets with 3001, spread over ``seconds``, so that their clients do not come
-        back all at once.
+    async def drain(self, seconds: float | timedelta) -> None:
+        """Close this node's sockets with 3001, spread over ``seconds`` (or a ``timedelta``), so that their
+        clients do not come back all at once.
 
         From now on ``ready`` is false, and new sockets are closed right after their handshake: clients of the
         official SDKs and of ``client.js`` try again with backoff, and find another node. Requests go on being
         answered.
         """
-        if seconds < 0:
+        seconds = in_seconds("seconds", seconds)
+        if not seconds >= 0:
             raise ValueError(f"seconds must be at least 0, not {seconds!r}")
         self.draining = True
         sockets, _ = self.hub.load()
@@ -411,7 +420,9 @@ class Cluster:
 
     @property
     def needs_start(self) -> bool:
-        """Whether it can be used only after a start; ``memory://`` cannot only then."""
+        """True with Redis: outside of a request, the cluster has to be started before it is used. False with
+        ``memory://``, which can be used without a start.
+        """
         return self._backend.needs_start
 
     @property
@@ -441,6 +452,14 @@ class Cluster:
             )
         self._warn_of_siblings()
         self._attach()
+
+    def _warn_of_no_url(self) -> None:
+        if self._alone and not self.listen:
+            self._alone = False
+            logger.warning(
+                "listen=False without a URL: this cluster uses memory://, and its logouts and broadcasts "
+                "reach no other process. Set ASGI_CLUSTER_URL, for example to redis://localhost:6379/0"
+            )
 
     def _warn_of_siblings(self) -> None:
         # Once, and not only at construction: an app that is loaded before the fork has no siblings then.
@@ -510,8 +529,15 @@ def get_session(connection: HTTPConnection) -> Session:
 
     Raises:
         RuntimeError: no ``ClusterMiddleware`` is around this app.
+        TypeError: ``connection`` has no ASGI scope.
     """
-    state = ScopeState.of(getattr(connection, "scope", connection))
+    scope = getattr(connection, "scope", connection)
+    if not isinstance(scope, Mapping):
+        raise TypeError(
+            f"get_session takes a request, a WebSocket or an ASGI scope, not {described(connection)}: pass "
+            "the object that the framework gives the handler"
+        )
+    state = ScopeState.of(scope)
     if state is None:
         raise RuntimeError("there is no session here: wrap the app in ClusterMiddleware(app, cluster)")
     return state.session

@@ -187,7 +187,7 @@ class SessionConfig:
         expect("scope_key", self.scope_key, str, None)
         _durations(self, "idle_timeout", "absolute_timeout", "stale_for")
         _durations(self, "rotate_grace", least=0)
-        _positive(max_bytes=self.max_bytes)
+        _whole("max_bytes", self.max_bytes, 1)
         _whole("wait_replicas", self.wait_replicas, 0)
         if self.idle_timeout > self.absolute_timeout:
             raise ValueError("idle_timeout must not be longer than absolute_timeout")
@@ -296,17 +296,13 @@ class RealtimeConfig:
         )
         if self.drain is not None:
             _durations(self, "drain", least=0)
-        _positive(
-            outbox_bytes=self.outbox_bytes,
-            max_message_bytes=self.max_message_bytes,
-            max_broadcast_bytes=self.max_broadcast_bytes,
-            max_rooms=self.max_rooms,
-            max_commands_per_second=self.max_commands_per_second,
-        )
+        _positive(max_commands_per_second=self.max_commands_per_second)
+        for name in ("outbox_bytes", "max_message_bytes", "max_broadcast_bytes", "max_rooms"):
+            _whole(name, getattr(self, name), 1)
         for name in ("max_connections_per_user", "max_connections_per_session"):
             value = getattr(self, name)
             if value is not None:
-                _positive(**{name: value})
+                _whole(name, value, 1)
         if self.path is not None and (not self.path.startswith("/") or self.path != self.path.rstrip("/")):
             raise ValueError(f"realtime path must start with '/' and not end with one, not {self.path!r}")
         if self.pong_timeout >= self.ping_interval:

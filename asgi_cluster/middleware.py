@@ -15,6 +15,7 @@ from typing import Any
 
 from starlette.websockets import WebSocketDisconnect
 
+from asgi_cluster.arguments import described
 from asgi_cluster.cluster import Cluster
 from asgi_cluster.codes import CloseCode
 from asgi_cluster.exceptions import BusUnavailable, StoreUnavailable
@@ -46,7 +47,10 @@ class ClusterMiddleware:
 
     def __init__(self, app: Any, cluster: Cluster) -> None:
         if not isinstance(cluster, Cluster):
-            raise TypeError(f"cluster must be a Cluster, not {type(cluster).__name__}")
+            swapped = ": write ClusterMiddleware(app, cluster)" if isinstance(app, Cluster) else ""
+            raise TypeError(f"cluster must be a Cluster, not {described(cluster)}{swapped}")
+        if not callable(app):
+            raise TypeError(f"app must be an ASGI application, not {described(app)}")
         self.app: ASGIApp = app
         self.cluster = cluster
         self._service = cluster.service

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
-from asgi_cluster.arguments import described
+from asgi_cluster.arguments import described, expect, seconds
 from asgi_cluster.bus.bus import Bus
 from asgi_cluster.bus.messages import Disconnect, PersonalMessage, encode
 from asgi_cluster.codes import CloseCode
@@ -55,12 +55,12 @@ class RemoteSession:
         self._reach = reach
         self.handle = handle
 
-    async def logout(self, reason: str = "logged out", timeout: float = 1.0) -> LogoutReceipt:
-        """End it on every node and close its sockets with 4501. Raises ``StoreUnavailable`` as
+    async def logout(self, reason: str = "logged out", timeout: float | timedelta = 1.0) -> LogoutReceipt:
+        """End it on every node and close its sockets with 4501. ``timeout`` and ``StoreUnavailable`` as in
         ``Session.logout``.
         """
         return await self._reach.service.end(
-            self.handle, code=CloseCode.SESSION_ENDED, reason=reason, timeout=timeout
+            self.handle, code=CloseCode.SESSION_ENDED, reason=reason, timeout=seconds("timeout", timeout)
         )
 
     async def send(self, data: Any) -> None:
@@ -121,14 +121,14 @@ class RemoteUser:
         *,
         exclude: Session | str | None = None,
         reason: str = "logged out everywhere",
-        timeout: float = 1.0,
+        timeout: float | timedelta = 1.0,
     ) -> LogoutReceipt:
         """End every session of this user but ``exclude`` (a session or its handle), and close their sockets
         with 4501.
 
         Sockets of this user without a session of ours (``identify=``) are closed too. One round trip, and
-        then the acknowledgements, at most ``timeout`` seconds. Raises ``StoreUnavailable`` as
-        ``Session.logout``.
+        then the acknowledgements, at most ``timeout`` (seconds or a ``timedelta``). Raises
+        ``StoreUnavailable`` as ``Session.logout``.
         """
         keep = exclude.handle if isinstance(exclude, Session) else exclude
         return await self._reach.service.end_all(
@@ -136,7 +136,7 @@ class RemoteUser:
             keep=None if keep is None else check_handle(keep),
             code=CloseCode.SESSION_ENDED,
             reason=reason,
-            timeout=timeout,
+            timeout=seconds("timeout", timeout),
         )
 
     async def send(self, data: Any) -> None:
@@ -149,6 +149,7 @@ class RemoteUser:
         """Close every socket of this user; the sessions go on. ``code`` as in ``codes.CloseCode``. Raises
         ``BusUnavailable``.
         """
+        expect("code", code, int)
         if not 3000 <= code <= 4999:
             raise ValueError(f"a close code is 3000 to 4999, not {code!r}")
         message = Disconnect(self.id, None, None, code, reason, self._reach.node())

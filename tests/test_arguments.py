@@ -19,12 +19,14 @@ from asgi_cluster import (
     CacheConfig,
     Cluster,
     ClusterMiddleware,
+    Connected,
     CookieConfig,
     RealtimeConfig,
     RoomRule,
     SessionConfig,
     get_session,
 )
+from asgi_cluster.ids import UserId, bucket_of
 from tests.sessions.app import client_for
 
 # Configuration
@@ -62,7 +64,7 @@ from tests.sessions.app import client_for
         (lambda: SessionConfig(idle_timeout="2h"), "idle_timeout must be a number of seconds or a timedelta"),
         (lambda: SessionConfig(idle_timeout=True), "idle_timeout must be a number of seconds"),
         (lambda: SessionConfig(rotate_grace=None), "rotate_grace must be a number of seconds"),
-        (lambda: SessionConfig(max_bytes="1k"), "max_bytes must be a number, not a str"),
+        (lambda: SessionConfig(max_bytes="1k"), "max_bytes must be an int, not a str"),
         (lambda: SessionConfig(scope_key=5), "scope_key must be a str or None, not an int"),
         (lambda: SessionConfig(wait_replicas=1.5), "wait_replicas must be an int, not a float"),
         (lambda: CookieConfig(name=5), "name must be a str, not an int"),
@@ -79,15 +81,86 @@ from tests.sessions.app import client_for
         (lambda: RealtimeConfig(rpc={"add": 5}), r"rpc\['add'\] must be callable, not an int"),
         (lambda: RealtimeConfig(allowed_origins="https://a.example"), "allowed_origins must be a list"),
         (lambda: RealtimeConfig(allowed_origins=[5]), "an origin must be a str, not an int"),
-        (lambda: RealtimeConfig(outbox_bytes=None), "outbox_bytes must be a number, not None"),
+        (lambda: RealtimeConfig(outbox_bytes=None), "outbox_bytes must be an int, not None"),
         (lambda: RealtimeConfig(drain="10"), "drain must be a number of seconds or a timedelta"),
-        (lambda: ClusterMiddleware(Cluster(), Starlette()), "cluster must be a Cluster"),
+        (lambda: RealtimeConfig(outbox_bytes=1.5), "outbox_bytes must be an int, not a float"),
+        (lambda: RealtimeConfig(max_rooms=1.5), "max_rooms must be an int, not a float"),
+        (lambda: RealtimeConfig(max_connections_per_user=1.5), "max_connections_per_user must be an int"),
+        (
+            lambda: RealtimeConfig(max_connections_per_session=True),
+            "max_connections_per_session must be an int",
+        ),
+        (
+            lambda: ClusterMiddleware(Cluster(), Starlette()),
+            r"cluster must be a Cluster, not a Starlette: write ClusterMiddleware\(app, cluster\)",
+        ),
+        (lambda: ClusterMiddleware(Starlette(), None), "cluster must be a Cluster, not None$"),
+        (lambda: ClusterMiddleware(None, Cluster()), "app must be an ASGI application, not None"),
+        (lambda: RoomRule(None), "pattern must be a str, not None"),
+        (lambda: RoomRule("r", presence="no"), "room rule 'r': presence must be a bool, not a str"),
+        (lambda: RoomRule("r", join_leave="x"), "room rule 'r': join_leave must be a bool, not a str"),
+        (lambda: RoomRule("r", history_ttl="1h"), "history_ttl must be a number of seconds or a timedelta"),
+        (lambda: Connected(expires_in="1h"), "expires_in must be a number of seconds or a timedelta"),
+        (lambda: get_session(42), "a request, a WebSocket or an ASGI scope, not an int: pass the object"),
+        (lambda: get_session(None), "a request, a WebSocket or an ASGI scope, not None"),
     ],
 )
 def test_argument_of_the_wrong_type_is_named(make: Callable[[], Any], told: str) -> None:
     """The error names the argument, what it takes and what it got, and where it belongs if that is known."""
     with pytest.raises(TypeError, match=told):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (
+            lambda: Cluster(""),
+            "url is an empty string: .* None for the environment variable ASGI_CLUSTER_URL",
+        ),
+        (
+            lambda: Cluster("redis://h", rooms_url="memory://"),
+            "rooms_url has the scheme 'memory', and must be",
+        ),
+        (lambda: Cluster("redis://h", rooms_url=""), "rooms_url has the scheme ''"),
+        (lambda: RoomRule("r", history="100"), "history must be a whole number of at least 0, not '100'"),
+        (lambda: RoomRule("r", history=1.5), "history must be a whole number of at least 0, not 1.5"),
+        (lambda: RoomRule("r", history=True), "history must be a whole number of at least 0, not True"),
+        (lambda: RoomRule("r", history=-1), "history must be a whole number of at least 0, not -1"),
+        (
+            lambda: RoomRule("a\nb"),
+            r"room rule 'a\\nb' can never match: a room name has no control characters",
+        ),
+        (lambda: RoomRule("a\x00{x}"), "a room name has no control characters"),
+        (lambda: RealtimeConfig(max_rooms=0), "max_rooms must be a whole number of at least 1, not 0"),
+    ],
+)
+def test_argument_that_makes_no_sense_is_named(make: Callable[[], Any], told: str) -> None:
+    """The right type, and nothing that can work."""
+    with pytest.raises(ValueError, match=told):
+        make()
+
+
+def test_publisher_without_a_url_is_warned_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With ``listen=False`` and no URL anywhere its logouts reach no node. A URL, or a node that listens, is
+    no reason to warn.
+    """
+    monkeypatch.delenv("ASGI_CLUSTER_URL", raising=False)
+    Cluster()
+    Cluster("memory://", listen=False)
+    Cluster("redis://h", listen=False)
+    assert not caplog.records
+    monkeypatch.setenv("WEB_CONCURRENCY", "2")
+    Cluster(listen=False)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "reach no other process. Set ASGI_CLUSTER_URL" in record.message
+    caplog.clear()
+    monkeypatch.setenv("ASGI_CLUSTER_URL", "redis://h")
+    Cluster(listen=False)
+    assert not caplog.records
 
 
 SECONDS = {
@@ -126,6 +199,71 @@ def test_deadline_may_be_a_timedelta() -> None:
     assert Cluster("memory://", deadline=timedelta(milliseconds=500)).deadline == 0.5
     with pytest.raises(ValueError, match="deadline must be above 0, at most the lease 2"):
         Cluster("memory://", deadline=timedelta(seconds=3))
+
+
+async def test_timedelta_is_taken_where_a_call_takes_seconds(cluster_url: str, prefix: str) -> None:
+    """As in the configuration."""
+    hour = timedelta(hours=1)
+    assert RoomRule("r", history_ttl=hour) == RoomRule("r", history_ttl=3600)
+    assert RoomRule("r", history_ttl=hour).history_ttl == 3600
+    assert RoomRule("r").history_ttl == 600
+    assert Connected(expires_in=hour).expires_in == 3600
+    assert Connected().expires_in is None
+    receipts = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session = get_session(scope)
+        await session.login("ada")
+        receipts.append(await session.logout(timeout=timedelta(seconds=1)))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async with Cluster(cluster_url, prefix=prefix) as cluster, client_for(cluster, app) as client:
+        await client.get("/")
+        handle = f"{bucket_of(UserId('ada')):02x}.{'a' * 22}"
+        receipts.append(await cluster.session(handle).logout(timeout=timedelta(seconds=1)))
+        receipts.append(await cluster.user("ada").logout(timeout=timedelta(seconds=1)))
+        assert [receipt.complete for receipt in receipts] == [True, True, True]
+        await cluster.drain(timedelta(milliseconds=1))
+        assert cluster.draining
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda cluster: cluster.user("ada").logout(timeout="1"), "timeout must be a number of seconds or a"),
+        (lambda cluster: cluster.session(f"00.{'a' * 22}").logout(timeout="1"), "timeout must be a number"),
+        (lambda cluster: cluster.drain("5"), "seconds must be a number of seconds or a timedelta, not a str"),
+        (lambda cluster: cluster.user("ada").disconnect(code="a"), "code must be an int, not a str"),
+        (lambda cluster: cluster.room("r").history(limit="5"), "limit must be an int or None, not a str"),
+        (lambda cluster: cluster.room("r").history(limit=True), "limit must be an int or None, not a bool"),
+        (lambda cluster: cluster.room("r").history(since=5), "since must be a Position or None, not an int"),
+    ],
+)
+async def test_number_of_the_wrong_type_in_a_call_is_named(call: Callable[[Cluster], Any], told: str) -> None:
+    """Before anything is done: the node does not drain, for example."""
+    cluster = Cluster("memory://", realtime=RealtimeConfig(rules=[RoomRule("r", history=5)]))
+    with pytest.raises(TypeError, match=told):
+        await call(cluster)
+    assert not cluster.draining
+
+
+async def test_session_logout_with_a_timeout_of_the_wrong_type_ends_nothing() -> None:
+    """The session is not lost to the mistake."""
+    kept = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session = get_session(scope)
+        await session.login("ada")
+        with pytest.raises(TypeError, match="timeout must be a number of seconds or a timedelta, not a str"):
+            await session.logout(timeout="1")
+        kept.append(session.user_id)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async with client_for(Cluster("memory://"), app) as client:
+        await client.get("/")
+    assert kept == ["ada"]
 
 
 # Users and handles
@@ -255,6 +393,19 @@ async def test_datetime_with_a_time_zone_comes_back_equal(value: Any) -> None:
         await client.get("/")
         await client.get("/")
     assert seen == [None, value]
+
+
+async def test_value_that_msgpack_does_not_know_is_refused_with_the_cure() -> None:
+    """As a value that would not come back equal."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        scope["session"]["o"] = object()
+
+    async with client_for(Cluster("memory://"), app) as client:
+        with pytest.raises(
+            TypeError, match=r"session\['o'\] cannot be stored: .*\. Store plain values: None"
+        ):
+            await client.get("/")
 
 
 class Cart(msgspec.Struct):

@@ -39,6 +39,13 @@ def open_backend(
     if scheme not in _REDIS:
         known = ", ".join(f"{name}://" for name in ("memory", *_REDIS))
         raise ValueError(f"unknown scheme {scheme!r}: a cluster URL starts with one of {known}")
+    rooms_scheme = scheme if rooms_url is None else urlsplit(rooms_url).scheme
+    if rooms_scheme not in _REDIS:
+        known = ", ".join(f"{name}://" for name in _REDIS)
+        raise ValueError(
+            f"rooms_url has the scheme {rooms_scheme!r}, and must be on Redis as the URL is: it starts with "
+            f"one of {known}; None: the rooms are on the same server"
+        )
     return RedisBackend(
         url,
         prefix=prefix,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import msgspec
 from msgspec import Raw
@@ -60,8 +60,14 @@ async def _position(client: Client, channel: str, offset: int, epoch: str) -> Po
 
 
 async def _permit(
-    client: Client, name: str, permission: Permission, channel: str, params: dict[str, str], data: Raw
+    client: Client,
+    name: Literal["subscribe", "publish"],
+    rule: RoomRule,
+    channel: str,
+    params: dict[str, str],
+    data: Raw,
 ) -> None:
+    permission: Permission = getattr(rule, name)
     allowed: object = permission is True
     if permission is not None and permission is not True:
         allowed = permission(RoomRequest(connection=client, room=channel, params=params, data=decoded(data)))
@@ -72,9 +78,13 @@ async def _permit(
     if allowed is not False:
         # Final for the client, as a refusal is: the same rule would return the same again.
         logger.error(
-            "%s must return True or False, and returned %.100r: the client was refused (103)",
-            describe(client, name, channel),
+            "the %s function of room rule %r returned %.100r, and must return True or False: the client was "
+            "refused (103) for room %r (its user: %s)",
+            name,
+            rule.pattern,
             allowed,
+            channel,
+            "none" if client.user_id is None else repr(client.user_id),
         )
     raise ReplyError(ErrorCode.PERMISSION_DENIED)
 
@@ -102,7 +112,7 @@ async def subscribe(client: Client, request: SubscribeCommand) -> Result:
         raise ReplyError(ErrorCode.LIMIT_EXCEEDED)
     client.entering.append(channel)
     try:
-        await _permit(client, "subscribe", rule.subscribe, channel, params, request.data)
+        await _permit(client, "subscribe", rule, channel, params, request.data)
         # Without an epoch it is in the present one, as on the reference server.
         since = Position(request.offset, request.epoch) if request.recover else None
         entered = await client.cluster.rooms.enter(client, channel, since=since)
@@ -155,7 +165,7 @@ async def publish(client: Client, request: PublishCommand) -> Result:
     if not bytes(request.data):
         raise ReplyError(ErrorCode.BAD_REQUEST)
     decoded(request.data)  # also where no rule looks at it: others will
-    await _permit(client, "publish", rule.publish, request.channel, params, request.data)
+    await _permit(client, "publish", rule, request.channel, params, request.data)
     kind, data = from_client(request.data)
     rooms = client.cluster.rooms
     await rooms.publish(request.channel, kind, data, client=client.id, info=rooms.client_info(client))

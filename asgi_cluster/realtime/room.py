@@ -107,6 +107,8 @@ class Room:
         ``reverse``: the newest first. Raises ``BusUnavailable``, and ``ValueError`` when no rule gives the
         room a history, and for a negative ``limit`` or offset.
         """
+        expect("limit", limit, int, None)
+        expect("since", since, Position, None)
         if limit is not None and limit < 0:
             raise ValueError(f"limit must be at least 0, or None, not {limit!r}")
         if since is not None and since.offset < 0:

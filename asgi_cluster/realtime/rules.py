@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from asgi_cluster.arguments import Seconds, expect, seconds
+
 if TYPE_CHECKING:
     from asgi_cluster.realtime.connection import Connection
 
@@ -56,14 +58,20 @@ class Connected:
     """``None``: the session's user. When the answer to a refresh means another user than the connection has,
     the connection is closed with 3500.
     """
-    expires_in: float | None = None
-    """Seconds after which the client has to refresh, with a new token; ``None``: never (again)."""
+    expires_in: Seconds[float | None] = Seconds(None)
+    """Seconds (or a ``timedelta``) after which the client has to refresh, with a new token; ``None``: never
+    (again).
+    """
     data: Any = None
     """Goes to the client in the connect reply; any JSON value."""
     info: Any = None
     """Shown to others in presence, joins, leaves and publications (``conn_info``); any JSON value."""
     rooms: Sequence[str] = ()
     """Rooms that the client is subscribed to by the server, without asking."""
+
+    def __post_init__(self) -> None:
+        if self.expires_in is not None:
+            object.__setattr__(self, "expires_in", seconds("expires_in", self.expires_in))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +99,7 @@ class RoomRule:
     ``*`` and ``<name>`` are refused, because they are meant as ``{name}``.
 
     Raises:
+        TypeError: an argument of the wrong type; names it.
         ValueError: a pattern that cannot be meant, or options that do not go together.
     """
 
@@ -104,8 +113,8 @@ class RoomRule:
     """As ``subscribe``, for publications of clients."""
     history: int = 0
     """Publications kept, whoever publishes; 0: none. Where nodes' rules differ, the largest counts."""
-    history_ttl: float = 600
-    """Seconds after its last publication for which a room remembers."""
+    history_ttl: Seconds[float] = Seconds(600)
+    """Seconds (or a ``timedelta``) after its last publication for which a room remembers."""
     presence: bool = False
     """Whether subscribers can see who is in the room."""
     join_leave: bool = False
@@ -117,8 +126,18 @@ class RoomRule:
     _regex: re.Pattern[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.pattern, str) or not self.pattern:
+        expect("pattern", self.pattern, str)
+        if not self.pattern:
             raise ValueError(f"a room rule needs a pattern, not {self.pattern!r}")
+        if _FORBIDDEN.search(self.pattern):
+            raise ValueError(
+                f"room rule {self.pattern!r} can never match: a room name has no control characters, line "
+                "ends, surrogates or U+FFFD"
+            )
+        named = f"room rule {self.pattern!r}:"
+        expect(f"{named} presence", self.presence, bool)
+        expect(f"{named} join_leave", self.join_leave, bool)
+        object.__setattr__(self, "history_ttl", seconds(f"{named} history_ttl", self.history_ttl))
         names = _PARAMETER.findall(self.pattern)
         if len(set(names)) < len(names):
             raise ValueError(f"room rule {self.pattern!r} uses a name twice")
@@ -137,7 +156,7 @@ class RoomRule:
             if permission is not None and permission is not True and not callable(permission):
                 raise ValueError(f"room rule {self.pattern!r}: {name} must be a function, True or None")
         if isinstance(self.history, bool) or not isinstance(self.history, int) or self.history < 0:
-            raise ValueError(f"room rule {self.pattern!r}: history must be at least 0, not {self.history!r}")
+            raise ValueError(f"{named} history must be a whole number of at least 0, not {self.history!r}")
         if not self.history_ttl > 0:
             raise ValueError(
                 f"room rule {self.pattern!r}: history_ttl must be above 0, not {self.history_ttl!r}"

@@ -12,6 +12,11 @@ from asgi_cluster.arguments import described
 
 __all__ = ["Decoded", "encode_value"]
 
+_STORE_PLAIN = (
+    "Store plain values: None, bool, int, float, str, bytes, datetime with a time zone, lists and dicts of "
+    "them."
+)
+
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder().decode
 
@@ -30,7 +35,8 @@ def encode_value(key: object, value: Any, known: bytes | None = None) -> bytes:
             return known
         back = _decode(data)
     except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
-        raise TypeError(f"session[{key!r}] cannot be stored: {error}") from error
+        cure = f". {_STORE_PLAIN}" if isinstance(error, TypeError) else ""
+        raise TypeError(f"session[{key!r}] cannot be stored: {error}{cure}") from error
     # Tuples come back as lists, and that is allowed; anything else has to be equal.
     if back != value and back != _as_lists(value):
         if _holds_naive(value):
@@ -39,8 +45,7 @@ def encode_value(key: object, value: Any, known: bytes | None = None) -> bytes:
                 "str. Give it one, as datetime.now(UTC) does."
             )
         raise TypeError(
-            f"session[{key!r}] cannot be stored: {described(value)} would not come back equal. Store plain "
-            "values: None, bool, int, float, str, bytes, datetime with a time zone, lists and dicts of them."
+            f"session[{key!r}] cannot be stored: {described(value)} would not come back equal. {_STORE_PLAIN}"
         )
     return data
 

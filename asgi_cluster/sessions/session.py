@@ -179,16 +179,17 @@ class Session(StoredSession):
         elif outcome == "gone":
             self._lose()
 
-    async def logout(self, reason: str = "logged out", timeout: float = 1.0) -> LogoutReceipt:
+    async def logout(self, reason: str = "logged out", timeout: float | timedelta = 1.0) -> LogoutReceipt:
         """End this session on every node and close its sockets with 4501 and ``reason``.
 
-        Returns when every registered node has acknowledged, or after ``timeout`` seconds; the receipt says
-        which. A node that let an earlier logout run out of its time is given 0.1 s, until it answers again.
-        Without a stored session there is nothing to end.
+        Returns when every registered node has acknowledged, or after ``timeout`` (seconds or a
+        ``timedelta``); the receipt says which. A node that let an earlier logout run out of its time is given
+        0.1 s, until it answers again. Without a stored session there is nothing to end.
 
         Raises:
             StoreUnavailable: it could not be stored; the session goes on, unless ``outcome_unknown``.
         """
+        timeout = seconds("timeout", timeout)
         await self._read_again()
         self.mark_accessed()
         handle = self._pending_end or (None if self._record is None else self._record.handle)

@@ -403,9 +403,7 @@ async def _state(page: Page, state: str) -> bool:
         ('client.on("state", 5)', "a listener for state is a function"),
     ],
 )
-async def test_listener_for_an_unknown_event_is_refused(
-    page: Page, fake: Fake, call: str, told: str
-) -> None:
+async def test_listener_for_an_unknown_event_is_refused(page: Page, fake: Fake, call: str, told: str) -> None:
     """A listener that would never be called is a TypeError that lists the events."""
     peer = await connected(page, fake)
     await subscribed(page, peer)

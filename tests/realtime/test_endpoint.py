@@ -633,5 +633,7 @@ async def test_rule_that_returns_no_bool(
     lines = [record.message for record in caplog.records if record.levelname == "ERROR"]
     assert len(lines) == 2
     for line, name in zip(lines, ("subscribe", "publish"), strict=True):
-        assert line.startswith(f"{name} of room rule 'rule:{{id}}', for room 'rule:1', called by user None")
-        assert f"must return True or False, and returned {answer!r}" in line
+        assert line == (
+            f"the {name} function of room rule 'rule:{{id}}' returned {answer!r}, and must return True or "
+            "False: the client was refused (103) for room 'rule:1' (its user: none)"
+        )
