@@ -326,27 +326,44 @@ class Client(Connection):
         if self.socket.state != "open":
             return  # its user or its session was logged out while the hook waited
         self._info = answer.info
-        if not await self.cluster.endpoint.limits.enter(self):
-            self._end(DisconnectCode.CONNECTION_LIMIT)
+        try:
+            result = await self._entered(answer, request)
+        except Exception:
+            # The client may try again on this socket.
+            self.server_side.clear()
+            await self.cluster.rooms.leave_all(self)
+            raise
+        if result is None or self.socket.state != "open":
             return
-        self._connected = True
-        result: dict[str, Any] = {"client": self.id, "version": "asgi-cluster", **_expiry(answer)}
-        if answer.data is not None:
-            result["data"] = Raw(msgspec.json.encode(answer.data))
-        if answer.rooms:
-            result["subs"] = {
-                room: await subscribe_here(self, room, request.subs.get(room)) for room in answer.rooms
-            }
         interval = self.config.ping_interval
         result |= {"ping": max(1, round(interval)), "pong": True, "node": self.cluster.node or ""}
+        reply = Packet(encode_reply(command_id, "connect", result))
+        self._connected = True
         if self._timer is not None:
             self._timer.cancel()
         # The first one spread out, so that clients that came together are not pinged together for ever.
         self._timer = self.socket.loop.call_later(interval * random.uniform(0.5, 1.0), self._ping)
         self._expires(answer)
-        self._reply(command_id, "connect", result)
+        self.outbox.push(reply)
         if not await self._call_hook("on_connect", self.config.on_connect, self):
             self._end(DisconnectCode.SERVER_ERROR)
+
+    async def _entered(self, answer: Connected, request: ConnectCommand) -> dict[str, Any] | None:
+        """Count the client and subscribe it to its rooms: the connect result; ``None`` when it was closed
+        because it is one too many. After an error it may be in some of the rooms.
+        """
+        if not await self.cluster.endpoint.limits.enter(self):
+            self._end(DisconnectCode.CONNECTION_LIMIT)
+            return None
+        result: dict[str, Any] = {"client": self.id, "version": "asgi-cluster", **_expiry(answer)}
+        if answer.data is not None:
+            result["data"] = Raw(msgspec.json.encode(answer.data))
+        if answer.rooms:
+            result["subs"] = {
+                room: await subscribe_here(self, room, request.subs.get(room))
+                for room in dict.fromkeys(answer.rooms)
+            }
+        return result
 
     async def _ask_connect(self, token: str, data: Raw, headers: dict[str, str]) -> Connected:
         hook = self.config.connect

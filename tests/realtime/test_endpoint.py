@@ -572,6 +572,41 @@ async def test_refresh_by_the_session(lone_site: Site) -> None:
         assert (await client.call("refresh", {}))["error"]["code"] == 108  # it does not expire any more
 
 
+async def test_connect_again_after_an_error(site: Site) -> None:
+    """A connect command that fails while its rooms are entered leaves nothing: no room, no presence, no
+    count, no connection. Commands are refused, the hooks hear of no connection, and the client may connect
+    again on the same socket.
+    """
+    told: list[str] = []
+    rooms = iter((["kept:a", "not\na room"], ["kept:a", "not\na room"], ["kept:a"], ["kept:a"]))
+    node = await site.node(
+        connect=lambda request: Connected(user_id="ada", rooms=next(rooms)),
+        rules=[RoomRule("kept:{name}", subscribe=True, presence=True, history=5)],
+        on_connect=lambda connection: told.append("on_connect"),
+        on_disconnect=lambda connection, code, reason: told.append(f"on_disconnect {code}"),
+        max_connections_per_user=1,
+    )
+    room = node.cluster.room("kept:a")
+    async with node.raw() as client:
+        assert (await client.call("connect", {}))["error"]["code"] == 100
+        assert node.cluster.stats().realtime.rooms == 0
+        assert not await room.presence()
+        await client.send({"id": 9, "subscribe": {"channel": "kept:a"}})
+        assert await client.drained() == (3501, "bad request")
+    await eventually(lambda: not node.cluster.stats().realtime.connections)
+    assert told == []
+    async with node.raw() as client:
+        assert (await client.call("connect", {}))["error"]["code"] == 100
+        async with node.raw() as other:
+            assert "connect" in await other.call("connect", {})
+            assert len(await room.presence()) == 1
+        await eventually(lambda: told == ["on_connect", "on_disconnect 1000"])
+        assert (await client.call("connect", {}))["connect"]["subs"]["kept:a"]["positioned"]
+        await room.broadcast(1)
+        assert await client.pub() == 1
+    await eventually(lambda: told == ["on_connect", "on_disconnect 1000"] * 2)
+
+
 async def broken(*arguments: Any) -> None:
     raise ZeroDivisionError
 
