@@ -316,6 +316,17 @@ class Client(Connection):
     # Connecting
 
     async def _on_connect(self, command_id: int, request: ConnectCommand) -> None:
+        # The client is a member of its first room while the others are entered: nothing may overtake the
+        # reply, which says where it stands in each.
+        await self.outbox.hold()
+        try:
+            await self._connect(command_id, request)
+        finally:
+            self.outbox.release(None)  # where there was no reply, nothing that was held is for the client
+        if self._connected and not await self._call_hook("on_connect", self.config.on_connect, self):
+            self._end(DisconnectCode.SERVER_ERROR)
+
+    async def _connect(self, command_id: int, request: ConnectCommand) -> None:
         hub = self.cluster.hub
         began = hub.logouts.last
         answer = await self._ask_connect(request.token, request.data, request.headers)
@@ -344,9 +355,7 @@ class Client(Connection):
         # The first one spread out, so that clients that came together are not pinged together for ever.
         self._timer = self.socket.loop.call_later(interval * random.uniform(0.5, 1.0), self._ping)
         self._expires(answer)
-        self.outbox.push(reply)
-        if not await self._call_hook("on_connect", self.config.on_connect, self):
-            self._end(DisconnectCode.SERVER_ERROR)
+        self.outbox.release(reply)
 
     async def _entered(self, answer: Connected, request: ConnectCommand) -> dict[str, Any] | None:
         """Count the client and subscribe it to its rooms: the connect result; ``None`` when it was closed

@@ -54,6 +54,7 @@ class Outbox:
         "_dirty",
         "_drained",
         "_flusher",
+        "_held",
         "_joins",
         "_latest",
         "_limit",
@@ -80,8 +81,9 @@ class Outbox:
         self._drained: asyncio.Future[None] | None = None
         self._bytes = 0
         self._dirty = False
+        self._held = False
         self.blocked = False
-        """Whether a writer waits for the client to read."""
+        """Whether a writer waits for the client to read, or what is pushed is held."""
         self.closed = False
         self.direct = socket.server is not None and not socket.why_not_direct
 
@@ -297,6 +299,35 @@ class Outbox:
             self.blocked = False
             self._wake()
 
+    async def hold(self) -> None:
+        """Return when nothing pushed before this waits any more. What is pushed from then on is kept, within
+        the limit, until ``release``.
+        """
+        self.flush()
+        while self.blocked and not self.closed:
+            await self._change()
+            self.flush()
+        self.blocked = self._held = not self.closed
+
+    def release(self, first: Packet | None) -> None:
+        """Send ``first``, and what was held after it; ``None``: forget what was held. Harmless when nothing
+        is held.
+        """
+        if not self._held:
+            return
+        self.blocked = self._held = False
+        if first is None:
+            self._pending.clear()
+            self._bytes = 0
+        else:
+            self._pending[:0] = (first,)
+            self._pending.extend((self._latest or {}).values())
+            self._bytes += first.size
+            self._dirty = True
+            self._flusher.add(self)
+        self._latest = None
+        self._wake()
+
     async def drained(self) -> None:
         """Return when nothing waits for the client any more, or the outbox is closed."""
         while self.blocked and not self.closed:
@@ -323,6 +354,7 @@ class Outbox:
 
     def close(self) -> None:
         """Forget what waits, and take no more."""
+        self.release(None)
         self.closed = True
         self._pending.clear()
         self._latest = None

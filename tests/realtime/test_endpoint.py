@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import httpx
@@ -605,6 +606,90 @@ async def test_connect_again_after_an_error(site: Site) -> None:
         await room.broadcast(1)
         assert await client.pub() == 1
     await eventually(lambda: told == ["on_connect", "on_disconnect 1000"] * 2)
+
+
+@pytest.mark.parametrize("server", UVICORN)
+@pytest.mark.filterwarnings("ignore:.*websockets", "ignore::DeprecationWarning")
+async def test_nothing_comes_before_the_connect_reply(
+    site: Site, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is broadcast to a server-side room while the next one is entered comes after the connect reply,
+    right after the position that the reply gives: at a first connect, and when the client comes back.
+    """
+    node = await site.node(
+        connect=lambda request: Connected(user_id="ada", rooms=["kept:a", "kept:b", "plain"]),
+        rules=[RoomRule("kept:{name}", subscribe=True, history=50), RoomRule("plain", subscribe=True)],
+        server={"ws": server},
+    )
+    first = node.cluster.room("kept:a")
+    await first.broadcast("old")
+    async with node.raw() as observer:
+        await observer.call("connect", {})
+        enter = node.cluster.rooms.enter
+
+        async def enter_slowly(connection: Any, room: str, **options: Any) -> Any:
+            if room != "kept:a":
+                await first.broadcast(f"before {room}")
+                assert await observer.pub() == f"before {room}"
+            return await enter(connection, room, **options)
+
+        monkeypatch.setattr(node.cluster.rooms, "enter", enter_slowly)
+        subs: dict[str, Any] = {}
+        for _ in range(2):
+            async with node.raw() as client:
+                await client.send({"id": 1, "connect": {"subs": subs}})
+                lines = str(await client.ws.recv()).split("\n")
+                reply = json.loads(lines[0])
+                assert reply["id"] == 1, lines
+                for line in lines[1:]:
+                    client.pushes.append(json.loads(line)["push"])
+                result = reply["connect"]["subs"]["kept:a"]
+                pushes = [await client.push() for _ in range(2)]
+                assert [push["pub"]["data"] for push in pushes] == ["before kept:b", "before plain"]
+                offsets = [push["pub"]["offset"] for push in pushes]
+                assert offsets == [result["offset"] + 1, result["offset"] + 2]
+                if subs:
+                    assert result["recovered"] is True
+                    assert [pub["data"] for pub in result["publications"]] == ["missed"]
+                position = {"recover": True, "epoch": result["epoch"], "offset": offsets[-1]}
+                subs = {"kept:a": position}
+            await first.broadcast("missed")
+            assert await observer.pub() == "missed"
+
+
+async def test_close_before_the_connect_reply(lone_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that is closed while its rooms are entered gets the close at once, and nothing before it; the
+    hooks hear of no connection.
+    """
+    told: list[Any] = []
+    entering, stay = asyncio.Event(), asyncio.Event()
+    node = await lone_site.node(
+        connect=lambda request: Connected(user_id="ada", rooms=["open:a", "open:b"]),
+        rules=[OPEN],
+        on_connect=told.append,
+        on_disconnect=lambda *arguments: told.append(arguments),
+        close_timeout=30,
+    )
+    enter = node.cluster.rooms.enter
+
+    async def enter_slowly(connection: Any, room: str, **options: Any) -> Any:
+        if room == "open:b":
+            await node.cluster.room("open:a").broadcast(1)
+            entering.set()
+            await stay.wait()
+        return await enter(connection, room, **options)
+
+    monkeypatch.setattr(node.cluster.rooms, "enter", enter_slowly)
+    async with node.raw() as client:
+        await client.send({"id": 1, "connect": {}})
+        await entering.wait()
+        (connection,) = node.cluster.hub.connections()
+        await connection.close(3503, "out")
+        with pytest.raises(websockets.ConnectionClosed):
+            await asyncio.wait_for(client.ws.recv(), 10)
+        assert (client.ws.close_code, client.ws.close_reason) == (3503, "out")
+    await eventually(lambda: not node.cluster.stats().realtime.connections)
+    assert told == []
 
 
 async def broken(*arguments: Any) -> None:
