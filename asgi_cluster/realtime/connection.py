@@ -90,7 +90,7 @@ class Connection:
         return self.socket.user
 
     @property
-    def over(self) -> bool:
+    def _over(self) -> bool:
         """Whether it can be in no room any more: the client is gone, or the app is done with it."""
         return self._gone or self.outbox.closed
 
@@ -143,7 +143,7 @@ class Connection:
         spawn(self.socket.tasks, self.leave(room), name="asgi-cluster leave")
 
     def _check_open(self) -> None:
-        if self.socket.state != "open" or self.over:
+        if self.socket.state != "open" or self._over:
             raise OSError("the connection is closed")
 
     # Input

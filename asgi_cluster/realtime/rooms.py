@@ -255,7 +255,7 @@ class Rooms:
             already = connection.rooms.get(room)
             if already is not None:
                 return Entered(None if already.sequence is None else already.sequence.last, None)
-            if connection.over:
+            if connection._over:
                 return Entered(None, None)
             return await self._enter(connection, room, since)
 
@@ -280,7 +280,7 @@ class Rooms:
             self._release(audience)
             await self._attendance.vanish(connection, room)
             raise
-        if connection.over:
+        if connection._over:
             self._release(audience)
             # ``leave_all`` may have run while the entry was on its way to the store: withdraw it again.
             connection._present[room] = None
