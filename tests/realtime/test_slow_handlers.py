@@ -60,8 +60,8 @@ async def test_slow_handler(site: Site, gate: Gate, name: str) -> None:
         rules=[RoomRule("room:{name}", subscribe=gate.rule, publish=gate.rule)],
         rpc={"slow": gate.rpc, "fast": lambda connection, data: data},
         on_message=gate.rpc,
-        ping_interval=0.2,
-        pong_timeout=0.1,
+        ping_interval=0.6,
+        pong_timeout=0.55,
     )
     async with node.client() as client:
         await client.send({"send": {"data": 1}} if name == "send" else {"id": 50, name: SLOW[name]})
@@ -73,7 +73,7 @@ async def test_slow_handler(site: Site, gate: Gate, name: str) -> None:
             await client.ws.send("{}")
             assert frame == "{}"
             pings += 1
-            if pings == 4:
+            if pings == 3:
                 break
         await node.cluster.room("room:a").broadcast("here")
         assert await client.pub() == "here"
@@ -131,14 +131,14 @@ async def test_bounded(lone_site: Site, gate: Gate, server: str) -> None:
     """
     node = await lone_site.node(
         rpc={"slow": gate.rpc, "fast": lambda connection, data: data},
-        ping_interval=0.2,
-        pong_timeout=0.1,
+        ping_interval=0.6,
+        pong_timeout=0.55,
         server={"ws": server},
     )
     async with node.client() as client:
         await client.send(*({"id": number, "rpc": {"method": "slow"}} for number in range(10, 50)))
         await eventually(lambda: gate.entered == 16)
-        for _ in range(4):
+        for _ in range(3):
             await client.ws.recv()
             await client.ws.send("{}")
         async with node.client() as other:
@@ -161,8 +161,6 @@ async def test_client_goes_while_a_handler_waits(
         rpc={"slow": gate.rpc},
         on_disconnect=lambda connection, code, reason: disconnects.append(code),
         close_timeout=0.2,
-        ping_interval=0.5,
-        pong_timeout=0.2,
         cluster={"identify": lambda scope: "ada"},
     )
     async with node.client() as client:
@@ -230,15 +228,15 @@ async def test_slow_connect_hook(site: Site, gate: Gate) -> None:
         return Connected(user_id="ada")
 
     rule = RoomRule("room:{name}", subscribe=lambda request: request.connection.user_id == "ada")
-    node = await site.node(connect=connect, rules=[rule], ping_interval=0.05, pong_timeout=0.04)
+    node = await site.node(connect=connect, rules=[rule], ping_interval=0.3, pong_timeout=0.28)
     async with node.raw() as client:
         subscribes = [{"id": n, "subscribe": {"channel": f"room:{n}"}} for n in range(2, 40)]
         await client.send({"id": 1, "connect": {}}, *subscribes)
         await eventually(lambda: gate.entered == 1)
         async with asyncio.TaskGroup() as tasks:
             first = tasks.create_task(client.ws.recv())
-            for _ in range(20):
-                await asyncio.sleep(0.01)  # four intervals of pings
+            for _ in range(60):
+                await asyncio.sleep(0.01)  # two intervals of pings
             gate.open.set()
         assert '"connect"' in str(first.result())
         for n in range(2, 40):
