@@ -161,6 +161,8 @@ async def test_client_goes_while_a_handler_waits(
         rpc={"slow": gate.rpc},
         on_disconnect=lambda connection, code, reason: disconnects.append(code),
         close_timeout=0.2,
+        ping_interval=0.5,  # what finds out about a client that is not read
+        pong_timeout=0.45,
         cluster={"identify": lambda scope: "ada"},
     )
     async with node.client() as client:
