@@ -246,7 +246,9 @@ class Client(Connection):
             if inspect.isawaitable(result):
                 return result
             self._reply(command.id, name, result)
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if _ends_this_task(error):
+                raise
             self._failed(command, name, request, error)
         return None
 
@@ -269,13 +271,15 @@ class Client(Connection):
             result = await work
             # In the same step in which a subscription begins: its first push comes after the reply.
             self._reply(command.id, name, result)
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if _ends_this_task(error):
+                raise
             self._failed(command, name, request, error)
         finally:
             if name == "connect":
                 self._connecting = None
 
-    def _failed(self, command: Command, name: str, request: Any, error: Exception) -> None:
+    def _failed(self, command: Command, name: str, request: Any, error: BaseException) -> None:
         match error:
             case ReplyError():
                 code, text = error.code, error.message
@@ -300,7 +304,7 @@ class Client(Connection):
         elif code is ErrorCode.BAD_REQUEST:
             self._end(DisconnectCode.BAD_REQUEST)  # there is no reply in which to say it
 
-    def _log_failure(self, name: str, error: Exception, request: Any = None) -> None:
+    def _log_failure(self, name: str, error: BaseException, request: Any = None) -> None:
         told = "" if name.startswith("on_") or name == "send" else ": the client was answered with error 100"
         name = {"send": "on_message", "refresh": "connect"}.get(name, name)
         what = describe(self, name, getattr(request, "channel", None), getattr(request, "method", None))
@@ -339,7 +343,9 @@ class Client(Connection):
         self._info = answer.info
         try:
             result = await self._entered(answer, request)
-        except Exception:
+        except (Exception, asyncio.CancelledError) as error:
+            if _ends_this_task(error):
+                raise
             # The client may try again on this socket.
             self.server_side.clear()
             await self.cluster.rooms.leave_all(self)
@@ -495,7 +501,9 @@ class Client(Connection):
             answer = hook(*arguments)
             if inspect.isawaitable(answer):
                 await answer
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if _ends_this_task(error):
+                raise
             self._log_failure(name, error)
             return False
         return True
@@ -504,6 +512,14 @@ class Client(Connection):
 _PONG = Command()
 _FIELDS = ("connect", *COMMANDS, "refresh", "send")
 _OUTLIVE_CLIENT = frozenset(("publish", "rpc", "send"))
+
+
+def _ends_this_task(error: BaseException) -> bool:
+    """Whether it is a cancellation of the running task. A hook also raises ``CancelledError`` when a task
+    that it waited for was cancelled: that is a failure of the hook, as any other.
+    """
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
 
 
 def _lanes(name: str, request: Any) -> tuple[Hashable, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -696,6 +697,18 @@ async def broken(*arguments: Any) -> None:
     raise ZeroDivisionError
 
 
+async def cancelled_inside(*arguments: Any) -> None:
+    """Waits for a task that was cancelled."""
+    inner = asyncio.ensure_future(asyncio.sleep(0))
+    inner.cancel()
+    await inner
+
+
+def cancelled_at_once(*arguments: Any) -> None:
+    raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize("fails", [broken, cancelled_inside, cancelled_at_once])
 @pytest.mark.parametrize(
     ("name", "request_", "line"),
     [
@@ -709,15 +722,22 @@ async def broken(*arguments: Any) -> None:
     ],
 )
 async def test_log_line_of_a_failed_hook(
-    lone_site: Site, caplog: pytest.LogCaptureFixture, name: str, request_: dict[str, Any], line: str
+    lone_site: Site,
+    caplog: pytest.LogCaptureFixture,
+    fails: Callable[..., Any],
+    name: str,
+    request_: dict[str, Any],
+    line: str,
 ) -> None:
-    """It names what failed, the rule and the room or the method, and the user."""
-    hooks = {name: broken} if name.startswith("on_") or name == "connect" else {}
+    """It names what failed, the rule and the room or the method, and the user: also when the hook raises the
+    CancelledError of a task of its own.
+    """
+    hooks = {name: fails} if name.startswith("on_") or name == "connect" else {}
     node = await lone_site.node(
-        rules=[RoomRule("rule:{id}", subscribe=broken, publish=broken)],
-        rpc={"broken": broken},
+        rules=[RoomRule("rule:{id}", subscribe=fails, publish=fails)],
+        rpc={"broken": fails},
         cluster={"identify": lambda scope: "ada"},
-        **{"on_message": broken, **hooks},
+        **{"on_message": fails, **hooks},
     )
     async with node.raw() as client:
         await client.send({"id": 1, "connect": {}})
@@ -726,7 +746,9 @@ async def test_log_line_of_a_failed_hook(
         elif request_:
             await client.send({"id": 2, name: request_})
             assert (await client.reply(2))["error"]["code"] == 100
-        if name != "on_connect":
+        if name == "on_connect":
+            assert await client.drained() == (3004, "internal server error")
+        else:
             await client.reply(1)
     await eventually(lambda: [record for record in caplog.records if record.levelname == "ERROR"])
     (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
