@@ -16,7 +16,8 @@ import base64
 import re
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
@@ -173,7 +174,7 @@ class SubscribeCommand(Struct, frozen=True):
         """
         if self.type or self.phase or self.cursor or self.limit or self.asc:
             return "map and shared poll subscriptions"
-        if bytes(self.tf):
+        if bytes(self.tf) not in (b"", b"null"):
             return "tags filters"
         return "subscription tokens" if self.token else ""
 
@@ -279,7 +280,32 @@ class SubscribeResult(Struct, frozen=True, omit_defaults=True):
 
 Result = Struct | Mapping[str, Any]
 
+
+def _nullable(kind: Any) -> Any:
+    """``kind``, or ``null``; so may be each field of a ``Struct`` and each value of a ``dict`` in it. ``Raw``
+    stays: in a payload ``null`` is data.
+    """
+    kind = next((member for member in get_args(kind) if get_origin(kind) is UnionType), kind)
+    if get_origin(kind) is dict:
+        value = _nullable(get_args(kind)[1])
+        kind = dict[str, value]  # type: ignore[valid-type]
+    elif issubclass(kind, Struct):
+        fields = msgspec.structs.fields(kind)
+        kind = msgspec.defstruct(
+            kind.__name__,
+            [
+                (field.name, Raw | UnsetType, UNSET)
+                if field.type is Raw
+                else (field.name, _nullable(field.type), None)
+                for field in fields
+            ],
+            omit_defaults=True,
+        )
+    return kind | None
+
+
 _decoder = msgspec.json.Decoder(Command)
+_nullable_decoder = msgspec.json.Decoder(_nullable(Command))
 _encoder = msgspec.json.Encoder()
 
 
@@ -303,33 +329,36 @@ def _decode(line: bytes) -> Command:
     try:
         return _decoder.decode(line)
     except msgspec.DecodeError:
-        # Rare, so it need not be fast: half of a surrogate pair, or null for a field that is absent.
-        return _decoder.decode(_without_nulls(_ESCAPE.sub(_well_formed, line)))
+        return _decoder.decode(_encoder.encode(_without_nulls(_well_formed(line))))
 
 
-_ESCAPE = re.compile(
-    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)",
-    re.DOTALL,
+_HALF = re.compile(
+    rb"\\u[dD](?:[89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+    rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD])[c-fC-F][0-9a-fA-F]{2})"
 )
-"""A JSON escape, or a surrogate pair of two; the group is half of a pair, alone."""
+"""Half of a surrogate pair, alone, where each backslash begins an escape."""
+
+_BACKSLASH = b"\xff\xff"
+"""Stands for an escaped backslash: UTF-8 does not have these bytes."""
 
 
-def _well_formed(escape: re.Match[bytes]) -> bytes:
-    return escape[0] if escape[1] is None else b"\\ufffd"
+def _well_formed(line: bytes) -> bytes:
+    line = _HALF.sub(rb"\\ufffd", line.replace(rb"\\", _BACKSLASH))
+    return line.replace(_BACKSLASH, rb"\\")
 
 
-def _without_nulls(value: bytes) -> bytes:
-    """A JSON object without the fields that are ``null``; ``data`` may be, and is left as it is."""
-    if value.lstrip()[:1] != b"{":
-        return value
-    fields = msgspec.json.decode(value, type=dict[str, Raw])
-    return _encoder.encode(
-        {
-            name: field if name == "data" else Raw(_without_nulls(bytes(field)))
-            for name, field in fields.items()
-            if name == "data" or bytes(field) != b"null"
-        }
-    )
+def _without_nulls(line: bytes) -> Any:
+    """A command, ready to be encoded, without what is ``null``, except in payloads, and without fields that
+    are not known.
+
+    A client chooses what is in the line, so this reads it once, whatever that is.
+    """
+    command = _nullable_decoder.decode(line)  # a null is None, and encoding leaves out fields that are None
+    if command.connect is not None:
+        for values in (command.connect.headers, command.connect.subs):
+            for name in [name for name, value in (values or {}).items() if value is None]:
+                del values[name]
+    return command
 
 
 def encode_reply(command_id: int, name: str, result: Result) -> bytes:

@@ -410,8 +410,8 @@ async def test_null_is_absent(lone_site: Site) -> None:
             "token": None,
             "data": None,
             "name": None,
-            "headers": None,
-            "subs": {"a": {"offset": None}},
+            "headers": {"a": None},
+            "subs": {"a": {"offset": None}, "b": None},
         }
         assert "connect" in await client.call("connect", {**connect, "unknown": None})
         nothing = {"recover": None, "epoch": None, "offset": None, "data": None, "flag": None, "tf": None}
@@ -423,6 +423,8 @@ async def test_null_is_absent(lone_site: Site) -> None:
         page = await node.cluster.room("kept").history()
         assert (await client.call("history", since))["history"]["offset"] == page.offset > 0
         assert (await client.call("publish", {"channel": None, "data": 1}))["error"]["code"] == 107
+        assert "unsubscribe" in await client.call("unsubscribe", {"channel": "kept"})
+        assert "subscribe" in await client.call("subscribe", {"channel": "kept", "tf": None})
         await client.send({"id": 70, "connect": None, "ping": {}})
         assert (await client.reply(70))["ping"] == {}
 

@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 import random
+import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -60,6 +62,65 @@ def test_decoder_mutated() -> None:
     assert 2_000 < refused < 18_000
 
 
+LONGEST = 65_500
+"""Bytes of a frame just below ``max_message_bytes``."""
+
+
+def nested(depth: int) -> bytes:
+    """A command with null for a field, and an unknown field of so many levels."""
+    head = b'{"id":7,"rpc":{"method":null,"x":' + b'{"a":' * depth + b'{"z":null,"p":"'
+    tail = b'"}' + b"}" * depth + b"}}"
+    return head + b"x" * (LONGEST - len(head) - len(tail)) + tail
+
+
+def filled(head: bytes, item: bytes, tail: bytes) -> bytes:
+    """A frame as long as is allowed, with one item as often as it fits; ``#`` in it becomes its number."""
+    items = [item.replace(b"#", b"%d" % number) for number in range(LONGEST // len(item))]
+    while len(b",".join(items)) > LONGEST - len(head) - len(tail):
+        del items[-len(items) // 20 :]
+    return head + b",".join(items) + tail
+
+
+COSTLY: dict[str, bytes] = {
+    "deep": nested(470),
+    "unknown objects": filled(b'{"id":7,"rpc":{"method":null,', b'"k#":{"a":1}', b"}}"),
+    "unknown objects outside": filled(b'{"id":7,"connect":null,"rpc":{},', b'"k#":{"a":1}', b"}"),
+    "recoveries": filled(b'{"id":1,"connect":{"token":null,"subs":{', b'"k#":{}', b"}}}"),
+    "recoveries with null": filled(
+        b'{"id":1,"connect":{"token":null,"subs":{', b'"k#":{"offset":null}', b"}}}"
+    ),
+    "headers": filled(b'{"id":1,"connect":{"token":null,"headers":{', b'"k#":""', b"}}}"),
+    "escapes": b'{"id":7,"rpc":{"method":null,"data":"' + rb"\n" * 32_000 + b'"}}',
+    "half pairs": b'{"id":7,"rpc":{"method":null,"data":"' + rb"\ud83d\n" * 8_000 + b'"}}',
+}
+"""Frames that the decoder has to look at a second time."""
+
+
+def cpu(work: Callable[[], object]) -> float:
+    """Seconds of CPU time that ``work`` takes, the best of several runs."""
+    best = float("inf")
+    for _ in range(7):
+        began = time.thread_time()
+        work()
+        best = min(best, time.thread_time() - began)
+    return best
+
+
+def test_decoder_cost_of_depth() -> None:
+    """A frame with null for a field costs as much with 470 levels as with 10."""
+    assert cpu(lambda: decode_commands(nested(470))) < 10 * cpu(lambda: decode_commands(nested(10)))
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_decoder_cost_of_width(name: str) -> None:
+    """A frame with null for a field, or with half of a surrogate pair, costs at most a few times what
+    Python's own JSON decoder takes for 60 kB of small objects, whatever the frame holds.
+    """
+    usual = json.dumps([{"k": {"a": 1}}] * 3_500).encode()
+    assert len(decode_commands(COSTLY[name])) == 1
+    assert cpu(lambda: decode_commands(COSTLY[name])) < 6 * cpu(lambda: json.loads(usual))
+
+
 VALID: list[Any] = [
     {"id": 2, "subscribe": {"channel": "kept:a", "recover": True, "offset": 3, "epoch": "x"}},
     {"id": 3, "publish": {"channel": "kept:a", "data": {"x": [1, "ä"]}}},
@@ -107,6 +168,8 @@ async def hammer(site: Site, frames: int, seed: int, caplog: pytest.LogCaptureFi
                 while sent < frames:
                     sent += 1
                     await client.ws.send("\n".join(mutated(source) for _ in range(source.randrange(1, 4))))
+                    if source.random() < 0.02:
+                        await client.ws.send(source.choice(list(COSTLY.values())), text=True)
                     if sent % 5 == 0:
                         await client.ws.send('{"id":999,"ping":{}}')
                         await client.reply(999)
