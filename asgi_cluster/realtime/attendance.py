@@ -41,14 +41,22 @@ class Attendance:
         self._incarnation: str | None = None
 
     async def appear(self, connection: Connection, room: str, *, limit: int | None = None) -> bool:
-        """The connection is in ``room``; False when ``limit`` others are. Raises ``BusUnavailable``.
-        ``vanish`` is due in each case.
+        """The connection is in ``room``, unless its outbox is closed or is closed meanwhile; False when
+        ``limit`` others are. Raises ``BusUnavailable``. ``vanish`` is due in each case.
         """
+        if connection.outbox.closed:
+            return True
         connection._present[room] = None  # before: an entry whose reply was lost has to go, too
         if self._incarnation is None:
             self._incarnation = self._bus.incarnation
         info = self._info(connection)
-        return await self._store.enter(room, connection.id, info, limit=limit, timeout=self._timeout)
+        try:
+            return await self._store.enter(room, connection.id, info, limit=limit, timeout=self._timeout)
+        finally:
+            if connection.outbox.closed:
+                # The connection ended meanwhile, and what removed its entries may have come before this one.
+                connection._present[room] = None
+                await self.vanish(connection, room)
 
     async def vanish(self, connection: Connection, room: str) -> None:
         """It is not (any more). What the store cannot be told now it is told when it is back."""

@@ -112,7 +112,11 @@ class Client(Connection):
         finally:
             self._cancel_timers()
             self._stop_reading()
-            self.outbox.close()
+            self.outbox.close()  # from here on no room can be entered
+            if self._pending is not None:
+                await self._pending.cancel()
+            # Before what is left of the commands is waited for: the client is gone now.
+            await self.cluster.rooms.leave_all(self)
             if self._pending is not None and not await self._pending.end(self.config.close_timeout):
                 logger.error(
                     "a command of user %r goes on although its client is gone and it was cancelled: the "
@@ -128,7 +132,6 @@ class Client(Connection):
                 timer.cancel()
 
     async def _ended(self, code: int, reason: str) -> None:
-        await self.cluster.rooms.leave_all(self)
         if self._connected:
             await self.cluster.endpoint.limits.leave(self)
             await self._call_hook("on_disconnect", self.config.on_disconnect, self, code, reason)

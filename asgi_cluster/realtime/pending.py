@@ -46,14 +46,17 @@ class PendingCommands:
         """Return when a command is finished, or ``other`` is done."""
         await asyncio.wait((*self._tasks, other), return_when=asyncio.FIRST_COMPLETED)
 
-    async def end(self, timeout: float) -> bool:
-        """The client is gone. What outlives it gets ``timeout`` seconds, the rest is cancelled now; False
-        when something ignored its cancellation for as long again.
-        """
+    async def cancel(self) -> None:
+        """The client is gone: cancel what does not outlive it."""
         await asyncio.sleep(0)  # each has begun now: a coroutine that has not cannot end in order
         for task, outlives in tuple(self._tasks.items()):
             if not outlives:
                 task.cancel()
+
+    async def end(self, timeout: float) -> bool:
+        """Wait ``timeout`` seconds, then cancel what is left; False when something ignored its cancellation
+        for as long again.
+        """
         for _ in range(2):
             if self._tasks:
                 await asyncio.wait(tuple(self._tasks), timeout=timeout)

@@ -245,7 +245,7 @@ class Rooms:
 
     async def enter(self, connection: Connection, room: str, *, since: Position | None = None) -> Entered:
         """Make ``connection`` a member. Nothing is delivered to it before the return, and nothing missed
-        after it. Does nothing for a connection that is over.
+        after it. A connection whose outbox is closed, or is closed meanwhile, is in no room afterwards.
 
         Raises:
             BusUnavailable, StoreUnavailable: not entered.

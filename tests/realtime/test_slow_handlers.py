@@ -185,6 +185,51 @@ async def test_client_goes_while_a_handler_waits(
     assert not [record for record in caplog.records if record.name.startswith("asgi_cluster")]
 
 
+async def test_presence_ends_while_a_handler_goes_on(site: Site, gate: Gate) -> None:
+    """A client that is gone is in no room and counts against no limit, also while a handler of it runs; and
+    it enters no room afterwards, whatever that handler does.
+    """
+    rejoined = asyncio.Event()
+
+    async def stubborn(connection: Connection, data: Any) -> None:
+        while not gate.open.is_set():
+            try:
+                await gate.wait()
+            except asyncio.CancelledError:
+                continue
+        await connection.join("room:late")
+        rejoined.set()
+
+    node = await site.node(
+        rules=[RoomRule("room:{name}", subscribe=True, presence=True)],
+        rpc={"slow": stubborn},
+        max_connections_per_user=1,
+        close_timeout=30,
+        cluster={"identify": lambda scope: "ada"},
+    )
+    async with node.client() as client:
+        await client.call("subscribe", {"channel": "room:here"})
+        await client.send({"id": 50, "rpc": {"method": "slow"}})
+        await eventually(lambda: gate.entered == 1)
+        assert await node.cluster.room("room:here").presence()
+
+    async def left() -> bool:
+        return not await node.cluster.room("room:here").presence()
+
+    try:
+        await eventually(left)
+        assert not gate.left
+        assert node.cluster.stats().realtime.rooms == 0
+        async with node.raw() as other:
+            assert "connect" in await other.call("connect", {})
+    finally:
+        gate.open.set()
+    await asyncio.wait_for(rejoined.wait(), 5)
+    await eventually(lambda: node.cluster.stats().realtime.connections == 0)
+    assert node.cluster.stats().realtime.rooms == 0
+    assert not await node.cluster.room("room:late").presence()
+
+
 async def test_publication_outlives_its_client(site: Site) -> None:
     """What a client published before it left is published, also when its rule takes a moment."""
 
