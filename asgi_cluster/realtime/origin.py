@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from time import monotonic
 from typing import Any
 
 __all__ = ["Origins"]
@@ -12,7 +14,9 @@ __all__ = ["Origins"]
 logger = logging.getLogger("asgi_cluster.realtime")
 
 _ALLOW_ORIGIN = b"access-control-allow-origin"
-_REMEMBERED = 100  # origins that have had their log line
+_REMEMBERED = 100  # origins that have had their log line, the latest
+_LINES = 20  # log lines at once
+_SECONDS_PER_LINE = 3.0  # after those
 _LONGEST = 200  # characters of a header in a log line
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
 _FORWARDED_HOST = re.compile(r'(?:^|[;,])\s*host\s*=\s*(?:"([^"]*)"|([^\s;,"]*))', re.IGNORECASE)
@@ -26,12 +30,18 @@ class Origins:
     or ``Forwarded`` on a WebSocket either, so each of them may name the host.
     """
 
-    def __init__(self, allowed: Sequence[str] | None) -> None:
+    def __init__(self, allowed: Sequence[str] | None, *, clock: Callable[[], float] = monotonic) -> None:
         self._allowed = None if allowed is None else frozenset(origin.lower() for origin in allowed)
-        self._logged: set[str] = set()
+        self._clock = clock
+        self._logged: OrderedDict[str, None] = OrderedDict()
+        self._lines = float(_LINES)
+        self._counted_at = clock()
+        self._suppressed = 0
 
     def permit(self, scope: Mapping[str, Any]) -> bool:
-        """Whether the handshake in ``scope`` may go on. A refusal is logged, once for each origin."""
+        """Whether the handshake in ``scope`` may go on. A refusal is logged, once for each origin
+        while that is one of the last 100; 20 lines at once, then one every 3 seconds at most.
+        """
         headers: dict[bytes, list[str]] = {}
         for name, value in scope["headers"]:
             if (name := name.lower()) in (b"origin", b"host", b"x-forwarded-host", b"forwarded"):
@@ -59,34 +69,48 @@ class Origins:
     def _allows(self, origin: str, headers: Mapping[bytes, Iterable[str]]) -> bool:
         if self._allowed is not None:
             return origin in self._allowed or "*" in self._allowed
-        # The scheme is not compared: behind a TLS proxy the server may not know its own.
+        # The scheme is not compared: behind a TLS proxy the scheme in the ASGI scope may be the proxy's.
         scheme, separator, rest = origin.partition("://")
         host, port = _split(rest)
         if not separator or not host:
             return False
-        # A proxy's "Host $host" drops the port. Without one any port of the same host is allowed: cookies
-        # do not tell ports apart either.
+        # A proxy's "Host $host" drops the port. Without one any port of the same host is allowed: a cookie
+        # is sent to every port of its host, too.
         ports = (None, port or _DEFAULT_PORTS.get(scheme))
         return any(name == host and at in ports for name, at in map(_split, _hosts(headers)))
 
     def _log(self, origin: str, headers: Mapping[bytes, Sequence[str]]) -> None:
-        if origin in self._logged or len(self._logged) >= _REMEMBERED:
+        if origin in self._logged:
+            self._logged.move_to_end(origin)
             return
-        self._logged.add(origin)
+        now = self._clock()
+        self._lines = min(_LINES, self._lines + (now - self._counted_at) / _SECONDS_PER_LINE)
+        self._counted_at = now
+        if self._lines < 1:
+            self._suppressed += 1  # not remembered: the next refusal of this origin may have its line
+            return
+        self._lines -= 1
+        self._logged[origin] = None
+        if len(self._logged) > _REMEMBERED:
+            self._logged.popitem(last=False)
+        suppressed, self._suppressed = self._suppressed, 0
+        more = f". {suppressed} refusals before this one were not logged" if suppressed else ""
         if self._allowed is not None:
             logger.warning(
-                "refused a WebSocket of the origin %s with 403: RealtimeConfig.allowed_origins allows %s",
+                "refused a WebSocket of the origin %s with 403: RealtimeConfig.allowed_origins allows %s%s",
                 _shown([origin]),
                 ", ".join(sorted(self._allowed)) or "none",
+                more,
             )
             return
         logger.warning(
             "refused a WebSocket of the origin %s with 403: the request is for Host %s, X-Forwarded-Host %s, "
             "Forwarded %s. If that page is yours, let the proxy pass the browser's Host on "
             "(nginx: proxy_set_header Host $http_host), or name the origin in "
-            "RealtimeConfig(allowed_origins=[…])",
+            "RealtimeConfig(allowed_origins=[…])%s",
             _shown([origin]),
             *(_shown(headers.get(name)) for name in (b"host", b"x-forwarded-host", b"forwarded")),
+            more,
         )
 
 

@@ -16,6 +16,7 @@ from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket
 
 from asgi_cluster import Cluster, ClusterMiddleware, CookieConfig, SessionConfig
+from asgi_cluster.realtime.origin import Origins
 from tests.realtime.conftest import sign_in
 from tests.realtime.site import Node, Site
 from tests.realtime.test_connection import UVICORN, cluster_of
@@ -172,15 +173,46 @@ async def test_refusal_with_a_list(lone_site: Site, caplog: pytest.LogCaptureFix
 
 
 async def test_log_is_bounded(lone_site: Site, caplog: pytest.LogCaptureFixture) -> None:
-    """Whoever invents origins does not fill the log, with lines or with long ones."""
+    """A client that invents origins fills the log neither with lines nor with long ones, and hides no origin
+    for good: when it ends, the next refusal of another origin is logged, with the number of those that were
+    not.
+    """
     node = await lone_site.node()
+    clock = Clock()
+    node.cluster.origins = Origins(None, clock=clock)
+
+    def logged() -> list[str]:
+        return [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]
+
     for number in range(120):
         headers = {"Origin": f"https://{number}.example", "Host": "app.example"}
         assert await handshake(node, headers) == REFUSED
-    lines = [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]
-    assert len(lines) == 100
-    assert await handshake(await lone_site.node(), {"Origin": "https://" + "x" * 5000}) == REFUSED
+    assert len(logged()) == 20
+    page = {"Origin": "https://page.example", "Host": "up"}
+    assert await handshake(node, page) == REFUSED
+    assert len(logged()) == 20
+    clock.now += 3
+    for _ in range(3):
+        assert await handshake(node, page) == REFUSED
+    assert len(logged()) == 21
+    assert "https://page.example" in logged()[-1]
+    assert "101 refusals before this one were not logged" in logged()[-1]
+    clock.now += 3600
+    assert await handshake(node, page) == REFUSED
+    assert len(logged()) == 21
+    assert await handshake(node, {"Origin": "https://" + "x" * 5000}) == REFUSED
+    assert len(logged()) == 22
     assert max(len(record.getMessage()) for record in caplog.records) < 1500
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 async def test_session_of_a_foreign_page_is_not_read(lone_site: Site) -> None:
