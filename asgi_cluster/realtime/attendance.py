@@ -85,8 +85,9 @@ class Attendance:
         return await self._store.reap(room, node, incarnation, timeout=self._timeout)
 
     async def restore(self, connections: Callable[[], Iterable[Connection]]) -> None:
-        """The bus is back: bury the ghosts; and where this node had to register anew, let everybody appear
-        again, because what its former incarnation entered counts as a dead node's.
+        """The bus is back: remove the entries that could not be removed; and where this node had to register
+        anew, enter its connections again, because what its former incarnation entered counts as a dead
+        node's.
         """
         for _ in range(_TRIES):
             try:

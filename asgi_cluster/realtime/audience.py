@@ -52,7 +52,7 @@ class Audience:
         return members.pop(connection.id, None) is not None
 
     def clear(self) -> None:
-        """Nobody gets anything any more."""
+        """No member gets anything any more."""
         for outbox in (*self.pushed.values(), *self.bare.values()):
             outbox.spill()
             break

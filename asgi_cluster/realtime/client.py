@@ -476,7 +476,7 @@ class Client(Connection):
             self._tell_unsubscribed(room, UnsubscribeCode.INSUFFICIENT_STATE, "insufficient state")
 
     def _expelled(self, room: str, code: int, reason: str) -> None:
-        """Somebody took the client out of ``room``."""
+        """``Room.disconnect`` takes the client out of ``room``."""
         self._leave_later(room)
 
     def _on_send(self, request: SendCommand) -> Any:

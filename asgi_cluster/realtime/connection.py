@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Connection"]
 
-_IDLE = 1.0  # seconds without anybody reading, after which we do
+_IDLE = 1.0  # seconds without a reader, after which the connection reads its input itself
 _QUEUE = 64
 
 
@@ -33,9 +33,9 @@ class Connection:
     clients.
 
     ``async for message in connection`` gives what the client sends, ``str`` or ``bytes``, and ends when it is
-    gone. Input is always drained: when nobody iterates for a second it is read into a small queue, so that a
-    disconnect is noticed; what does not fit is thrown away as long as nobody ever iterated, and left with the
-    server afterwards.
+    gone. Input is always drained: when the app does not iterate for a second it is read into a small queue,
+    so that a disconnect is noticed; what does not fit is thrown away as long as the app has never iterated,
+    and left with the server afterwards.
     """
 
     _speaks_protocol = False
@@ -86,7 +86,7 @@ class Connection:
 
     @property
     def user_id(self) -> str | None:
-        """Whom it belongs to; ``None``: nobody that is known."""
+        """Whom it belongs to; ``None``: to no known user."""
         return self.socket.user
 
     @property
@@ -136,7 +136,7 @@ class Connection:
         self.socket.close(DisconnectCode.INSUFFICIENT_STATE, DisconnectCode.INSUFFICIENT_STATE.text)
 
     def _expelled(self, room: str, code: int, reason: str) -> None:
-        """Somebody took it out of ``room``."""
+        """``Room.disconnect`` takes it out of ``room``."""
         self._leave_later(room)
 
     def _leave_later(self, room: str) -> None:
@@ -158,7 +158,7 @@ class Connection:
         if self._gone or self._receive is None:
             raise StopAsyncIteration
         if self._reading:
-            raise RuntimeError("somebody else is reading from this connection")
+            raise RuntimeError("another task is reading from this connection")
         self._reading = True
         try:
             message = await self._receive()
@@ -177,11 +177,11 @@ class Connection:
         return received
 
     def _watch(self) -> None:
-        # One timer at a time, and none while somebody waits for input: the usual socket has none.
+        # One timer at a time, and none while a reader waits for input: the usual socket has none.
         if self._idle_timer is None and not self._gone:
-            self._idle_timer = self.socket.loop.call_later(_IDLE, self._nobody_reads)
+            self._idle_timer = self.socket.loop.call_later(_IDLE, self._read_idle)
 
-    def _nobody_reads(self) -> None:
+    def _read_idle(self) -> None:
         self._idle_timer = None
         if self._reading or self._pumping or self._gone or self._receive is None:
             return

@@ -64,7 +64,7 @@ class Endpoint:
             return
         body, tag = content
         # no-cache: kept, but asked about each time, so that a new version of the package is used at once.
-        # And anybody's page may load it: it is the same public file for all of them.
+        # Pages of every origin may load it: it is the same public file for all of them.
         headers = [
             (b"etag", tag),
             (b"cache-control", b"no-cache"),

@@ -287,8 +287,8 @@ class Hub:
             audience.holds += 1
         try:
             if not audience.subscribed:
-                # Everybody who comes before the acknowledgement waits for it on his own (the port is
-                # idempotent): one who is cancelled takes nobody along.
+                # Each caller before the acknowledgement waits for it separately (the port is idempotent): the
+                # cancellation of one does not cancel the others.
                 await self._subscriptions.subscribe(room)
                 audience.subscribed = True
         except BaseException:

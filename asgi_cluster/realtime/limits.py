@@ -13,8 +13,8 @@ __all__ = ["ConnectionLimits"]
 
 
 class ConnectionLimits:
-    """Counts by presence in rooms that nobody can name, so that a dead node's connections stop counting with
-    its presence.
+    """Counts by presence in rooms that no client can name, so that a dead node's connections stop counting
+    with its presence.
     """
 
     def __init__(self, rooms: Rooms, config: RealtimeConfig) -> None:

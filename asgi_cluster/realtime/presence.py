@@ -58,7 +58,7 @@ def read_info(info: bytes) -> tuple[str, Any] | None:
 
 
 def count_people(members: Mapping[str, bytes]) -> tuple[int, int]:
-    """Connections, and distinct users among their client infos. Everybody without a user id counts as one."""
+    """Connections, and distinct users among their client infos. All without a user id count as one."""
     users = set()
     for info in members.values():
         read = read_info(info)

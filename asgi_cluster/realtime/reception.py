@@ -66,7 +66,7 @@ class Reception:
             self.deliver(audience, body)
         elif audience.sequence is None:
             if not any(True for _ in self._hub.members(audience)):
-                return  # somebody is about to enter, and reads history after this
+                return  # a member is about to enter, and reads history after this
             self._complain("a room has history on another node and none here: the nodes' rules differ")
             self.deliver(audience, body)
         else:
@@ -128,8 +128,8 @@ class Reception:
 
     def lost(self, audience: Audience) -> None:
         """Publications are lost for the members here: they are told, and come back for what there is."""
-        # Out at once, told in slices: nothing that comes after the loss may reach somebody who does not know
-        # of it, because he would go on from there.
+        # Out at once, told in slices: nothing that comes after the loss may reach a member that does not know
+        # of it, because it would go on from there.
         members = self._hub.members(audience)
         audience.clear()
         logger.warning(

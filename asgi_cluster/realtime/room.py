@@ -132,7 +132,7 @@ class Room:
         return found
 
     async def disconnect(self, *, user: str | None = None) -> None:
-        """Take a user (``None``: everybody) out of the room on every node; the connections stay open. Raises
+        """Take a user (``None``: every user) out of the room on every node; the connections stay open. Raises
         ``BusUnavailable``.
         """
         await self._rooms.expel(self.name, None if user is None else check_user(user))

@@ -384,7 +384,7 @@ class Rooms:
             for member in self._hub.members(found):
                 member.socket.call(_spawn, member.socket.tasks, work)
                 return
-        work.close()  # nobody is here whom it could concern
+        work.close()  # no member is here
 
     # In
 

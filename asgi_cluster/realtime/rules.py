@@ -106,8 +106,8 @@ class RoomRule:
     pattern: str
     _: KW_ONLY
     subscribe: Permission = None
-    """``(RoomRequest) -> bool`` or awaitable, or raises ``NotPermitted``; ``True``: everybody; ``None``:
-    nobody. Anything but a bool refuses, and is logged as an error.
+    """``(RoomRequest) -> bool`` or awaitable, or raises ``NotPermitted``; ``True``: every client;
+    ``None``: no client. Anything but a bool refuses, and is logged as an error.
     """
     publish: Permission = None
     """As ``subscribe``, for publications of clients."""

@@ -199,7 +199,7 @@ class Sequence:
                 flight.set_result(page is not None)
             else:
                 flight.set_exception(failure)
-                flight.exception()  # seen: there may be nobody else who waits
+                flight.exception()  # retrieved here: it may have no other waiter
 
     def _apply(self, page: Page, *, full: bool) -> None:
         last = self.last

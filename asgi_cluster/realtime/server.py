@@ -99,17 +99,17 @@ def say_once(reason: str) -> None:
 
 
 def forget_handshake(server: Any) -> None:
-    """Let go of the request and the response of a handshake that has been answered.
+    """Drop the request and the response of a handshake that has been answered.
 
-    A known server keeps their headers as long as the socket lives, and never looks at them again.
+    A known server keeps their headers as long as the socket is open, and does not read them again.
     """
     server.request = server.response = None
 
 
 def refuse_handshake(server: Any) -> None:
-    """Tell a known server that its handshake was answered with an HTTP response.
+    """Mark the handshake of a known server as answered, after an HTTP response.
 
-    uvicorn 0.54 forgets that by itself, and logs an error when the app returns.
+    uvicorn 0.54 does not set this itself, and logs an error when the app returns.
     """
     if getattr(server, "close_sent", False) and getattr(server, "initial_response", None):
         server.handshake_complete = True
@@ -140,7 +140,7 @@ def drive(awaitable: Awaitable[None]) -> Awaitable[None] | None:
 
 
 def discard(awaitable: Awaitable[object] | None) -> None:
-    """Close a coroutine that nobody will await."""
+    """Close a coroutine that will not be awaited."""
     if isinstance(awaitable, Coroutine):
         awaitable.close()
 

@@ -314,7 +314,7 @@ class Socket:
         if self.outbox is not None:
             self.outbox.close()
         if self._receiving is not None and not self._receiving.cancel() and not self._receiving.cancelled():
-            self._receiving.exception()  # seen: nobody will ask for it any more
+            self._receiving.exception()  # retrieved here: it is not awaited any more
         if self._closing is not None and not self._closing.done():
             self._closing.cancel()
         if (closes := self._closes) is not None:
