@@ -76,8 +76,7 @@ class ErrorCode(IntEnum):
 
 
 class DisconnectCode(IntEnum):
-    """Close codes of the protocol (``disconnect.go``); ``codes.CloseCode`` has those of sessions,
-    ``NotPermitted`` 3500 (invalid token).
+    """Close codes of the protocol (``disconnect.go``); ``codes.CloseCode`` has those of sessions.
 
     3000-3499 and 4000-4499 ask the client to come back, 3500-3999 and 4500-4999 tell it not to.
     """
@@ -90,6 +89,7 @@ class DisconnectCode(IntEnum):
     FORCE_RECONNECT = 3011
     NO_PONG = 3012
     TOO_MANY_REQUESTS = 3013
+    INVALID_TOKEN = 3500
     BAD_REQUEST = 3501
     STALE = 3502
     FORCE_DISCONNECT = 3503
