@@ -80,7 +80,7 @@ def test_decoders(data: bytes) -> None:
         pass
     else:
         assert isinstance(message, messages.Message)
-    pub_of(Entry(1, 0, data))
+    pub_of("r", Entry(1, 0, data))
     read_info(data)
     assert count_people({"c": data, "d": data})[0] == 2
     assert all(isinstance(rule, RoomRule) for rule in _Silent()._decode("node", data))
