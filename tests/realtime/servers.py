@@ -21,7 +21,7 @@ from typing import Any
 
 import httpx
 
-from asgi_cluster import Cluster
+from asgi_cluster import CacheConfig, Cluster, SessionConfig
 from tests.realtime.site import Node as Site
 from tests.realtime.site import Raw
 from tests.support.asgi import running
@@ -118,7 +118,10 @@ async def examine(name: str, url: str) -> Row:
             certificate, key = self_signed(Path(directory), f"IP:{LOCAL}")
             args = ("--ssl-keyfile", key, "--ssl-certfile", certificate)
             trust = ssl.create_default_context(cafile=certificate)
-        observer = await stack.enter_async_context(Cluster(url, prefix=prefix))
+        # Several servers run at once, on few cores: this node is patient.
+        patient = SessionConfig(cache=CacheConfig(lease=15.0))
+        observer = Cluster(url, prefix=prefix, sessions=patient, deadline=15.0)
+        await stack.enter_async_context(observer)
         node = await stack.enter_async_context(running(ROWS[name], APP, env=env, args=args))
         client = Client(node, trust)
         await client.sign_in("ada")

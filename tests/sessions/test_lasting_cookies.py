@@ -238,15 +238,22 @@ async def test_renewal_that_the_store_does_not_confirm_is_left_out(
 ) -> None:
     """The request itself succeeded, and says so."""
 
-    async def down(handle: str, *, timeout: float) -> None:
-        raise StoreUnavailable("down")
+    read_fresh, reads = rolling.service.store.read_fresh, 0
+
+    async def down_after_one(handle: str, *, timeout: float) -> object:
+        nonlocal reads
+        reads += 1
+        if reads > 1:
+            raise StoreUnavailable("down")
+        return await read_fresh(handle, timeout=timeout)
 
     async with client_for(rolling) as client:
         await client.post("/login?user=ada")
         later(1000)
-        monkeypatch.setattr(rolling.service.store, "read_fresh", down)
+        monkeypatch.setattr(rolling.service.store, "read_fresh", down_after_one)
         response = await client.post("/put", json={"a": 1})
         assert response.status_code == 200
+        assert reads == 2  # the request's own, and the one of the renewal
         assert "set-cookie" not in response.headers
 
 
