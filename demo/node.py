@@ -45,6 +45,8 @@ def main(label: str, host: str, shared_port: int, own_port: int) -> int:
     server = uvicorn.Server(
         uvicorn.Config(
             make_app(os.environ["DEMO_REDIS"], label=label),
+            loop="asyncio",  # what `uv run` installs for the demo, whatever else is there
+            http="h11",
             ws="websockets-sansio",
             lifespan="on",
             log_config=None,

