@@ -114,7 +114,7 @@ document.addEventListener("visibilitychange", () => {
 
 function open() {
   close();
-  client = connect();
+  client = connect(undefined, { maxDelay: 3_000 }); // a few windows: none has to wait for the others
   client.on("state", ({ state }) => {
     redis = null;
     showState(state);

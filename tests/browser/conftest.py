@@ -4,7 +4,7 @@ import shutil
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
-from playwright.async_api import Browser, BrowserContext, async_playwright
+from playwright.async_api import Browser, BrowserContext, async_playwright, expect
 
 from tests.demo.running import Demo, start_demo
 from tests.support.machine import program
@@ -32,6 +32,7 @@ def demo() -> Iterator[Demo]:
 async def chromium() -> AsyncIterator[Browser]:
     """The distribution's Chromium; the test is skipped, with ``CI`` set it fails, where there is none."""
     path = shutil.which("chromium-browser") or program("chromium")
+    expect.set_options(timeout=20_000)  # ms; its default of 5 s is too short beside other work
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
         yield browser
@@ -42,6 +43,6 @@ async def chromium() -> AsyncIterator[Browser]:
 async def context(chromium: Browser) -> AsyncIterator[BrowserContext]:
     """One person's browser, with cookies of its own."""
     made = await chromium.new_context(viewport={"width": 1100, "height": 760})
-    made.set_default_timeout(10_000)
+    made.set_default_timeout(20_000)
     yield made
     await made.close()

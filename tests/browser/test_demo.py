@@ -16,6 +16,8 @@ from tests.support.waiting import eventually
 
 # "connecting…" if the node closed the socket: it takes no new one without Redis.
 NOT_LIVE = re.compile("no Redis|connecting…")
+COMES_BACK = 60_000  # ms for a process to start and a client to try again, beside other work on two cores
+pytestmark = pytest.mark.timeout(180)
 
 _troubles: list[str] = []
 
@@ -45,7 +47,7 @@ async def all_answer(context: BrowserContext, demo: Demo) -> None:
         return answer.ok
 
     for number in range(1, demo.nodes + 1):
-        await eventually(partial(healthy, number), timeout=20)
+        await eventually(partial(healthy, number), timeout=60)
 
 
 async def window(context: BrowserContext, demo: Demo, number: int) -> Page:
@@ -210,14 +212,14 @@ async def test_typed_text_survives_a_dead_redis(context: BrowserContext, demo: D
     valkey = demo.valkey()
     valkey.suspend()
     try:
-        await expect(one.locator("#connection")).to_have_text(NOT_LIVE, timeout=20_000)
+        await expect(one.locator("#connection")).to_have_text(NOT_LIVE, timeout=COMES_BACK)
         await one.keyboard.press("Escape")
-        await expect(one.locator("#toasts")).to_contain_text("Please try again", timeout=20_000)
+        await expect(one.locator("#toasts")).to_contain_text("Please try again", timeout=COMES_BACK)
         await expect(one.get_by_role("textbox", name="Text of the note")).to_have_value("precious")
     finally:
         valkey.resume()
     for page in (one, two):
-        await expect(page.locator("#connection")).to_have_text("live", timeout=20_000)
+        await expect(page.locator("#connection")).to_have_text("live", timeout=COMES_BACK)
     await one.get_by_role("textbox", name="Text of the note").press("Escape")
     await expect(two.locator(".note .text")).to_have_text(["precious"])
     await expect(one.locator(".note .text")).to_have_text(["precious"])
@@ -307,7 +309,7 @@ async def test_window_comes_back_when_its_node_was_killed(context: BrowserContex
     os.kill(demo.node_pid(2), signal.SIGKILL)
     await expect(two.locator("#connection")).to_have_text("connecting…")
     await put_up(one, "meanwhile")
-    await expect(two.locator("#connection")).to_have_text("live", timeout=20_000)
+    await expect(two.locator("#connection")).to_have_text("live", timeout=COMES_BACK)
     await expect(two.locator(".note")).to_have_count(2)
     await put_up(two, "after")
     await expect(one.locator(".note")).to_have_count(3)
@@ -321,7 +323,7 @@ async def test_window_on_the_shared_port_moves_to_another_node(context: BrowserC
     lost = await page.locator("#socket-node").text_content()
     assert lost is not None
     os.kill(demo.node_pid(int(lost.removeprefix("node-"))), signal.SIGKILL)
-    await expect(page.locator("#socket-node")).to_have_text(re.compile(r"node-\d"), timeout=20_000)
+    await expect(page.locator("#socket-node")).to_have_text(re.compile(r"node-\d"), timeout=COMES_BACK)
     await expect(page.locator("#connection")).to_have_text("live")
     await put_up(page, "still here")
     await expect(page.locator(".note .text")).to_have_text("still here")
@@ -335,11 +337,11 @@ async def test_window_is_not_live_while_redis_is_dead(context: BrowserContext, d
     valkey.suspend()
     try:
         for page in (one, two):
-            await expect(page.locator("#connection")).to_have_text(NOT_LIVE, timeout=20_000)
+            await expect(page.locator("#connection")).to_have_text(NOT_LIVE, timeout=COMES_BACK)
     finally:
         valkey.resume()
     for page in (one, two):
-        await expect(page.locator("#connection")).to_have_text("live", timeout=20_000)
+        await expect(page.locator("#connection")).to_have_text("live", timeout=COMES_BACK)
     await put_up(one, "after")
     await expect(two.locator(".note")).to_have_count(2)
 
@@ -351,16 +353,16 @@ async def test_window_has_everything_after_valkey_was_killed(context: BrowserCon
     await expect(two.locator(".note")).to_have_count(1)
     returns = demo.log().count("Valkey is back")
     demo.valkey().kill()
-    await eventually(lambda: demo.log().count("Valkey is back") > returns, timeout=20)
+    await eventually(lambda: demo.log().count("Valkey is back") > returns, timeout=60)
 
     async def has_redis(number: int) -> bool:
         stats = await context.request.get(demo.node_url(number) + "/api/stats")
         return bool((await stats.json())["bus"]["lease_remaining"] > 0)
 
     for number in (1, 2, 3):
-        await eventually(partial(has_redis, number), timeout=20)
+        await eventually(partial(has_redis, number), timeout=60)
     for page in (one, two):
-        await expect(page.locator("#connection")).to_have_text("live", timeout=20_000)
+        await expect(page.locator("#connection")).to_have_text("live", timeout=COMES_BACK)
     await put_up(one, "after")
     await expect(two.locator(".note")).to_have_count(2)
     await two.reload()
@@ -385,7 +387,7 @@ async def test_statistics_show_every_node(context: BrowserContext, demo: Demo) -
     for number in (1, 2, 3):
         await expect(
             page.get_by_role("complementary").get_by_text(f"node-{number}", exact=True)
-        ).to_be_visible(timeout=20_000)
+        ).to_be_visible(timeout=COMES_BACK)
     await page.keyboard.press("Escape")
     await expect(page.get_by_role("complementary")).to_be_hidden()
 
