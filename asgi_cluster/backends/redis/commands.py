@@ -19,11 +19,10 @@ from asgi_cluster.backends.redis.errors import (
     reason_of,
     unavailable,
 )
-from asgi_cluster.backends.redis.lifetime import stop_if_cancelled
 from asgi_cluster.backends.redis.link import Link
 from asgi_cluster.backends.redis.primary import Primary
 from asgi_cluster.exceptions import StoreUnavailable
-from asgi_cluster.tasks import check_loop
+from asgi_cluster.tasks import check_loop, stop_if_cancelled
 
 __all__ = ["CommandLink"]
 

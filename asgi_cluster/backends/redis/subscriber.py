@@ -25,7 +25,6 @@ from asgi_cluster.backends.redis.errors import (
     is_timeout,
     reason_of,
 )
-from asgi_cluster.backends.redis.lifetime import stop_if_cancelled
 from asgi_cluster.backends.redis.link import Link, Refusals
 from asgi_cluster.backends.redis.listener import Heartbeat, Listener
 from asgi_cluster.backends.redis.primary import Primary
@@ -33,6 +32,7 @@ from asgi_cluster.backends.redis.quorum import HeldEcho, Standing
 from asgi_cluster.backends.redis.slots import facts_of
 from asgi_cluster.bus.lease import Echo, Lease
 from asgi_cluster.exceptions import BusUnavailable
+from asgi_cluster.tasks import stop_if_cancelled
 
 __all__ = ["Subscriber"]
 
