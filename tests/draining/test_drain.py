@@ -18,7 +18,7 @@ from asgi_cluster import Cluster, ClusterMiddleware, CookieConfig, RealtimeConfi
 from tests.support.nodes import Node, serve, serve_process
 from tests.support.waiting import eventually
 
-APP = "tests.draining.app:app"
+APP = "tests.realtime.served:app"
 
 
 async def connected(node: Node) -> websockets.ClientConnection:

@@ -1,5 +1,5 @@
-"""The app that the server tests run in processes of their own: ``ASGI_CLUSTER_URL`` and ``PREFIX`` come from
-the environment.
+"""The app that the tests of servers and of draining run in processes of their own: ``ASGI_CLUSTER_URL``,
+``PREFIX`` and ``DRAIN`` come from the environment.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ cluster = Cluster(
     prefix=os.environ.get("PREFIX", "served"),
     sessions=SessionConfig(cookie=CookieConfig(secure=False)),
     realtime=RealtimeConfig(
-        rules=[RoomRule("open", subscribe=True, publish=True)],
+        rules=[
+            RoomRule("open", subscribe=True, publish=True),
+            RoomRule("log:{name}", subscribe=True, publish=True, history=10_000, history_ttl=600),
+        ],
         **({"drain": float(drain)} if drain else {}),
     ),
 )
