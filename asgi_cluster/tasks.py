@@ -1,4 +1,4 @@
-"""Tasks that belong to somebody, and whose errors are seen without taking their siblings along."""
+"""Tasks that belong to a group, and whose errors are logged without cancelling their siblings."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ _REMEMBERED = 256
 
 
 class Damage:
-    """What was found damaged. A record that is asked for with every request fills no log."""
+    """What was found damaged. A record that is read with every request is logged once."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -144,8 +144,8 @@ class CommandLink:
     @property
     def answering(self) -> bool:
         """Whether the server is connected and has answered lately."""
-        # A link knows that it is broken some ticks before its task has cleared up, and whoever was told so
-        # may come again at once.
+        # A link is marked as broken some ticks before its task has cleared up, and a caller that got that
+        # error may try again at once.
         return self._link is not None and self._link.up and self._failing_since is None
 
     async def drained(self, timeout: float) -> None:

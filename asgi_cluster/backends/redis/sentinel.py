@@ -1,7 +1,7 @@
-"""A primary that the sentinels name: asked before every connection, and heard when it changes.
+"""A primary that the sentinels name: they are asked before every connection, and publish a change.
 
-Every sentinel is listened to for ``+switch-master``; a retry that is pinned to the old address would find out
-late.
+The node subscribes to ``+switch-master`` at every sentinel; a retry at the old address would notice the
+change late.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Place = tuple[str, int]
 
 
 class _Sentinel:
-    """One sentinel, listened to as long as it lives."""
+    """One sentinel, and the subscription to it as long as it answers."""
 
     def __init__(self, address: Address, topology: SentinelTopology) -> None:
         self.address = address
@@ -93,8 +93,8 @@ class _Sentinel:
             self._topology.switched(service, (host, int(port)))
 
     async def ask(self, service: str) -> tuple[int, Place] | None:
-        """The epoch of its knowledge, and where the primary is; ``None`` when it does not know or does not
-        answer.
+        """Its config epoch for the service, and where the primary is; ``None`` when it has no such service or
+        does not answer.
         """
         if self.link is None:
             return None
@@ -173,7 +173,7 @@ class SentinelTopology(OnePrimary):
         raise error
 
     async def _locate(self) -> list[Place]:
-        """Where the primary may be, the freshest knowledge first."""
+        """Where the primary may be, the newest config epoch first."""
         deadline = asyncio.get_running_loop().time() + _PATIENCE
         while True:
             heard = self._heard
@@ -197,7 +197,7 @@ class SentinelTopology(OnePrimary):
         self._heard = asyncio.Event()
 
     async def compare(self) -> None:
-        """A sentinel is back: it may know of a failover that was not heard of while it was away."""
+        """A sentinel is back: there may have been a failover while it was away."""
         answers = await asyncio.gather(*[sentinel.ask(self._service) for sentinel in self._sentinels])
         epoch, place = max(filter(None, answers), default=(-1, ("", 0)))
         if self._epoch < epoch and self._place not in (None, place):
