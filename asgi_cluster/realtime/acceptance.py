@@ -81,7 +81,7 @@ class Acceptance:
             raise OriginRefused
         if self._user is not None:
             cluster.hub.set_user(socket, self._user)
-            # When the app began to decide is not known for a socket that was open before.
+            # For a socket that was open before, there is no time at which the app began to decide.
             cluster.hub.close_if_logged_out(socket, since=socket.began, final=in_handshake)
         outbox = cluster.hub.outbox(socket, joins=False)
         connection = self._connection = socket.connection = Connection(socket, cluster, state.session, outbox)

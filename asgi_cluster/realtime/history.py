@@ -1,4 +1,4 @@
-"""The port for what a room remembers, and the envelope in which a room message travels.
+"""The port for a room's history, and the envelope in which a room message travels.
 
 A room with history numbers its publications. ``epoch`` names one numbering; when it changes, offsets cannot
 be compared. ``previous`` is the offset of the publication before: normally ``offset - 1``, but a store that
@@ -64,7 +64,7 @@ class Entry(msgspec.Struct, frozen=True):
 class Page(msgspec.Struct, frozen=True):
     """What a history read gave: entries, and where the room stood at that moment.
 
-    ``complete`` tells, for a read ``since`` a position, whether nothing between it and ``top`` is missing
+    ``complete`` says, for a read ``since`` a position, whether nothing between it and ``top`` is missing
     from what the store had (``limit`` aside).
     """
 
@@ -74,7 +74,7 @@ class Page(msgspec.Struct, frozen=True):
 
 
 class Declarations(msgspec.Struct, frozen=True):
-    """What the processes of the cluster say of their rooms."""
+    """The rules that the processes of the cluster have declared."""
 
     epoch: str
     """What ``publish`` and ``read`` are to be given: the epoch of all rooms without a numbering. Nothing is

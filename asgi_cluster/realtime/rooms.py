@@ -69,8 +69,8 @@ _HIGHEST = 1 << 53
 
 @dataclass(frozen=True, slots=True)
 class Entered:
-    """How a connection entered a room: where the room stands (``None``: no history), and what was missed
-    (``None``: not known).
+    """How a connection entered a room: the room's position (``None``: no history), and what was missed
+    (``None``: the history does not have all of it).
     """
 
     position: Position | None
@@ -318,7 +318,7 @@ class Rooms:
 
     def _drop(self, connection: Connection, room: str) -> bool:
         if room in connection._announced:
-            # Also when the hub has taken the connection out already: who was told of a join is told of the
+            # Also when the hub has taken the connection out already: whoever got the join gets the
             # leave.
             connection._announced.pop(room, None)
             self._tell(connection, room, Left(connection.id, self.client_info(connection)))
@@ -339,15 +339,15 @@ class Rooms:
             try:
                 await self._send(room, message)
             except ClusterError as error:
-                logger.debug("a join or leave was not told (%s)", type(error).__name__)
+                logger.debug("a join or leave was not published (%s)", type(error).__name__)
 
         try:
             spawn(connection.socket.tasks, tell(), name="asgi-cluster join or leave")
         except RuntimeError:
-            return  # the node is stopping: the registry's cleaner tells for it
+            return  # the node is stopping: another node removes its presence and publishes the leave
 
     def client_info(self, connection: Connection) -> bytes:
-        """What others may know of a connection, as JSON."""
+        """What other clients see of a connection, as JSON."""
         info = ClientInfo(user=connection.user_id or "", client=connection.id)
         if connection._info is not None:
             info = msgspec.structs.replace(info, conn_info=msgspec.Raw(msgspec.json.encode(connection._info)))
@@ -415,7 +415,7 @@ class Rooms:
 
     async def _reap(self, room: str, node: str, incarnation: str, tell: bool) -> None:
         try:
-            # Every node with members here asks; the one that removed an entry tells that it is gone.
+            # Every node with members here asks; the one that removed an entry publishes the leave.
             for client, info in (await self._attendance.reap(room, node, incarnation)).items():
                 if tell:
                     await self._send(room, Left(client, info))
@@ -423,7 +423,9 @@ class Rooms:
             logger.info("a dead node's presence could not be removed (%s)", type(error).__name__)
 
     def report_dead(self, node: str, incarnation: str) -> None:
-        """This node's registry removed a dead node: every node is told, because each knows its own rooms."""
+        """This node's registry removed a dead node: every node gets a message, because each has rooms of its
+        own.
+        """
         payload = encode(NodeDied(node, incarnation, self._node()))
         self._start(None, self._bus.publish_bucket(0, payload, timeout=self._deadline))
 
