@@ -63,7 +63,7 @@ class Dispatch:
         self.malformed = 0
 
     def session_message(self, payload: bytes) -> None:
-        """Invalidations, logouts, messages to people, acknowledgements."""
+        """Invalidations, logouts, messages to users, acknowledgements."""
         try:
             self._act_on(decode(payload))
         except ValueError:  # MalformedMessage, or a handle that is none

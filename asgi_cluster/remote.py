@@ -1,4 +1,4 @@
-"""Handles on people and sessions, wherever in the cluster they are."""
+"""Handles on users and sessions, wherever in the cluster they are."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class NodeInfo:
 
 
 class Receiver(Protocol):
-    """Who gets what the bus brings. Called on the event loop, never concurrently; must not block and must not
+    """Gets what the bus brings. Called on the event loop, never concurrently; must not block and must not
     raise.
     """
 

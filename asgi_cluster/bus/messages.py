@@ -144,7 +144,7 @@ class Disconnect(msgspec.Struct, frozen=True, array_like=True, tag="d"):
 
 
 class NodeDied(msgspec.Struct, frozen=True, array_like=True, tag="n"):
-    """The registry removed a dead node: its people are to be taken out of the rooms."""
+    """The registry removed a dead node: its members are to be taken out of the rooms."""
 
     node: str
     incarnation: str

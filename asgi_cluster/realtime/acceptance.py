@@ -137,6 +137,6 @@ def _parts(websocket: Any) -> tuple[Any, Receive, Send]:
 
 
 def _waits_for_connect(websocket: Any) -> bool:
-    # Starlette and Litestar remember whether the app has already taken websocket.connect.
+    # Starlette and Litestar note whether the app has already taken websocket.connect.
     state = getattr(websocket, "client_state", None) or getattr(websocket, "connection_state", None)
     return state is None or getattr(state, "name", state) in ("CONNECTING", "init")

@@ -168,7 +168,7 @@ class Client(Connection):
                 self._command(command)
             elif not introduces:
                 self._end(DisconnectCode.BAD_REQUEST)
-            # What came in one frame with a connect command that failed is not looked at: its error says it.
+            # What came in one frame with a connect command that failed is dropped: the error is the answer.
 
     async def _room_for_more(self) -> None:
         """Return when one more command may be under way. Nothing is read meanwhile, pongs neither: so none

@@ -54,7 +54,7 @@ class Position(msgspec.Struct, frozen=True):
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """One remembered publication: ``payload`` is the encoded ``bus.messages.Published``."""
+    """One publication of a history: ``payload`` is the encoded ``bus.messages.Published``."""
 
     offset: int
     previous: int
@@ -86,7 +86,7 @@ class Declarations(msgspec.Struct, frozen=True):
 
 
 class HistoryStore(Protocol):
-    """Where publications are remembered, and what the nodes' rules say about that."""
+    """Where publications are kept, and the nodes' rules for that."""
 
     @property
     def in_process(self) -> bool:
@@ -116,7 +116,7 @@ class HistoryStore(Protocol):
         epoch: str,
         timeout: float,
     ) -> Position:
-        """Number, remember and publish in one atomic step; return the position it got.
+        """Number, keep and publish in one atomic step; return the position it got.
 
         ``size`` publications are kept, for ``ttl`` seconds after the last. ``epoch`` names the numbering if
         the room has none; it begins with a random offset then. The same ``idempotency_key`` within five

@@ -40,7 +40,7 @@ class Reception:
         self._complained: set[str] = set()
 
     def follow(self, message_id: str) -> None:
-        """Note whether the bus brings this message until ``followed`` asks: its publisher may have no reply."""
+        """Note whether the bus brings this message, until ``followed`` asks: its publisher may get none."""
         self._followed[message_id] = False
 
     def followed(self, message_id: str) -> bool:

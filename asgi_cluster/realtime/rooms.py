@@ -207,7 +207,7 @@ class Rooms:
         """Connection ids, with their client info as JSON. As ``Room.presence``."""
         self._check_presence(room)
         found = await self._attendance.members(room)
-        # It goes to clients as it is: an entry that is none, by whoever it was, is left out.
+        # Entries go to clients as they are, so one that is malformed is left out.
         return {client: info for client, info in found.items() if read_info(info) is not None}
 
     async def presence_stats(self, room: str) -> tuple[int, int]:
@@ -265,7 +265,7 @@ class Rooms:
         try:
             await self.retention.refresh(self._deadline)
         except BusUnavailable:
-            # Who enters publishes nothing, and a room without history can be entered while the bus is down.
+            # Entering publishes nothing, and a room without history can be entered while the bus is down.
             logger.debug("a room is entered by the rules that were read last")
         kept = self.retention.of(room)
         audience = await self._hub.hold(room)
@@ -406,7 +406,7 @@ class Rooms:
         self._start(None, self._attendance.restore(self._hub.connections))
 
     def node_died(self, node: str, incarnation: str) -> None:
-        """A node is dead, as the registry found: take its people out of the rooms that have members here."""
+        """A node is dead, as the registry found: take its members out of the rooms that have members here."""
         for audience in self._hub.audiences():
             found = self.rule(audience.name)
             if found is not None and found[0].presence:

@@ -149,7 +149,7 @@ class Socket:
         """Begin to close the socket, from any thread. False when it is closed or being closed
         already, or when the server refused at once; what fails later is counted by ``hub.closes``.
 
-        Before the handshake is answered the close is remembered, and goes out right after it: browsers see no
+        Before the handshake is answered the close is kept, and goes out right after it: browsers see no
         code on a handshake that is refused. A client that does not read is cut off after ``close_timeout``
         seconds.
         """

@@ -23,7 +23,7 @@ class Damage:
         self._logged: OrderedDict[Handle, None] = OrderedDict()
 
     def found(self, handle: Handle, what: str) -> None:
-        """The record of ``handle`` is damaged: ``what`` says how, without a word of its contents."""
+        """The record of ``handle`` is damaged: ``what`` says how, without its contents."""
         self.count += 1
         if handle not in self._logged:
             logger.error("session %s %s: treated as missing", handle, what)

@@ -1,6 +1,6 @@
 """A session as the middleware sees it: read, compared, saved, and never more than it was.
 
-It remembers the record it was read from, and at save time sends what differs, key by key. It never writes a
+It keeps the record it was read from, and at save time sends what differs, key by key. It never writes a
 record that it did not read or create itself, so a request that was under way during a logout cannot bring the
 session back.
 """

@@ -7,7 +7,7 @@ store is asked about each of these sessions, and those that it still has are end
 serves none of them, whatever the store says. A handle is never used twice, so that nothing but the lost
 session can be hit.
 
-A logout of all sessions of a user is remembered in the same way, as the handles that it ended, and not by the
+A logout of all sessions of a user is kept in the same way, as the handles that it ended, and not by the
 epoch that it replaced: a login after the failover gets that epoch again.
 """
 

@@ -395,8 +395,8 @@ another reads them through its cache (lease {LEASE:g} s, deadline {DEADLINE:g} s
   lease, at most {TRUSTED_WITHIN:g} s.
 - *refused*: reads that raised `StoreUnavailable`; *longest*: the longest read, whatever came of it.
 - *stale*: reads older than the lease.
-- *gaps / reconnects*: as `stats()` counts them. *ready*: what the node said of itself meanwhile; false is right
-  while the store answers and the bus does not, and wrong while nobody answers, or while the cache may be trusted.
+- *gaps / reconnects*: as `stats()` counts them. *ready*: what the node reported meanwhile; false is right
+  while the store answers and the bus does not, and wrong while neither answers, or while the cache may be trusted.
 - *left*: tasks, connections and objects that were there after the nodes had been stopped, and not before.
 
 A row is met when the bounds hold, nothing was stale, nothing is left, and what `ready` and `stats()` said was true:

@@ -1,4 +1,4 @@
-"""What rooms remember, in memory."""
+"""The history of rooms, in memory."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def reason_of(error: BaseException) -> str:
         return "the server is loading its data"
     if isinstance(error, ResponseError):
         if "unknown command" in str(error).lower() and "hello" in str(error).lower():
-            return "the server is too old: Redis 6.2 or newer is needed (it does not know HELLO)"
+            return "the server is too old: Redis 6.2 or newer is needed (it has no HELLO)"
         word = first_word(error)
         if word == "NOPERM":
             command = _COMMAND.search(str(error))

@@ -104,7 +104,7 @@ class _Sentinel:
                 details = self.link.send("SENTINEL", "MASTER", service)
                 place = await asked
                 if place is None:
-                    self.reason = f"does not know {service!r}"
+                    self.reason = f"has no service {service!r}"
                     return None
                 return int((await details)[b"config-epoch"]), (place[0].decode(), int(place[1]))
         except (RedisError, LinkBroken, TimeoutError) as error:
@@ -189,7 +189,7 @@ class SentinelTopology(OnePrimary):
                 told = "; ".join(
                     f"{sentinel.address.name}: {sentinel.reason}" for sentinel in self._sentinels
                 )
-                raise LinkBroken(f"no sentinel knows the primary ({told})", sent=False) from None
+                raise LinkBroken(f"no sentinel names the primary ({told})", sent=False) from None
 
     def heard_of_sentinels(self) -> None:
         """One of them is there, or gone."""

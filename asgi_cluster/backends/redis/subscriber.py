@@ -128,7 +128,7 @@ class Subscriber:
         self._flush_soon(channel)
 
     def _flush_soon(self, *channels: str) -> None:
-        # One command for all the joins and leaves of a loop tick; who joins and leaves in one tick costs
+        # One command for all the joins and leaves of a loop tick; a join and a leave in one tick cost
         # nothing.
         if self._link is None:
             return  # whatever is wanted is subscribed when there is one
@@ -349,8 +349,8 @@ class Subscriber:
             if not started.done():
                 started.set_result(None)
         else:
-            # Gone with a FLUSHALL or because we were silent for long: until it is back, a logout does not
-            # count on this node.
+            # Removed by a FLUSHALL, or by another node because this one sent no beat for long: until it is back,
+            # a logout does not wait for this node.
             reason = "the registration was gone"
             seconds, ended = self._stall
             if seconds >= _REAPED_AFTER and asyncio.get_running_loop().time() - ended < _REAPED_AFTER:
