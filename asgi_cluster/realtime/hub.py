@@ -199,8 +199,8 @@ class Hub:
 
     def end_user(self, user: str, *, keep: str | None, ended: Container[str], code: int, reason: str) -> int:
         """A user was logged out and the sessions ``ended`` are over: close the sockets of these sessions,
-        whatever user they act as, and the sockets that act as the user with another session than one of the user's,
-        or with none. How many there were. Those of the session ``keep`` stay.
+        whatever user they act as, and the sockets that act as the user with another session than one of the
+        user's, or with none. How many there were. Those of the session ``keep`` stay.
         """
         # First: a socket that is given this user while the others are being closed finds the record.
         self.logouts.record(user, keep)

@@ -349,8 +349,8 @@ class Subscriber:
             if not started.done():
                 started.set_result(None)
         else:
-            # Removed by a FLUSHALL, or by another node because this one sent no beat for long: until it is back,
-            # a logout does not wait for this node.
+            # Removed by a FLUSHALL, or by another node because this one sent no beat for long: until it is
+            # back, a logout does not wait for this node.
             reason = "the registration was gone"
             seconds, ended = self._stall
             if seconds >= _REAPED_AFTER and asyncio.get_running_loop().time() - ended < _REAPED_AFTER:
