@@ -467,7 +467,7 @@ class Cluster:
         if self._alone and _has_siblings():
             self._alone = False
             logger.warning(
-                "this is a worker process, and memory:// does not leave it: each of several workers has "
+                "this is a worker process, and memory:// is not shared: each of several workers has "
                 "sessions and rooms of its own. Set ASGI_CLUSTER_URL, for example to redis://localhost:6379/0"
             )
 

@@ -37,7 +37,7 @@ class Publication:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoomHistory:
-    """Publications, and where the room stood when they were read."""
+    """Publications, and the room's position when they were read."""
 
     publications: Sequence[Publication]
     offset: int
@@ -51,7 +51,7 @@ class RoomMember:
     connection_id: str
     user_id: str | None
     info: Any = None
-    """What the ``connect`` hook said of it (``Connected.info``)."""
+    """``Connected.info`` of the ``connect`` hook."""
 
 
 class Room:

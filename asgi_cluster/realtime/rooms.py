@@ -116,7 +116,7 @@ class Rooms:
         """The rule for a room, and what its pattern's names stand for."""
         return find_rule(self._config.rules, room)
 
-    # Out
+    # Publishing
 
     async def publish(
         self,
@@ -288,7 +288,7 @@ class Rooms:
             return Entered(None, None)
         # No await from here to the return: what is delivered after this goes to this member too.
         if rule is not None:
-            # Whatever a rule here says: of what is kept, nothing is left out unnoticed.
+            # In a room with history no message may be dropped for a slow member, whatever the rule here says.
             audience.slow = rule.slow if kept is None else "disconnect"
         connection.rooms[room] = audience
         audience.attach(connection)
@@ -386,7 +386,7 @@ class Rooms:
                 return
         work.close()  # no member is here
 
-    # In
+    # Receiving
 
     def receive(self, room: str, payload: bytes) -> None:
         """What the bus brought for a room. Raises nothing: the bus's reader has others to serve."""

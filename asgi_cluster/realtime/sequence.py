@@ -77,7 +77,7 @@ class Sequence:
         # memory:// delivers on the publisher's thread.
         self._lock = threading.RLock()
 
-    # What arrives
+    # Receiving
 
     def receive(self, position: Position, previous: int, payload: bytes) -> None:
         """A publication from the bus."""
@@ -113,7 +113,7 @@ class Sequence:
             self._held.clear()  # the repair's read will find these, or find that they are lost
         self._held.append((position, previous, payload))
 
-    # What was missed
+    # Repair
 
     def gap(self) -> None:
         """Publications may have been missed; wait for ``restored``."""
@@ -247,7 +247,7 @@ class Sequence:
         self.last = top
         self._tail = None
 
-    # Coming back
+    # Recovery
 
     async def recover(self, since: Position | None) -> tuple[list[Entry] | None, Position]:
         """What lies between ``since`` and ``last`` (``None``: not all of it is there), and ``last``.

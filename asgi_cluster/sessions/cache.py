@@ -205,7 +205,7 @@ class SessionCache:
                 del self._by_user[entry.record.user]
         return True
 
-    # Forgetting
+    # Invalidation
 
     def drop(self, handle: Handle) -> None:
         """The session changed, or is about to."""

@@ -38,7 +38,7 @@ class Session(StoredSession):
     ``clear()`` is a logout; what is written after it starts a new anonymous session.
     """
 
-    # What it is
+    # State
 
     @property
     def handle(self) -> Handle | None:
@@ -99,7 +99,7 @@ class Session(StoredSession):
             watched = self.watched = self._service.watch(record)
         return watched
 
-    # Who it is
+    # Login and logout
 
     async def login(self, user_id: str, lifetime: float | timedelta | None = None) -> None:
         """Sign ``user_id`` in: a new handle and a new secret; the old ones are dead when this returns. Those
@@ -210,7 +210,7 @@ class Session(StoredSession):
         self._unbind()
         return receipt
 
-    # Keeping it
+    # Reloading and locking
 
     async def reload(self) -> bool:
         """Read it again from the store, past the cache; unsaved changes are dropped. False when it is over.

@@ -251,7 +251,7 @@ class StoredSession(SessionData):
                 names = ", ".join(repr(key) for key in (*changed, *removed))
                 raise RuntimeError(f"the session was changed after the response started; lost: {names}")
 
-    # Keeping it
+    # Saving
 
     async def save(self) -> bool:
         """Store what has changed. False when the session was ended meanwhile: nothing was written, and
@@ -287,7 +287,7 @@ class StoredSession(SessionData):
             return await self._touch_when_due(record)
         return await self._write(record, changed, removed)
 
-    # Inside
+    # Internals
 
     def _bind(self, entry: Entry, record: Record) -> None:
         self._record = record

@@ -74,7 +74,7 @@ class ClusterTopology(Routed):
                 self._members.clear()
                 self._slots = [None] * SLOTS
 
-    # The table
+    # The table of slots
 
     async def _look_from_outside(self) -> View:
         """By way of the addresses in the URL, one after the other. Raises ``StoreUnavailable``."""

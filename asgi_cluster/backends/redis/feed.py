@@ -122,7 +122,7 @@ class Feed:
         lease = self._duration if self._carries_sessions else 0.0
         return Registry(self.topology, self.names, node, load, lease=lease, stale_for=self._stale_for)
 
-    # Where everything is
+    # Subscribers and their channels
 
     def _plan(self) -> list[asyncio.Future[None]]:
         """One subscriber per primary, and each channel at the primary that has it now."""

@@ -123,7 +123,7 @@ class Registry:
         except StoreUnavailable as error:
             logger.info("node %s could not sign off: %s", self.node, error.reason)
 
-    # The others
+    # Other nodes
 
     async def run(self, lease: Callable[[], Lease]) -> None:
         """Observe, and refresh this node's own entry, until cancelled.

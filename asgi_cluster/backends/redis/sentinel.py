@@ -151,7 +151,7 @@ class SentinelTopology(OnePrimary):
                 "and nothing bounds how old a session is that is read there"
             )
 
-    # Where it is
+    # Locating the primary
 
     async def _dial(self, on_push: OnPush | None) -> Link:
         error = LinkBroken("no sentinel was asked", sent=False)

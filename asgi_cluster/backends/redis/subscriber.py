@@ -100,7 +100,7 @@ class Subscriber:
         """Whether the subscription to ``channel`` stands."""
         return channel in self._acked
 
-    # Channels that come and go
+    # Subscriptions
 
     def want(self, channel: str) -> None:
         """Subscribe, without waiting."""
