@@ -11,7 +11,7 @@ import secrets
 import socket as sockets
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
 from ssl import SSLContext
@@ -407,12 +407,15 @@ class Cluster:
 
     async def _sign_off(self) -> None:
         # The loop ends and has cancelled everything, the connections too: sign off over new ones.
-        with suppress(ClusterError, TimeoutError):
+        try:
             async with (
                 asyncio.timeout(self.deadline),
                 self._backend.open(self._current_node(), self._dispatch, listen=self.listen),
             ):
                 logger.info("node %s stopped", self._node)
+        except (ClusterError, TimeoutError) as error:
+            reason = str(error) or f"no answer within {self.deadline:g} s"
+            logger.info("node %s could not sign off: %s", self._node, reason)
 
     @property
     def started(self) -> bool:
