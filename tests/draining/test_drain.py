@@ -18,7 +18,7 @@ from asgi_cluster import Cluster, ClusterMiddleware, CookieConfig, RealtimeConfi
 from tests.support.nodes import Node, serve, serve_process
 from tests.support.waiting import eventually
 
-APP = "tests.realtime.served:app"
+APP = "tests.draining.app:app"
 
 
 async def connected(node: Node) -> websockets.ClientConnection:
