@@ -11,7 +11,7 @@ import secrets
 import socket as sockets
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
 from ssl import SSLContext
@@ -87,7 +87,7 @@ class Cluster:
             ``rooms_url`` as far as they have none.
 
     Raises:
-        TypeError, ValueError: an argument makes no sense; says which and why, never with a password in it.
+        TypeError, ValueError: an argument makes no sense; the text says which and why, and has no password.
     """
 
     def __init__(
@@ -222,7 +222,7 @@ class Cluster:
     # Handles
 
     def user(self, user_id: str) -> RemoteUser:
-        """Everything a person has open, on all nodes.
+        """The sessions and sockets of a user, on all nodes.
 
         Raises:
             TypeError, ValueError: no user id, which is 1 to 255 printable characters.
@@ -238,7 +238,7 @@ class Cluster:
         return RemoteSession(self._reach, check_handle(handle))
 
     def room(self, name: str) -> Room:
-        """A room by its exact name, 1 to 255 characters. It exists as long as somebody is in it.
+        """A room by its exact name, 1 to 255 characters. It exists as long as it has a member.
 
         Raises:
             ValueError: no valid room name.
@@ -348,7 +348,7 @@ class Cluster:
         await self.hub.drain(seconds)
 
     async def _drain_on_signal(self) -> None:
-        # A few sockets that come back at once are no crowd, and a restart should not wait for them.
+        # A few sockets may come back at once: a restart should not wait for them.
         sockets, _ = self.hub.load()
         most = 0.0 if reloads() or self.hub.reloads() else self.realtime.drain or 0.0
         await self.drain(min(most, sockets * _DRAIN_EACH))
@@ -397,7 +397,8 @@ class Cluster:
                 if isinstance(error, Exception):
                     logger.critical("node %s has ended with an unexpected error", node, exc_info=error)
                 raise
-            # Every task group on the way has wrapped it; who starts the cluster is to see what is wrong.
+            # Every task group on the way has wrapped it; the caller that starts the cluster gets the error
+            # itself.
             started.set_exception(_innermost(error))
             if not isinstance(error, Exception):
                 raise
@@ -405,13 +406,16 @@ class Cluster:
             self._stop = None
 
     async def _sign_off(self) -> None:
-        # The loop ends and cancels everything at once, the connections too: once more, with new ones.
-        with suppress(ClusterError, TimeoutError):
+        # The loop ends and has cancelled everything, the connections too: sign off over new ones.
+        try:
             async with (
                 asyncio.timeout(self.deadline),
                 self._backend.open(self._current_node(), self._dispatch, listen=self.listen),
             ):
                 logger.info("node %s stopped", self._node)
+        except (ClusterError, TimeoutError) as error:
+            reason = str(error) or f"no answer within {self.deadline:g} s"
+            logger.info("node %s could not sign off: %s", self._node, reason)
 
     @property
     def started(self) -> bool:
@@ -432,11 +436,11 @@ class Cluster:
 
     def _ensure_started(self, action: str) -> None:
         """Raises ``NotStarted`` when ``action`` needs a start, ``RuntimeError`` on another loop than the one
-        that did it. Attaches a ``memory://`` node that nobody started.
+        that did it. Attaches a ``memory://`` node that was not started.
 
-        A started ``memory://`` cluster could be used from any loop, and refuses what Redis would refuse: a
-        test is to find what production would. Only a loop that does not run any more has nothing to be used
-        on.
+        A started ``memory://`` cluster could be used from any loop, and still refuses what Redis would
+        refuse, so that tests find what production would. Once the loop that started it has stopped, any loop
+        will do.
         """
         if self.tasks is not None:
             if not self._crosses_loops or (self.loop is not None and self.loop.is_running()):
@@ -466,7 +470,7 @@ class Cluster:
         if self._alone and _has_siblings():
             self._alone = False
             logger.warning(
-                "this is a worker process, and memory:// does not leave it: each of several workers has "
+                "this is a worker process, and memory:// is not shared: each of several workers has "
                 "sessions and rooms of its own. Set ASGI_CLUSTER_URL, for example to redis://localhost:6379/0"
             )
 
@@ -494,9 +498,9 @@ class Cluster:
         """Whether this node should get traffic.
 
         False before start, while draining, while background work has failed (``stats().failing``), after the
-        cluster has ended with an error (logged as critical), and for a deaf node: the store answers and the
-        bus's echo does not. True, though degraded, when Redis does not answer at all: taking every node out
-        for that would take anonymous traffic down too.
+        cluster has ended with an error (logged as critical), and when the store answers and the heartbeat on
+        the subscriber's connection does not. True, though degraded, when Redis does not answer at all: taking
+        every node out for that would take anonymous traffic down too.
         """
         startable = self.started or (self._supervisor is None and not self._backend.needs_start)
         return startable and not self.draining and not self._failing and self._backend.ready

@@ -1,7 +1,7 @@
 """The close codes that sessions and sockets share.
 
 The ranges are those of the Centrifuge client protocol: 3000-3499 and 4000-4499 ask the client to reconnect,
-3500-3999 and 4500-4999 tell it not to.
+3500-3999 and 4500-4999 do not.
 """
 
 from __future__ import annotations

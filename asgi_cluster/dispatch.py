@@ -1,6 +1,4 @@
-"""What happens when the bus brings something: one straight line from the message to cache, hub and
-acknowledgement.
-"""
+"""What a message from the bus does: one straight line from the message to cache, hub and acknowledgement."""
 
 from __future__ import annotations
 
@@ -65,7 +63,7 @@ class Dispatch:
         self.malformed = 0
 
     def session_message(self, payload: bytes) -> None:
-        """Invalidations, logouts, messages to people, acknowledgements."""
+        """Invalidations, logouts, messages to users, acknowledgements."""
         try:
             self._act_on(decode(payload))
         except ValueError:  # MalformedMessage, or a handle that is none
@@ -86,7 +84,8 @@ class Dispatch:
                 handle = Handle(message.handle)
                 self._cache.drop(handle)
                 self._tombstones.remember(handle, self._bus.run_id(int(handle[:2], 16)))
-                # This node's own too: if the reply to it was lost, this is how it learns that it happened.
+                # This node's own message too: if the reply to its commit was lost, this message proves the
+                # commit.
                 closed = self._hub.close_session(message.handle, message.code, message.reason)
                 self._acknowledge(message.origin, message.request, closed)
             case UserEnded():
@@ -100,9 +99,9 @@ class Dispatch:
                 closed = self._hub.end_user(
                     message.user, keep=message.keep, ended=ended, code=message.code, reason=message.reason
                 )
-                # The others began after it, if this was long under way; or the store had lost sight of them,
-                # or they were too many to be named. The answer says that none of those that are over is open
-                # here.
+                # Sockets of sessions that the message does not name: they began after it, or the store's
+                # index had lost them, or they were too many to be named. They are checked before the
+                # acknowledgement, which says that no socket of an ended session is open here.
                 doubtful = self._hub.sockets_of(message.user, keep=message.keep)
                 if doubtful:
                     origin, request = message.origin, message.request
@@ -134,7 +133,7 @@ class Dispatch:
             if tasks is None:
                 self._bus.post(origin, encode(Ack(request, self._node(), sockets)))
             else:
-                # Not uvicorn: whether the server takes a close is known a little later.
+                # Not uvicorn: such a server accepts or refuses a close a little later.
                 work = self._acknowledge_later(origin, request, sockets, monotonic())
                 try:
                     spawn(tasks, work, name="asgi-cluster acknowledgement")
@@ -151,7 +150,7 @@ class Dispatch:
 
     def gap(self, reason: str, buckets: frozenset[int] | None) -> None:
         """Invalidations and logouts may have been missed."""
-        if reason != SUBSCRIBED_AGAIN:  # that is the end of an outage that has had its line
+        if reason != SUBSCRIBED_AGAIN:  # the end of an outage, which was logged when it began
             logger.warning("session messages may have been missed (%s): cache dropped", reason)
         self._cache.flush(buckets)
         self._verify()

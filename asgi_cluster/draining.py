@@ -1,4 +1,5 @@
-"""Closing sockets a few at a time: on SIGTERM the sockets are closed first, and then the server is told.
+"""Closing sockets a few at a time: on SIGTERM the sockets are closed first, and then the server gets the
+signal.
 
 uvicorn closes every socket with 1012 in the same moment, before ``lifespan.shutdown``, and all clients come
 back at once. So the signal is held back, the sockets are drained, and the signal is raised again.
@@ -31,7 +32,7 @@ def draining_on_sigterm(
     """While entered, the first SIGTERM runs ``drain`` in ``tasks`` and is then raised again for the handlers
     that were there before; the second one goes to them at once.
 
-    Without a handler before (a server that is run from code, or one that is told in another way to stop), or
+    Without a handler before (a server that is run from code, or one that is stopped in another way), or
     outside of the main thread, nothing is changed, which is logged with ``level``.
     """
     main = threading.current_thread() is threading.main_thread()

@@ -5,7 +5,7 @@
     ├── StoreUnavailable     the session store did not answer in time, or refused
     ├── BusUnavailable       a message could not be handed to the bus
     ├── SessionConflict      another request changed the session meanwhile (conflict="error")
-    ├── NotPermitted         a room rule, or a connect hook, said no
+    ├── NotPermitted         a room rule, or a connect hook, refused
     └── TokenExpired         a connect hook was given a token that has expired
 
 Bad arguments are ``ValueError`` or ``TypeError``, raised where they are given.
@@ -93,7 +93,7 @@ _INVALID_TOKEN = 3500
 
 
 class NotPermitted(ClusterError):
-    """Raised by a room rule or a connect hook to refuse; the client is told ``reason``.
+    """Raised by a room rule or a connect hook to refuse; the client gets ``reason``.
 
     Without a ``code`` it is answered as error 103 "permission denied" of the Centrifuge protocol. With
     ``code=3500``, which says that the client's token is invalid, the connection is closed with that code and

@@ -1,4 +1,5 @@
-"""``send`` for one WebSocket: registers the socket at accept, and knows when it has been closed by us."""
+"""``send`` for one WebSocket: registers the socket at accept, and refuses to send after the cluster has
+closed it."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ class Handshake:
         if self.socket.close_code is not None:
             if kind == "websocket.close":
                 return
-            # An app that returns before the close went out makes some servers send a code of their own.
+            # Some servers send a code of their own when the app returns before the close went out.
             await self.socket.finished()
             raise SocketClosed(self.socket.close_code)
         if kind == "websocket.close":

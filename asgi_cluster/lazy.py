@@ -97,7 +97,7 @@ class LazyStart:
             atexit.unregister(self._at_exit)
 
         def stop() -> None:
-            # Where the server has left its loop as it was. One that is closed has cancelled what ran on it.
+            # Only where the server has left its loop open: a closed one has cancelled what ran on it.
             if not loop.is_closed() and not loop.is_running():
                 with suppress(TimeoutError):
                     loop.run_until_complete(asyncio.wait_for(self._stop(), _EXIT))

@@ -45,7 +45,8 @@ class Lifespan:
                 try:
                     await stack.enter_async_context(self._cluster)
                 except Exception as error:
-                    # Whatever it is: a server takes an exception for an app without lifespan, and serves.
+                    # Whatever the error is: a server that gets an exception takes the app for one without
+                    # lifespan, and serves.
                     reason = str(error) or type(error).__name__
                     logger.error(
                         "the cluster could not be started: %s",

@@ -42,7 +42,7 @@ logger = logging.getLogger("asgi_cluster.middleware")
 class ClusterMiddleware:
     """Makes ``app``, any ASGI application, a member of ``cluster``.
 
-    Outermost is best: what is outside of it is not seen by it. Wrapping twice is harmless.
+    Outermost is best: it does not see what is outside of it. Wrapping twice is harmless.
     """
 
     def __init__(self, app: Any, cluster: Cluster) -> None:

@@ -1,4 +1,4 @@
-"""Handles on people and sessions, wherever in the cluster they are."""
+"""Handles on users and sessions, wherever in the cluster they are."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class RemoteSession:
 
 
 class RemoteUser:
-    """``cluster.user(id)``: everything a person has open, on all nodes."""
+    """``cluster.user(id)``: the sessions and sockets of a user, on all nodes."""
 
     __slots__ = ("_reach", "id")
 

@@ -74,8 +74,8 @@ class Response:
         """The error of this package that the app did not catch, and that its 500 is about."""
         handled, raised = sys.exception(), self._session.raised
         if handled is None:
-            # A framework that does not answer while it handles the error. What the app caught and made good
-            # is not remembered by the session.
+            # This framework does not answer while it handles the error. The session has forgotten errors that
+            # the app caught and made good.
             return raised
         # Most frameworks send their 500 while they handle the error, some in an exception of their own.
         while handled is not None:
@@ -87,8 +87,8 @@ class Response:
     async def replace(
         self, error: StoreUnavailable | BusUnavailable | SessionConflict, message: Message | None = None
     ) -> None:
-        """Answer in place of the app: 503 with Retry-After, or 409. What ``message``, the app's own answer,
-        tells pages of other origins is kept.
+        """Answer in place of the app: 503 with Retry-After, or 409. The CORS headers of ``message``, the
+        app's own answer, are kept.
         """
         self.started = self.replaced = True
         await self._session.withdraw()

@@ -1,4 +1,4 @@
-"""What a node can say of itself."""
+"""A node's figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks that belong to somebody, and whose errors are seen without taking their siblings along."""
+"""Tasks that belong to a group, and whose errors are logged without cancelling their siblings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Coroutine, MutableMapping
 from typing import Any
 
-__all__ = ["Failing", "check_loop", "keep_running", "running_asyncio_loop", "spawn"]
+__all__ = ["Failing", "check_loop", "keep_running", "running_asyncio_loop", "spawn", "stop_if_cancelled"]
 
 logger = logging.getLogger("asgi_cluster.tasks")
 
@@ -82,8 +82,7 @@ async def keep_running(
                 await work()
                 return
             except Exception as error:
-                if _cancelled():
-                    raise asyncio.CancelledError from error
+                stop_if_cancelled()
                 if loop.time() - began >= _STEADY:
                     pause = _FIRST_PAUSE
                 failing[key] = name, type(error).__name__
@@ -96,11 +95,18 @@ async def keep_running(
         failing.pop(key, None)
 
 
-def _cancelled() -> bool:
-    # Before Python 3.13 a TaskGroup whose child fails in the moment in which it is cancelled raises the error
-    # alone.
+def stop_if_cancelled() -> None:
+    """For a loop that goes on after a ``TaskGroup`` of its own has failed.
+
+    When a child fails and the task is cancelled in the same moment, Python before 3.13 raises the child's
+    error and the cancellation is lost: a caller that waits for the loop's end waits for ever.
+
+    Raises:
+        asyncio.CancelledError: the task has been cancelled.
+    """
     task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def check_loop(owner: asyncio.AbstractEventLoop | None) -> None:

@@ -42,8 +42,8 @@ class SocketsBySession(Protocol):
 
 
 class Verifier:
-    """Closes sockets whose session is over: 4501 ended, 4502 expired, 4101 when nobody could say for too
-    long.
+    """Closes sockets whose session is over: 4501 ended, 4502 expired, 4101 when the store did not
+    answer for too long.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Verifier:
         try:
             record = await self._store.read_fresh(handle, timeout=self._deadline)
         except ClusterError:
-            # Unknown is not expired: the sweep closes it when that lasts.
+            # No answer is not an expiry: the sweep closes the socket when that lasts.
             self.watch(socket, _RETRY)
             return
         if record is None:

@@ -175,8 +175,9 @@ class _Api:
         try:
             nodes = await self._cluster.nodes()
         except StoreUnavailable:
-            nodes = []  # what this node knows by itself is still worth showing
-        # A node that was killed and started again is registered twice until the others have seen it dead.
+            nodes = []  # what this node has by itself is still worth showing
+        # A node that was killed and started again is registered twice until the others have removed the dead
+        # one.
         latest = {_label_of(node.id): node for node in sorted(nodes, key=lambda node: node.started_at)}
         return JSONResponse(
             {
@@ -267,7 +268,7 @@ def _may_change(request: Request) -> str:
 
 
 def _same_origin(request: Request) -> None:
-    """SameSite=Lax does not tell ports of one host apart; the Origin header does. Scripts send none."""
+    """SameSite=Lax does not distinguish the ports of a host; the Origin header does. Scripts send none."""
     origin = request.headers.get("origin")
     if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
         raise Refused(403, "This request came from another site.")

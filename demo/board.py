@@ -79,7 +79,7 @@ class Board:
         return await self._change("add", secrets.token_urlsafe(9), note)
 
     async def edit(self, note_id: str, fields: dict[str, Any], *, by: str) -> Note:
-        """Change some fields; the others stay as somebody else may have just made them.
+        """Change some fields; the others stay as another visitor may have just made them.
 
         Raises:
             Refused: there is no such note.

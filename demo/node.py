@@ -69,5 +69,6 @@ def main(label: str, host: str, shared_port: int, own_port: int) -> int:
 
 
 if __name__ == "__main__":
-    # The Redis URL comes by the environment: it may hold a password, and everybody can read command lines.
+    # The Redis URL comes by the environment: it may hold a password, and any user of the machine can read
+    # command lines.
     sys.exit(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))

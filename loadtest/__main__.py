@@ -26,7 +26,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m loadtest",
         description="Measures asgi-cluster on this machine. Exit status 1: something that was sent was "
-        "neither received nor told. Figures compare within one run; across machines only their ratios do.",
+        "neither received nor reported as lost. Figures compare within one run; across machines only their "
+        "ratios do.",
     )
     scenarios = {name: import_module(f"loadtest.scenarios.{name}") for name in NAMES}
     parser.add_argument(

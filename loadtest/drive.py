@@ -10,7 +10,7 @@ from loadtest.generator import Crowd
 from loadtest.processes import Target
 
 Say = Callable[[str], None]
-"""Tells whoever watches what is going on."""
+"""Prints what is going on."""
 
 
 @dataclass(frozen=True)

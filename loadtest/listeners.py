@@ -21,7 +21,7 @@ from loadtest.processes import HOST
 
 @dataclass
 class Subscription:
-    """What one client knows of one room."""
+    """What one client has got of one room."""
 
     room: str
     epoch: str = ""
@@ -37,7 +37,7 @@ class Outcome:
 
     received: int
     lost: int
-    """Numbers missing in a sequence whose client was not told."""
+    """Numbers missing in a sequence whose loss was not reported to the client."""
     doubled: int
     disordered: int
     told: int

@@ -36,10 +36,11 @@ KINDS = {
 
 @dataclass
 class Subject:
-    """What a kind consists of: an ASGI app, and how it sends a message to everybody."""
+    """What a kind consists of: an ASGI app, and how it sends a message to all its clients."""
 
     app: Any
-    publish: Callable[[dict[str, Any]], Awaitable[Any]]
+    publish: Callable[[dict[str, Any]], Awaitable[Any]] | None = None
+    """``None``: its sockets only wait."""
     publish_to: Callable[[int, dict[str, Any]], Awaitable[Any]] | None = None
     """To the room of that number, where there are several."""
 
@@ -80,6 +81,8 @@ class Driver:
     def _publish(self, number: int, rooms: int, size: int) -> Awaitable[Any]:
         if rooms and self._subject.publish_to is not None:
             return self._subject.publish_to(number % rooms, message(size))
+        if self._subject.publish is None:
+            raise ValueError("the sockets of this kind only wait: nothing can be published to them")
         return self._subject.publish(message(size))
 
     def _start(self, options: dict[str, float]) -> None:

@@ -57,5 +57,5 @@ class Backend(Protocol):
 
     @property
     def ready(self) -> bool:
-        """False for a deaf node: the store answers and the bus's echo does not."""
+        """False when the store answers and the heartbeat on the subscriber's connection does not."""
         ...

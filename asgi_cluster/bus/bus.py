@@ -23,7 +23,7 @@ SUBSCRIBED_AGAIN = "subscribed again"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BusStats:
-    """What the bus knows of itself."""
+    """The state of the bus."""
 
     connected: bool
     """Whether the subscriber's connection stands."""
@@ -61,7 +61,7 @@ class NodeInfo:
 
 
 class Receiver(Protocol):
-    """Who gets what the bus brings. Called on the event loop, never concurrently; must not block and must not
+    """Gets what the bus brings. Called on the event loop, never concurrently; must not block and must not
     raise.
     """
 
@@ -112,8 +112,8 @@ class Bus(Protocol):
         ...
 
     def run_id(self, bucket: int) -> str:
-        """The server whose messages of this bucket are being received: what is told of has happened there,
-        and maybe only there. ``""``: one that loses nothing.
+        """The server whose messages of this bucket are being received: the changes that they report are
+        stored there, and maybe only there. ``""``: a store that loses nothing.
         """
         ...
 
@@ -126,7 +126,7 @@ class Bus(Protocol):
         room.
 
         While the bus is down it returns at once: the room is subscribed when it is back, and ``rooms_gap``
-        was told.
+        has been called.
 
         Raises:
             BusUnavailable: the server refused the channel.

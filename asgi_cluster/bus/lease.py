@@ -1,9 +1,9 @@
-"""How long a node may trust its cache without hearing from the bus.
+"""How long a node may trust its cache without an answer from the bus.
 
 The heartbeat is a write on the subscriber's own connection. Redis executes commands one after another, and
 what it pushed to a connection before it executed a command of that connection arrives before the command's
 reply. So the reply to a beat sent at *s* proves: every invalidation committed before *s* has been delivered.
-Until *s + duration* nothing that this node has not heard of can be older than *duration*.
+So until *s + duration* no change that this node has not received is older than *duration*.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Lease:
         self.until = max(self.until, sent_at + self.duration)
 
     def revoke(self) -> None:
-        """A gap: messages may have been lost, and only a beat sent from now on can tell anything."""
+        """A gap: messages may have been lost, and only a beat sent from now on proves anything."""
         self.until = 0.0
 
     @property

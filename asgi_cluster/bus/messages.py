@@ -2,8 +2,8 @@
 
 Every message goes to one *audience*: the nodes that watch a session bucket, the members of a room, or one
 node. Session messages are published by the same script that changes the record, before it changes it, so that
-whoever hears nothing has missed nothing. A message that cannot be decoded raises ``MalformedMessage``; on the
-session channels that counts as a gap, because it may have been an invalidation.
+a node that received no message has missed no change. A message that cannot be decoded raises
+``MalformedMessage``; on the session channels that counts as a gap, because it may have been an invalidation.
 
 Arrays, not maps, on the wire: fields are only ever appended, each with a default, and an unknown tag is
 malformed.
@@ -39,7 +39,7 @@ PayloadKind = Literal["t", "j", "b"]
 """``t`` text as given, ``j`` JSON, ``b`` binary."""
 
 MOST_ENDED = 1000
-"""Tokens that one ``UserEnded`` may name: a node that receives it looks at each, and its loop waits."""
+"""Tokens that one ``UserEnded`` may name: the loop of a node that receives it handles each."""
 
 _Code = Annotated[int, msgspec.Meta(ge=1000, le=4999)]
 
@@ -52,10 +52,10 @@ class Changed(msgspec.Struct, frozen=True, array_like=True, tag="c"):
 
 
 class Ended(msgspec.Struct, frozen=True, array_like=True, tag="e"):
-    """A session is over (logout, login as somebody, expiry by hand): drop it, close its sockets, answer with
+    """A session is over (logout, login, expiry by hand): drop it, close its sockets, answer with
     ``Ack``.
 
-    ``request`` is ``""`` when nobody waits for an answer.
+    ``request`` is ``""`` when no answer is wanted.
     """
 
     handle: str
@@ -108,14 +108,14 @@ class Published(msgspec.Struct, frozen=True, array_like=True, tag="p"):
 
 
 class Joined(msgspec.Struct, frozen=True, array_like=True, tag="j"):
-    """Somebody joined a room that tells joins and leaves. ``info`` is the client info as JSON."""
+    """A member joined a room with ``join_leave``. ``info`` is the client info as JSON."""
 
     client: str
     info: bytes
 
 
 class Left(msgspec.Struct, frozen=True, array_like=True, tag="l"):
-    """Somebody left a room that tells joins and leaves. ``info`` is the client info as JSON."""
+    """A member left a room with ``join_leave``. ``info`` is the client info as JSON."""
 
     client: str
     info: bytes
@@ -133,7 +133,7 @@ class PersonalMessage(msgspec.Struct, frozen=True, array_like=True, tag="m"):
 
 
 class Disconnect(msgspec.Struct, frozen=True, array_like=True, tag="d"):
-    """Close the sockets of a user or of a session, or take a user (``None``: everybody) out of ``room``."""
+    """Close the sockets of a user or of a session, or take a user (``None``: all members) out of ``room``."""
 
     user: str | None
     handle: str | None
@@ -144,7 +144,7 @@ class Disconnect(msgspec.Struct, frozen=True, array_like=True, tag="d"):
 
 
 class NodeDied(msgspec.Struct, frozen=True, array_like=True, tag="n"):
-    """The registry removed a dead node: its people are to be taken out of the rooms."""
+    """The registry removed a dead node: its members are to be taken out of the rooms."""
 
     node: str
     incarnation: str
@@ -157,7 +157,7 @@ Message = (
 
 
 class MalformedMessage(ValueError):
-    """Bytes on the bus that are no message of ours, or of a version that we do not know."""
+    """Bytes on the bus that are no message of ours, or of an unknown version."""
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -181,7 +181,7 @@ def decode(data: bytes) -> Message:
     """The message in ``data``.
 
     Raises:
-        MalformedMessage: it is none, or its text is not UTF-8: no socket may be sent that.
+        MalformedMessage: it is none, or its text is not UTF-8, which must not be sent to a socket.
     """
     try:
         message: Message = _decoder.decode(data)

@@ -81,7 +81,7 @@ class Acceptance:
             raise OriginRefused
         if self._user is not None:
             cluster.hub.set_user(socket, self._user)
-            # When the app began to decide is not known for a socket that was open before.
+            # For a socket that was open before, there is no time at which the app began to decide.
             cluster.hub.close_if_logged_out(socket, since=socket.began, final=in_handshake)
         outbox = cluster.hub.outbox(socket, joins=False)
         connection = self._connection = socket.connection = Connection(socket, cluster, state.session, outbox)
@@ -137,6 +137,6 @@ def _parts(websocket: Any) -> tuple[Any, Receive, Send]:
 
 
 def _waits_for_connect(websocket: Any) -> bool:
-    # Starlette and Litestar remember whether the app has already taken websocket.connect.
+    # Starlette and Litestar note whether the app has already taken websocket.connect.
     state = getattr(websocket, "client_state", None) or getattr(websocket, "connection_state", None)
     return state is None or getattr(state, "name", state) in ("CONNECTING", "init")

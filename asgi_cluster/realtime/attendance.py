@@ -1,4 +1,4 @@
-"""Where this node's connections are present, and the traces that dead nodes left."""
+"""Where this node's connections are present, and the entries that dead nodes left."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TRIES = 10
 
 
 class Attendance:
-    """Keeps the presence store true about this node.
+    """Keeps this node's entries in the presence store.
 
     ``info`` gives a connection's client info as JSON.
     """
@@ -59,7 +59,7 @@ class Attendance:
                 await self.vanish(connection, room)
 
     async def vanish(self, connection: Connection, room: str) -> None:
-        """It is not (any more). What the store cannot be told now it is told when it is back."""
+        """It is not (any more). If the store does not answer now, the entry is removed when it is back."""
         if room not in connection._present:
             return
         connection._present.pop(room, None)
@@ -81,7 +81,7 @@ class Attendance:
         return await self._store.stats(room, timeout=self._timeout)
 
     async def reap(self, room: str, node: str, incarnation: str) -> Mapping[str, bytes]:
-        """Remove a dead node's people; returns those that this very call removed."""
+        """Remove a dead node's members; returns those that this very call removed."""
         return await self._store.reap(room, node, incarnation, timeout=self._timeout)
 
     async def restore(self, connections: Callable[[], Iterable[Connection]]) -> None:
@@ -121,7 +121,7 @@ class Attendance:
             return
         await self._store.enter(room, connection.id, self._info(connection), timeout=self._timeout)
         if room not in connection._present:
-            # It left while we said that it is there.
+            # It left while its entry was being written.
             await self._store.leave(room, connection.id, timeout=self._timeout)
 
     def __repr__(self) -> str:

@@ -39,7 +39,7 @@ export const ErrorCode = Object.freeze({
   TOKEN: "token",
 });
 
-/** Something that was asked for did not happen, or nobody knows whether it did (`outcomeUnknown`). */
+/** Something that was asked for did not happen, or its outcome is unknown (`outcomeUnknown`). */
 export class ClusterError extends Error {
   constructor(code, message, { temporary = false, outcomeUnknown = false, cause } = {}) {
     super(message, cause === undefined ? undefined : { cause });
@@ -496,7 +496,7 @@ export class ClusterClient extends Emitter {
 
   _delay(attempts) {
     const { minDelay, maxDelay } = this.#options;
-    // A page that nobody looks at may take its time.
+    // A page in the background may take its time.
     const cap = typeof document !== "undefined" && document.hidden ? maxDelay * 3 : maxDelay;
     return Math.random() * Math.min(cap, minDelay * 2 ** Math.min(attempts, 16));
   }
@@ -576,7 +576,7 @@ export class ClusterClient extends Emitter {
   #flush() {
     const lines = this.#batch;
     this.#batch = [];
-    if (this.#socket?.readyState !== 1) return; // those who wait for a reply are told when the connection is given up
+    if (this.#socket?.readyState !== 1) return; // the calls that wait for a reply fail when the connection is given up
     let frame = "";
     for (const line of lines) {
       if (frame && frame.length + line.length + 1 > this.#options.maxFrame) {
@@ -621,7 +621,7 @@ export class ClusterClient extends Emitter {
       clearTimeout(opening);
       this.#lose(attempt, this.#said?.code ?? code, this.#said?.reason ?? reason);
     };
-    // An error is always followed by a close, and tells less than that.
+    // An error is always followed by a close, which says more.
     socket.onerror = () => {};
   }
 
@@ -854,7 +854,7 @@ export class ClusterClient extends Emitter {
     }, Math.min(ttl * 1000, 2 ** 31 - 1));
   }
 
-  /** What the page knows of the network is a hint: try sooner, or look whether the connection is still one. */
+  /** The browser's online and offline events are hints: try sooner, or check the connection. */
   #watchPage() {
     if (typeof addEventListener !== "function" || this.#watched.length) return;
     const hint = () => this.#hint();

@@ -168,7 +168,7 @@ class Client(Connection):
                 self._command(command)
             elif not introduces:
                 self._end(DisconnectCode.BAD_REQUEST)
-            # What came in one frame with a connect command that failed is not looked at: its error says it.
+            # What came in one frame with a connect command that failed is dropped: the error is the answer.
 
     async def _room_for_more(self) -> None:
         """Return when one more command may be under way. Nothing is read meanwhile, pongs neither: so none
@@ -324,7 +324,7 @@ class Client(Connection):
 
     async def _on_connect(self, command_id: int, request: ConnectCommand) -> None:
         # The client is a member of its first room while the others are entered: nothing may overtake the
-        # reply, which says where it stands in each.
+        # reply, which has its position in each.
         await self.outbox.hold()
         try:
             await self._connect(command_id, request)
@@ -444,7 +444,7 @@ class Client(Connection):
         else:
             self._timer = self.socket.loop.call_later(rest, self._ping)
 
-    # What the app and the hub do to it
+    # Calls of the app and the hub
 
     async def join(self, room: str) -> None:
         """Subscribe the client to ``room`` without its asking (a server-side subscription). As
@@ -459,7 +459,7 @@ class Client(Connection):
         self.outbox.push(Packet(encode_push("subscribe", subscribe, channel=room)))
 
     async def leave(self, room: str) -> None:
-        """End a subscription and tell the client."""
+        """End a subscription, and send the client the end."""
         self.server_side.pop(room, None)
         if await self.cluster.rooms.leave(self, check_room(room)):
             self._tell_unsubscribed(room, UnsubscribeCode.SERVER, "server unsubscribe")
@@ -469,7 +469,7 @@ class Client(Connection):
         self.outbox.push(Packet(push))
 
     def _lost(self, room: str) -> None:
-        """Publications are lost: the client subscribes again and learns what it can have."""
+        """Publications are lost: the client subscribes again and gets what there is."""
         if room in self.server_side:
             self._end(DisconnectCode.INSUFFICIENT_STATE)
         elif self.cluster.hub.leave(self, room):

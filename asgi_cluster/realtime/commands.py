@@ -54,7 +54,7 @@ def _check_supported(request: SubscribeCommand | PublishCommand) -> None:
 
 async def _position(client: Client, channel: str, offset: int, epoch: str) -> Position:
     if not epoch:
-        # A client that does not know the epoch means the present one, as on the reference server.
+        # A client without an epoch means the present one, as on the reference server.
         epoch = (await client.cluster.rooms.read(channel, limit=0, since=None)).top.epoch
     return Position(offset, epoch)
 

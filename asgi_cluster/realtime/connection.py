@@ -86,7 +86,7 @@ class Connection:
 
     @property
     def user_id(self) -> str | None:
-        """Whom it belongs to; ``None``: to no known user."""
+        """The user that it belongs to; ``None``: no user was named."""
         return self.socket.user
 
     @property
@@ -130,8 +130,8 @@ class Connection:
         self.socket.close(code, reason)
 
     def _lost(self, room: str) -> None:
-        """Publications of ``room`` are lost: without a protocol there is only one way to tell, the close code
-        3010.
+        """Publications of ``room`` are lost: without a protocol there is only one sign for that, the close
+        code 3010.
         """
         self.socket.close(DisconnectCode.INSUFFICIENT_STATE, DisconnectCode.INSUFFICIENT_STATE.text)
 

@@ -28,16 +28,16 @@ class Wave:
         self.messages: list[tuple[Packet, SlowPolicy, Hashable]] = []
         self.size = 0
         self.started: list[Outbox] | None = None
-        """Who is still to be written to, once some have been."""
+        """The outboxes that are still to be written to, once some have been."""
 
 
 class Flusher:
     """Writes, at the end of a loop tick, what the outboxes of this loop got during it.
 
     In most ticks that is messages to one room. They are not put into each outbox but kept once, as a *wave*,
-    and written to all members in one pass. Everything else that concerns an outbox first makes the wave break
-    (``spill``): then each outbox holds what it would have held without waves. So what is in an outbox always
-    comes before the wave.
+    and written to all members in one pass. Before anything else is put into an outbox, the wave is put into
+    the outboxes (``spill``): then each outbox holds what it would have held without waves. So what is in an
+    outbox always comes before the wave.
     """
 
     __slots__ = ("__weakref__", "_dirty", "_loop", "_scheduled", "wave")
@@ -76,7 +76,7 @@ class Flusher:
         self._schedule()
 
     def spill(self) -> None:
-        """Put what the wave carries into the outboxes of those whom it has not reached."""
+        """Put what the wave carries into the outboxes of the members that it has not reached."""
         wave, self.wave = self.wave, None
         if wave is not None:
             for outbox in tuple(wave.members.values()) if wave.started is None else wave.started:

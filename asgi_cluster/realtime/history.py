@@ -1,4 +1,4 @@
-"""The port for what a room remembers, and the envelope in which a room message travels.
+"""The port for a room's history, and the envelope in which a room message travels.
 
 A room with history numbers its publications. ``epoch`` names one numbering; when it changes, offsets cannot
 be compared. ``previous`` is the offset of the publication before: normally ``offset - 1``, but a store that
@@ -54,7 +54,7 @@ class Position(msgspec.Struct, frozen=True):
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """One remembered publication: ``payload`` is the encoded ``bus.messages.Published``."""
+    """One publication of a history: ``payload`` is the encoded ``bus.messages.Published``."""
 
     offset: int
     previous: int
@@ -64,7 +64,7 @@ class Entry(msgspec.Struct, frozen=True):
 class Page(msgspec.Struct, frozen=True):
     """What a history read gave: entries, and where the room stood at that moment.
 
-    ``complete`` tells, for a read ``since`` a position, whether nothing between it and ``top`` is missing
+    ``complete`` says, for a read ``since`` a position, whether nothing between it and ``top`` is missing
     from what the store had (``limit`` aside).
     """
 
@@ -74,7 +74,7 @@ class Page(msgspec.Struct, frozen=True):
 
 
 class Declarations(msgspec.Struct, frozen=True):
-    """What the processes of the cluster say of their rooms."""
+    """The rules that the processes of the cluster have declared."""
 
     epoch: str
     """What ``publish`` and ``read`` are to be given: the epoch of all rooms without a numbering. Nothing is
@@ -86,7 +86,7 @@ class Declarations(msgspec.Struct, frozen=True):
 
 
 class HistoryStore(Protocol):
-    """Where publications are remembered, and what the nodes' rules say about that."""
+    """Where publications are kept, and the nodes' rules for that."""
 
     @property
     def in_process(self) -> bool:
@@ -116,7 +116,7 @@ class HistoryStore(Protocol):
         epoch: str,
         timeout: float,
     ) -> Position:
-        """Number, remember and publish in one atomic step; return the position it got.
+        """Number, keep and publish in one atomic step; return the position it got.
 
         ``size`` publications are kept, for ``ttl`` seconds after the last. ``epoch`` names the numbering if
         the room has none; it begins with a random offset then. The same ``idempotency_key`` within five

@@ -86,7 +86,7 @@ class Subscriptions(Protocol):
 
 
 class Hub:
-    """Local fan-out. ``subscriptions`` is told which rooms have a member here."""
+    """Local fan-out. ``subscriptions``, the bus, has a subscription for each room with a member here."""
 
     def __init__(self, *, subscriptions: Subscriptions, config: RealtimeConfig) -> None:
         self._subscriptions = subscriptions
@@ -162,9 +162,9 @@ class Hub:
         """Close a socket whose user was named just now, if that user was logged out after ``since`` (a
         reading of ``logouts.last``).
 
-        With 4501; with 3011, so that the client comes back and is decided anew, when ``final`` is false or it
-        is not known any more who was logged out since. The socket is in the index already: a logout that is
-        not found here finds the socket.
+        With 4501; with 3011, so that the client comes back and is decided anew, when ``final`` is false or
+        the record of logouts does not reach back so far. The socket is in the index already: a logout that is
+        not in the record yet finds the socket.
         """
         if socket.user is None:
             return
@@ -199,8 +199,8 @@ class Hub:
 
     def end_user(self, user: str, *, keep: str | None, ended: Container[str], code: int, reason: str) -> int:
         """A user was logged out and the sessions ``ended`` are over: close the sockets of these sessions,
-        whoever they act as, and the sockets that act as the user with another session than one of the user's,
-        or with none. How many there were. Those of the session ``keep`` stay.
+        whatever user they act as, and the sockets that act as the user with another session than one of the
+        user's, or with none. How many there were. Those of the session ``keep`` stay.
         """
         # First: a socket that is given this user while the others are being closed finds the record.
         self.logouts.record(user, keep)

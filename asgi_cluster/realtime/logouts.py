@@ -1,6 +1,6 @@
 """Which users were logged out lately, for a connection whose user is named after it began.
 
-A connect hook, ``identify`` or the app itself may take its time to say who a connection belongs to. A logout
+A connect hook, ``identify`` or the app itself may name the user of a connection after a while. A logout
 of that user that arrives meanwhile does not find the connection in the hub's index, and has to be found here.
 """
 
@@ -41,8 +41,8 @@ class RecentLogouts:
 
     def since(self, number: int, user: str, handle: str | None) -> bool | None:
         """Whether a connection of ``user`` with the session ``handle`` would have been closed by a logout
-        after ``number``; ``None`` when that is not known any more: more than ``limit`` users were logged out
-        since.
+        after ``number``; ``None`` when the record does not reach back so far: more than ``limit`` users were
+        logged out since.
         """
         latest, kept, spared_not = self._users.get(user, (0, None, 0))
         if (spared_not if handle is not None and handle == kept else latest) > number:

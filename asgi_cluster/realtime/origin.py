@@ -14,7 +14,7 @@ __all__ = ["Origins"]
 logger = logging.getLogger("asgi_cluster.realtime")
 
 _ALLOW_ORIGIN = b"access-control-allow-origin"
-_REMEMBERED = 100  # origins that have had their log line, the latest
+_REMEMBERED = 100  # the latest origins that were logged
 _LINES = 20  # log lines at once
 _SECONDS_PER_LINE = 3.0  # after those
 _LONGEST = 200  # characters of a header in a log line
@@ -87,7 +87,7 @@ class Origins:
         self._lines = min(_LINES, self._lines + (now - self._counted_at) / _SECONDS_PER_LINE)
         self._counted_at = now
         if self._lines < 1:
-            self._suppressed += 1  # not remembered: the next refusal of this origin may have its line
+            self._suppressed += 1  # not noted: the next refusal of this origin may be logged
             return
         self._lines -= 1
         self._logged[origin] = None

@@ -363,7 +363,7 @@ class Outbox:
 
     def fail(self, error: Exception) -> None:
         """Writing raised what no server should raise: log it and close the socket, so that the client
-        reconnects. Left open, the socket would stay mute.
+        reconnects. Left open, the socket would get no more messages.
         """
         logger.error(
             "a message could not be written to the WebSocket of user %r: it is closed with code %d",

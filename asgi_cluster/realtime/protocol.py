@@ -3,8 +3,8 @@ out.
 
 After ``client.proto`` of the protocol's repository: a frame holds one or more commands (or replies), joined
 by newlines; ``{}`` is ping and pong; a reply carries its command's ``id``, a push has none. Fields and flags
-that are not known here are ignored. Payloads stay raw JSON from end to end: they are checked once on their
-way in, and never encoded again.
+that this module does not have are ignored. Payloads stay raw JSON from end to end: they are checked once on
+their way in, and never encoded again.
 
 What is checked here, once for all commands: a frame is UTF-8 as a whole and JSON; half of a surrogate pair,
 which JSON can write and UTF-8 cannot, is replaced by U+FFFD; ``null`` is an absent field, as in proto3 JSON.
@@ -78,7 +78,7 @@ class ErrorCode(IntEnum):
 class DisconnectCode(IntEnum):
     """Close codes of the protocol (``disconnect.go``); ``codes.CloseCode`` has those of sessions.
 
-    3000-3499 and 4000-4499 ask the client to come back, 3500-3999 and 4500-4999 tell it not to.
+    3000-3499 and 4000-4499 ask the client to come back, 3500-3999 and 4500-4999 do not.
     """
 
     SHUTDOWN = 3001
@@ -316,7 +316,7 @@ def decode_commands(frame: bytes) -> list[Command]:
         BadFrame: not UTF-8, not JSON, not an object, a field of the wrong type, or no command at all.
     """
     try:
-        frame.decode()  # raw payloads, and fields that are not known here, are not looked into by the decoder
+        frame.decode()  # the decoder does not look into raw payloads and unknown fields
         commands = [_decode(line) for line in frame.split(b"\n") if line and not line.isspace()]
     except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
         raise BadFrame(type(error).__name__) from error
@@ -348,8 +348,8 @@ def _well_formed(line: bytes) -> bytes:
 
 
 def _without_nulls(line: bytes) -> Any:
-    """A command, ready to be encoded, without what is ``null``, except in payloads, and without fields that
-    are not known.
+    """A command, ready to be encoded, without what is ``null``, except in payloads, and without unknown
+    fields.
 
     A client chooses what is in the line, so this reads it once, whatever that is.
     """

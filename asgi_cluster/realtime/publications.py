@@ -16,7 +16,7 @@ logger = logging.getLogger("asgi_cluster.realtime")
 
 
 def pub_of(room: str, entry: Entry) -> Pub | None:
-    """A remembered publication as clients get it; ``None`` when it cannot be read."""
+    """A history entry as clients get it; ``None`` when it cannot be read."""
     message = published(room, entry)
     if message is None:
         return None
@@ -39,7 +39,7 @@ def encode_publication(room: str, message: Published, offset: int | None, *, loc
 
 
 def published(room: str, entry: Entry) -> Published | None:
-    """What is remembered; ``None`` when it cannot be read."""
+    """The message in a history entry; ``None`` when it cannot be read."""
     try:
         message = decode(entry.payload)
     except MalformedMessage:

@@ -40,7 +40,7 @@ class Reception:
         self._complained: set[str] = set()
 
     def follow(self, message_id: str) -> None:
-        """Note whether the bus brings this message until ``followed`` asks: its publisher may not hear."""
+        """Note whether the bus brings this message, until ``followed`` asks: its publisher may get none."""
         self._followed[message_id] = False
 
     def followed(self, message_id: str) -> bool:
@@ -48,7 +48,7 @@ class Reception:
         return self._followed.pop(message_id, False)
 
     def receive(self, room: str, payload: bytes) -> None:
-        """What the bus brought for a room. Raises nothing: the bus's reader has others to serve."""
+        """What the bus brought for a room. Raises nothing: the bus's reader goes on."""
         audience = self._hub.audience(room)
         if audience is not None:
             try:
@@ -127,13 +127,16 @@ class Reception:
             self._deliver_published(audience, message, None, local=True)
 
     def lost(self, audience: Audience) -> None:
-        """Publications are lost for the members here: they are told, and come back for what there is."""
-        # Out at once, told in slices: nothing that comes after the loss may reach a member that does not know
-        # of it, because it would go on from there.
+        """Publications are lost for the members here: their membership ends, and clients come back for what
+        there is.
+        """
+        # All are taken out at once, and get the message in slices: what comes after the loss must not reach a
+        # member that has not got the message, because it would go on from there.
         members = self._hub.members(audience)
         audience.clear()
         logger.warning(
-            "publications of a room were lost for its %d members here: they are told", len(members)
+            "publications of a room were lost for its %d members here: they are unsubscribed or closed",
+            len(members),
         )
         self._for_each(iter(members), lambda member: member._lost(audience.name))
 
@@ -144,7 +147,7 @@ class Reception:
             try:
                 member.socket.call(act, member)
             except Exception:
-                logger.exception("a member could not be told")  # the others still are
+                logger.exception("a member could not be taken out of a room")  # the others still are
             if perf_counter() > until:
                 asyncio.get_running_loop().call_soon(self._for_each, members, act)
                 return

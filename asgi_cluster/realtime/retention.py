@@ -1,10 +1,10 @@
 """What rooms keep, in the whole cluster.
 
 Whether a room has a history does not depend on the process that publishes to it: a worker without rules, and
-an app with other rules, keep what the nodes' rules say. So every node declares its rules where the rooms are,
-and every process reads the declarations of the others. A node without history rules declares an empty list.
-A declaration that no node has renewed for a minute is removed by a node that has kept its own alive. While no
-node runs, the last declarations stay for a week.
+an app with other rules, keep what the nodes' rules say. So every node declares its rules in the store of the
+rooms, and every process reads the declarations of the others. A node without history rules declares an empty
+list. A declaration that no node has renewed for a minute is removed by a node that has kept its own alive.
+While no node runs, the last declarations stay for a week.
 
 What was read may be relied on for ``VIEW`` seconds. A node whose rules are new to the cluster waits, before
 it serves, until every reading from before its declaration is older than that. From then on every publisher

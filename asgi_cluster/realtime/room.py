@@ -32,12 +32,12 @@ class Publication:
     client: str | None = None
     """The id of the connection that published it; ``None``: the server."""
     user_id: str | None = None
-    """Whom that connection belonged to."""
+    """The user of that connection."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoomHistory:
-    """Publications, and where the room stood when they were read."""
+    """Publications, and the room's position when they were read."""
 
     publications: Sequence[Publication]
     offset: int
@@ -51,11 +51,11 @@ class RoomMember:
     connection_id: str
     user_id: str | None
     info: Any = None
-    """What the ``connect`` hook said of it (``Connected.info``)."""
+    """``Connected.info`` of the ``connect`` hook."""
 
 
 class Room:
-    """A room by its name, whoever is in it. Get one from ``cluster.room``."""
+    """A room by its name, with or without members. Get one from ``cluster.room``."""
 
     __slots__ = ("_rooms", "name")
 
@@ -75,7 +75,7 @@ class Room:
 
         The app's own sockets get ``str`` and JSON values as text and ``bytes`` as binary, bare. Clients of
         the endpoint get JSON; ``bytes`` reach them as a base64 string. In a room with history it is
-        remembered, and its position returned; elsewhere it is delivered at most once, and ``None`` returned.
+        kept, and its position returned; elsewhere it is delivered at most once, and ``None`` returned.
         All nodes see one order.
 
         Args:
@@ -101,7 +101,7 @@ class Room:
     async def history(
         self, limit: int | None = None, since: Position | None = None, reverse: bool = False
     ) -> RoomHistory:
-        """What the room remembers: after ``since`` (``None``: from the oldest), at most ``limit`` (``None``:
+        """The room's history: after ``since`` (``None``: from the oldest), at most ``limit`` (``None``:
         all).
 
         ``reverse``: the newest first. Raises ``BusUnavailable``, and ``ValueError`` when no rule gives the

@@ -69,8 +69,8 @@ _HIGHEST = 1 << 53
 
 @dataclass(frozen=True, slots=True)
 class Entered:
-    """How a connection entered a room: where the room stands (``None``: no history), and what was missed
-    (``None``: not known).
+    """How a connection entered a room: the room's position (``None``: no history), and what was missed
+    (``None``: the history does not have all of it).
     """
 
     position: Position | None
@@ -116,7 +116,7 @@ class Rooms:
         """The rule for a room, and what its pattern's names stand for."""
         return find_rule(self._config.rules, room)
 
-    # Out
+    # Publishing
 
     async def publish(
         self,
@@ -207,7 +207,7 @@ class Rooms:
         """Connection ids, with their client info as JSON. As ``Room.presence``."""
         self._check_presence(room)
         found = await self._attendance.members(room)
-        # It goes to clients as it is: an entry that is none, by whoever it was, is left out.
+        # Entries go to clients as they are, so one that is malformed is left out.
         return {client: info for client, info in found.items() if read_info(info) is not None}
 
     async def presence_stats(self, room: str) -> tuple[int, int]:
@@ -265,7 +265,7 @@ class Rooms:
         try:
             await self.retention.refresh(self._deadline)
         except BusUnavailable:
-            # Who enters publishes nothing, and a room without history can be entered while the bus is down.
+            # Entering publishes nothing, and a room without history can be entered while the bus is down.
             logger.debug("a room is entered by the rules that were read last")
         kept = self.retention.of(room)
         audience = await self._hub.hold(room)
@@ -288,7 +288,7 @@ class Rooms:
             return Entered(None, None)
         # No await from here to the return: what is delivered after this goes to this member too.
         if rule is not None:
-            # Whatever a rule here says: of what is kept, nothing is left out unnoticed.
+            # In a room with history no message may be dropped for a slow member, whatever the rule here says.
             audience.slow = rule.slow if kept is None else "disconnect"
         connection.rooms[room] = audience
         audience.attach(connection)
@@ -318,7 +318,7 @@ class Rooms:
 
     def _drop(self, connection: Connection, room: str) -> bool:
         if room in connection._announced:
-            # Also when the hub has taken the connection out already: who was told of a join is told of the
+            # Also when the hub has taken the connection out already: whoever got the join gets the
             # leave.
             connection._announced.pop(room, None)
             self._tell(connection, room, Left(connection.id, self.client_info(connection)))
@@ -339,15 +339,15 @@ class Rooms:
             try:
                 await self._send(room, message)
             except ClusterError as error:
-                logger.debug("a join or leave was not told (%s)", type(error).__name__)
+                logger.debug("a join or leave was not published (%s)", type(error).__name__)
 
         try:
             spawn(connection.socket.tasks, tell(), name="asgi-cluster join or leave")
         except RuntimeError:
-            return  # the node is stopping: the registry's cleaner tells for it
+            return  # the node is stopping: another node removes its presence and publishes the leave
 
     def client_info(self, connection: Connection) -> bytes:
-        """What others may know of a connection, as JSON."""
+        """What other clients see of a connection, as JSON."""
         info = ClientInfo(user=connection.user_id or "", client=connection.id)
         if connection._info is not None:
             info = msgspec.structs.replace(info, conn_info=msgspec.Raw(msgspec.json.encode(connection._info)))
@@ -386,7 +386,7 @@ class Rooms:
                 return
         work.close()  # no member is here
 
-    # In
+    # Receiving
 
     def receive(self, room: str, payload: bytes) -> None:
         """What the bus brought for a room. Raises nothing: the bus's reader has others to serve."""
@@ -406,7 +406,7 @@ class Rooms:
         self._start(None, self._attendance.restore(self._hub.connections))
 
     def node_died(self, node: str, incarnation: str) -> None:
-        """A node is dead, as the registry found: take its people out of the rooms that have members here."""
+        """A node is dead, as the registry found: take its members out of the rooms that have members here."""
         for audience in self._hub.audiences():
             found = self.rule(audience.name)
             if found is not None and found[0].presence:
@@ -415,7 +415,7 @@ class Rooms:
 
     async def _reap(self, room: str, node: str, incarnation: str, tell: bool) -> None:
         try:
-            # Every node with members here asks; the one that removed an entry tells that it is gone.
+            # Every node with members here asks; the one that removed an entry publishes the leave.
             for client, info in (await self._attendance.reap(room, node, incarnation)).items():
                 if tell:
                     await self._send(room, Left(client, info))
@@ -423,7 +423,9 @@ class Rooms:
             logger.info("a dead node's presence could not be removed (%s)", type(error).__name__)
 
     def report_dead(self, node: str, incarnation: str) -> None:
-        """This node's registry removed a dead node: every node is told, because each knows its own rooms."""
+        """This node's registry removed a dead node: every node gets a message, because each has rooms of its
+        own.
+        """
         payload = encode(NodeDied(node, incarnation, self._node()))
         self._start(None, self._bus.publish_bucket(0, payload, timeout=self._deadline))
 

@@ -43,7 +43,9 @@ class ConnectRequest:
     token: str
     data: Any
     headers: Mapping[str, str]
-    """Headers that the client's SDK emulates in the connect command: the client's word, nothing more."""
+    """Headers that the client's SDK emulates in the connect command: set by the client, and not to be
+    trusted.
+    """
     session: Any
     """The ``Session`` of the handshake."""
     user_id: str | None
@@ -114,11 +116,11 @@ class RoomRule:
     history: int = 0
     """Publications kept, whoever publishes; 0: none. Where nodes' rules differ, the largest counts."""
     history_ttl: Seconds[float] = Seconds(600)
-    """Seconds (or a ``timedelta``) after its last publication for which a room remembers."""
+    """Seconds (or a ``timedelta``) after its last publication for which a room keeps its history."""
     presence: bool = False
     """Whether subscribers can see who is in the room."""
     join_leave: bool = False
-    """Whether subscribers are told who comes and goes."""
+    """Whether subscribers get joins and leaves."""
     slow: SlowPolicy = "disconnect"
     """What happens to a subscriber who does not read fast enough: it is disconnected (3008) and comes back,
     the message is dropped for it, or only the latest message per ``key`` is kept for it. The last two need

@@ -2,11 +2,11 @@
 
 All members of a room here stand at the same place: ``last`` is the position of what was delivered last. A
 publication whose ``previous`` is ``last`` is delivered; an older one is dropped; anything else is a gap, and
-the room waits while the missing part is read from history. If it is not there (any more), every member is
-told.
+the room waits while the missing part is read from history. If it is not there (any more), every member's
+membership ends.
 
-Who comes back with a position gets what lies between it and ``last`` from the *tail*, the room's remembered
-publications kept here for a while, so that a thousand clients that come back at once cost one read.
+A client that comes back with a position gets what lies between it and ``last`` from the *tail*: publications
+that this node keeps for a while, so that a thousand clients that come back at once cost one read.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Sequence:
         # memory:// delivers on the publisher's thread.
         self._lock = threading.RLock()
 
-    # What arrives
+    # Receiving
 
     def receive(self, position: Position, previous: int, payload: bytes) -> None:
         """A publication from the bus."""
@@ -113,7 +113,7 @@ class Sequence:
             self._held.clear()  # the repair's read will find these, or find that they are lost
         self._held.append((position, previous, payload))
 
-    # What was missed
+    # Repair
 
     def gap(self) -> None:
         """Publications may have been missed; wait for ``restored``."""
@@ -139,8 +139,8 @@ class Sequence:
                     tries += 1
                 except ClusterError as error:
                     logger.debug("a room's history cannot be read (%s)", type(error).__name__)
-                    # The room stays as it is until it can be known what is missing; no herd when the store is
-                    # back.
+                    # The room stays as it is until the history can be read; the pause is random, so that the
+                    # rooms do not all read at once when the store is back.
                     await asyncio.sleep(delay * random.uniform(0.5, 1.0))
                     delay = min(delay * 2, _LONGEST_RETRY)
                 else:
@@ -241,18 +241,19 @@ class Sequence:
                 return
 
     def _give_up(self, top: Position) -> None:
-        # Told first: those who are told are no members any more, and what follows is not for them.
+        # Before anything else is delivered: the present members are out then, and what follows is not for
+        # them.
         self._lost()
         self.last = top
         self._tail = None
 
-    # Coming back
+    # Recovery
 
     async def recover(self, since: Position | None) -> tuple[list[Entry] | None, Position]:
-        """What lies between ``since`` and ``last`` (``None``: not all of it is known), and ``last``.
+        """What lies between ``since`` and ``last`` (``None``: not all of it is there), and ``last``.
 
-        Nothing is delivered between the return and the caller's next ``await``: who attaches before it misses
-        nothing. ``since=None`` asks for the position only.
+        Nothing is delivered between the return and the caller's next ``await``: a member that attaches before
+        that misses nothing. ``since=None`` asks for the position only.
 
         Raises:
             BusUnavailable: the history could not be read.
@@ -265,7 +266,7 @@ class Sequence:
         if since is None:
             return None, last
         if since.offset > last.offset and since.epoch in ("", last.epoch):
-            # It has seen what has not reached this node yet.
+            # The client has got what has not reached this node yet.
             await self._read(full=False)
             last = self._known()
         if since.epoch not in ("", last.epoch) or since.offset > last.offset:

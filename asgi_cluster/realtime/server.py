@@ -1,4 +1,4 @@
-"""The ASGI servers that are known, and how their coroutines are run without a task.
+"""The ASGI servers that this package recognizes, and how their coroutines are run without a task.
 
 What is used of uvicorn and is not part of ASGI is named here, and looked at on each connection before it is
 used (by the outbox, where each call counts): what ``DIRECT`` lists exists and is of the expected kind. A
@@ -52,7 +52,7 @@ _said: set[str] = set()
 
 def known_server(send: Callable[..., Any]) -> tuple[Any, str]:
     """uvicorn's protocol object behind ``send`` (``None`` for anything else), and why it cannot be written to
-    directly, as far as that is known before the handshake.
+    directly, as far as that can be seen before the handshake.
     """
     owner = getattr(send, "__self__", None)
     if not type(owner).__module__.startswith(_UVICORN_SOCKETS):

@@ -128,9 +128,9 @@ class Socket:
         self.loop = asyncio.get_running_loop()
         self.handle: str | None = None
         self.user: str | None = None
-        """Whom it acts as."""
+        """The user that it acts as."""
         self.owner: str | None = None
-        """Whom its session belongs to, whoever it acts as."""
+        """The user of its session, which may be another one than ``user``."""
         self.began = 0
         """The latest logout (``RecentLogouts.last``) when it began."""
         self.state: Literal["connecting", "open", "closed"] = "connecting"
@@ -149,7 +149,7 @@ class Socket:
         """Begin to close the socket, from any thread. False when it is closed or being closed
         already, or when the server refused at once; what fails later is counted by ``hub.closes``.
 
-        Before the handshake is answered the close is remembered, and goes out right after it: browsers see no
+        Before the handshake is answered the close is kept, and goes out right after it: browsers see no
         code on a handshake that is refused. A client that does not read is cut off after ``close_timeout``
         seconds.
         """
@@ -207,7 +207,7 @@ class Socket:
             except (OSError, RuntimeError):
                 return False  # closed by the app or the client in the same moment
             except Exception:
-                # Whoever closes a thousand sockets must not stop at one.
+                # A caller that closes a thousand sockets must not stop at one.
                 logger.exception("a server failed to close a socket")
                 self.abort()
                 return False
@@ -290,7 +290,7 @@ class Socket:
 
     @property
     def transport(self) -> asyncio.WriteTransport | None:
-        """The server's transport, if the server is known."""
+        """The server's transport, if this package recognizes the server."""
         transport = getattr(self.server, "transport", None)
         return transport if hasattr(transport, "get_write_buffer_size") else None
 

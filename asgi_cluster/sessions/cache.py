@@ -1,15 +1,15 @@
-"""The node's local session cache: TTL, LRU, statistics, and the rules that keep it honest.
+"""The node's local session cache: TTL, LRU, statistics, and the rules that bound its age.
 
-Pure and synchronous: it does no I/O and takes its time from the lease's clock. Who reads the store does it in
-a *flight*:
+Pure and synchronous: it does no I/O and takes its time from the lease's clock. A *flight* is a read of the
+store that is under way:
 
     flight = cache.depart(handle)       # before the read is sent
     record = await store.read(handle)
     cache.land(flight, record)          # kept only if nothing happened in between
 
 An invalidation, a local write or a gap *detaches* the flights it touches: their result may be from before the
-change, so it is given to those who were already waiting and to nobody else. Entries are served only while
-their bucket's lease is live, at the moment they are returned.
+change, so their waiters get it, it is not cached, and later readers start a new flight. Entries are served
+only while their bucket's lease is live, at the moment they are returned.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class SessionCache:
         return entry
 
     def abort(self, flight: Flight) -> None:
-        """The read has ended, with or without an answer: nobody can join it any more."""
+        """The read has ended, with or without an answer: no reader can join it any more."""
         if self._flights.get(flight.handle) is flight:
             del self._flights[flight.handle]
 
@@ -205,7 +205,7 @@ class SessionCache:
                 del self._by_user[entry.record.user]
         return True
 
-    # Forgetting
+    # Invalidation
 
     def drop(self, handle: Handle) -> None:
         """The session changed, or is about to."""
@@ -222,7 +222,7 @@ class SessionCache:
         for handle in [h for h, e in self._flushed.items() if e.record is not None and e.record.user == user]:
             if handle != keep:
                 del self._flushed[handle]
-        # Whose sessions are being read is not known yet, but they live in the user's bucket.
+        # A flight has no user yet, but the user's sessions live in the user's bucket.
         self._detach_bucket(bucket_of(user))
 
     def flush(self, buckets: frozenset[int] | None = None) -> None:

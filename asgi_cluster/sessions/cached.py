@@ -36,13 +36,12 @@ class CachedStore:
         """The record (or its absence), at most one lease old with respect to changes made through this
         library.
 
-        One read of the store serves everybody who asked before it was overtaken by a change. Raises as the
-        store.
+        Concurrent reads share one read of the store, until a change overtakes it. Raises as the store.
         """
         return self.cache.get(handle) or await self.fetch(handle, timeout=timeout)
 
     async def fetch(self, handle: Handle, *, timeout: float) -> Entry:
-        """The same, when the cache has just been asked in vain. Raises as the store."""
+        """The same, after a miss: without another look at the cache. Raises as the store."""
         loop = asyncio.get_running_loop()
         flight = self.cache.flight(handle)
         if (
@@ -57,7 +56,7 @@ class CachedStore:
             except TimeoutError as error:
                 raise StoreUnavailable(f"no answer within {timeout:.2f} s") from error
             except asyncio.CancelledError:
-                # Either this request was cancelled, or the one that flew: then this one reads for itself.
+                # Either this request was cancelled, or the one that had begun the read: then this one reads.
                 if not flight.waiters.cancelled() or _cancelling():
                     raise
         return await self._fly(self.cache.depart(handle), loop, timeout)
@@ -71,7 +70,7 @@ class CachedStore:
             self.cache.abort(flight)
             if isinstance(error, StoreUnavailable):
                 landed.set_exception(error)
-                landed.exception()  # nobody need be waiting
+                landed.exception()  # retrieved here: there may be no waiter
             else:
                 landed.cancel()
             raise
@@ -90,9 +89,9 @@ class CachedStore:
 
     @contextmanager
     def _changing(self, handle: Handle) -> Iterator[None]:
-        # Before: nobody on this node may read the old value once the write can have happened. After, whatever
-        # became of it: a read that departed in between may have seen the old value, and an unknown outcome
-        # counts as changed.
+        # Before the write: no read on this node may get the old value once the write can have happened. After
+        # it, whatever its outcome: a read that departed in between may have got the old value, and an unknown
+        # outcome counts as changed.
         self.cache.drop(handle)
         try:
             yield

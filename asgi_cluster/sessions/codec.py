@@ -51,7 +51,7 @@ def encode_value(key: object, value: Any, known: bytes | None = None) -> bytes:
 
 
 class Decoded:
-    """The values of a record, decoded once for everybody as far as they cannot be changed.
+    """The values of a record. Those that cannot be changed are decoded once for all requests.
 
     Lists and dicts stay bytes, decoded anew for each request: no two requests share an object that one of
     them may change.

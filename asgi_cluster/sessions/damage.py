@@ -15,7 +15,7 @@ _REMEMBERED = 256
 
 
 class Damage:
-    """What was found damaged. A record that is asked for with every request fills no log."""
+    """What was found damaged. A record that is read with every request is logged once."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -23,7 +23,7 @@ class Damage:
         self._logged: OrderedDict[Handle, None] = OrderedDict()
 
     def found(self, handle: Handle, what: str) -> None:
-        """The record of ``handle`` is damaged: ``what`` says how, without a word of its contents."""
+        """The record of ``handle`` is damaged: ``what`` says how, without its contents."""
         self.count += 1
         if handle not in self._logged:
             logger.error("session %s %s: treated as missing", handle, what)

@@ -1,4 +1,4 @@
-"""A dict that knows whether it was looked at and whether it was changed, as Starlette 1.x's sessions do."""
+"""A dict that notes whether it was read and whether it was changed, as Starlette 1.x's sessions do."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class SessionData(dict[str, Any]):
     """The mapping half of a session.
 
     ``accessed`` and ``modified`` are Starlette's flags. Every look at it goes through ``mark_accessed`` and
-    every change through ``mark_modified``, which is where an unavailable store and a response under way speak
-    up.
+    every change through ``mark_modified``, which raise when the store is unavailable or the response has
+    started.
     """
 
     accessed: bool = False

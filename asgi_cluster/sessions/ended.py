@@ -45,7 +45,7 @@ class SessionEnded:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def is_set(self) -> bool:
-        """Whether it has ended, as far as this node has been told."""
+        """Whether it has ended, as far as this node has received that."""
         return self._over
 
     async def wait(self) -> None:
@@ -88,13 +88,13 @@ class SessionEnded:
         return False
 
     def doubt(self) -> None:
-        """It may have ended: whoever waits asks the store. From any thread."""
+        """It may have ended: a waiter asks the store. From any thread."""
         if self._loop is None:
             return
         try:
             self._loop.call_soon_threadsafe(self._wake)
         except RuntimeError:
-            return  # its loop is closed, and whoever waited is gone
+            return  # its loop is closed, and the waiter is gone
 
     def _wake(self) -> None:
         for waiter in self._waiters:

@@ -1,4 +1,4 @@
-"""Who has acknowledged the end of a session, and what the caller is told."""
+"""Which nodes have acknowledged the end of a session, and the receipt for the caller."""
 
 from __future__ import annotations
 
@@ -96,11 +96,11 @@ class Acknowledgements:
         return pending
 
     def close(self, pending: PendingAck) -> None:
-        """Nobody waits any more."""
+        """The caller does not wait any more."""
         self._pending.pop(pending.id, None)
 
     def answer(self, request: str, node: str, sockets: int) -> None:
-        """An answer came. One that comes too late says no more than that its node is there."""
+        """An answer came. One that comes too late only shows that its node answers again."""
         self._silent.discard(node)
         pending = self._pending.get(request)
         if pending is not None:
@@ -109,7 +109,7 @@ class Acknowledgements:
     async def wait_for(self, pending: PendingAck, nodes: Collection[str], *, timeout: float) -> bool:
         """Whether all of ``nodes`` have answered within ``timeout`` seconds.
 
-        A node that let an earlier request run out of its time, and has answered none since, is given a
+        A node that did not answer an earlier request in time, and has answered none since, is given a
         moment: a node that crashed would cost every logout the whole timeout until it is taken off the
         registry.
         """

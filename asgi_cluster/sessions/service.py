@@ -1,4 +1,4 @@
-"""What a session needs of its cluster, in one place: the store, and the words that go over the bus."""
+"""What a session needs of its cluster, in one place: the store, and the messages that go over the bus."""
 
 from __future__ import annotations
 

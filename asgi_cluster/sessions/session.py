@@ -38,7 +38,7 @@ class Session(StoredSession):
     ``clear()`` is a logout; what is written after it starts a new anonymous session.
     """
 
-    # What it is
+    # State
 
     @property
     def handle(self) -> Handle | None:
@@ -60,7 +60,7 @@ class Session(StoredSession):
 
     @property
     def version(self) -> int:
-        """How often it was written, as far as this request knows; 0 while it is not stored."""
+        """How often it was written when this request read or saved it; 0 while it is not stored."""
         self.mark_accessed()
         return 0 if self._record is None else self._record.version
 
@@ -99,7 +99,7 @@ class Session(StoredSession):
             watched = self.watched = self._service.watch(record)
         return watched
 
-    # Who it is
+    # Login and logout
 
     async def login(self, user_id: str, lifetime: float | timedelta | None = None) -> None:
         """Sign ``user_id`` in: a new handle and a new secret; the old ones are dead when this returns. Those
@@ -128,7 +128,8 @@ class Session(StoredSession):
             dict.clear(self)
             self.touched = frozenset()
         elif self._lost:
-            # Whose session is over may keep what it put here since, and nothing of what that session held.
+            # The session is over: what this request has put here since stays, what the session held is
+            # dropped.
             for key in [key for key in dict.keys(self) if key not in self.touched]:
                 dict.pop(self, key)
         config = self._service.config
@@ -183,8 +184,8 @@ class Session(StoredSession):
         """End this session on every node and close its sockets with 4501 and ``reason``.
 
         Returns when every registered node has acknowledged, or after ``timeout`` (seconds or a
-        ``timedelta``); the receipt says which. A node that let an earlier logout run out of its time is given
-        0.1 s, until it answers again. Without a stored session there is nothing to end.
+        ``timedelta``); the receipt says which. A node that did not answer an earlier logout in time is
+        given 0.1 s, until it answers again. Without a stored session there is nothing to end.
 
         Raises:
             StoreUnavailable: it could not be stored; the session goes on, unless ``outcome_unknown``.
@@ -209,7 +210,7 @@ class Session(StoredSession):
         self._unbind()
         return receipt
 
-    # Keeping it
+    # Reloading and locking
 
     async def reload(self) -> bool:
         """Read it again from the store, past the cache; unsaved changes are dropped. False when it is over.
@@ -236,14 +237,14 @@ class Session(StoredSession):
         """One request at a time: hold the session's lock, with fresh data, and save before giving it back.
 
         ``wait`` is how many seconds to try, ``hold`` for how long at most the lock is held: work that takes
-        longer is no longer alone. A session that is not stored needs no lock: nobody else has it.
+        longer is no longer alone. A session that is not stored needs no lock: no other request has it.
 
         Each step has the cluster's ``deadline`` for itself: each try to take the lock, reading, saving, and
         giving it back. So it is given back whatever became of the work; a store that cannot be reached then
         is logged, and the lock expires after ``hold``.
 
         Raises:
-            TimeoutError: somebody else held it for all of ``wait``.
+            TimeoutError: another request held it for all of ``wait``.
             StoreUnavailable: as ``save``. If the lock could not be taken and ``outcome_unknown`` is true, it
                 may be held until ``hold`` is over.
         """

@@ -5,8 +5,8 @@ requests that change different keys do not undo each other. All times inside a s
 clock; what leaves it is a remaining duration, so that no two clocks are ever compared.
 
 Every method takes ``timeout``, seconds, and raises ``StoreUnavailable`` when no reply came in that time. A
-method that changes something publishes ``message`` (see ``bus.messages``) to whoever watches the handle's
-bucket, *before* it changes it and in the same atomic step.
+method that changes something publishes ``message`` (see ``bus.messages``) to the nodes that watch the
+handle's bucket, *before* it changes it and in the same atomic step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ its user was logged out; nothing was written.
 
 UNKNOWN_NODES = "?"
 """In ``Ending.nodes``: the registry did not answer. No node has this id and none will acknowledge, so that
-who waits for all of them waits for the lease."""
+a caller that waits for all of them waits for the lease."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,8 +113,8 @@ class SessionStore(Protocol):
     """Where sessions live."""
 
     def run_id(self, bucket: int) -> str | None:
-        """Who answers for a bucket now: another one may lack the last changes. ``""``: one that loses
-        nothing; ``None``: not known.
+        """The server that holds a bucket now: another one may lack the last changes. ``""``: one that
+        loses nothing; ``None``: not connected.
         """
         ...
 
@@ -123,8 +123,8 @@ class SessionStore(Protocol):
         ...
 
     async def create(self, draft: Draft, *, timeout: float) -> float:
-        """Store a new session; with a user, enter it in the user's index. Publishes nothing: nobody can know
-        it. Its ``created_at``.
+        """Store a new session; with a user, enter it in the user's index. Publishes nothing: no node
+        can have cached it. Its ``created_at``.
         """
         ...
 
@@ -193,7 +193,7 @@ class SessionStore(Protocol):
         ...
 
     async def lock(self, handle: Handle, *, token: str, hold: float, timeout: float) -> bool:
-        """Take the session's lock for ``hold`` seconds. False when somebody has it."""
+        """Take the session's lock for ``hold`` seconds. False when another caller has it."""
         ...
 
     async def unlock(self, handle: Handle, *, token: str, timeout: float) -> bool:

@@ -1,6 +1,6 @@
 """A session as the middleware sees it: read, compared, saved, and never more than it was.
 
-It remembers the record it was read from, and at save time sends what differs, key by key. It never writes a
+It keeps the record it was read from, and at save time sends what differs, key by key. It never writes a
 record that it did not read or create itself, so a request that was under way during a logout cannot bring the
 session back.
 """
@@ -46,7 +46,8 @@ class StoredSession(SessionData):
     it.
     """
 
-    # What every session has. A session that nobody looks at, as an idle socket's, then needs no __dict__.
+    # What every session has. A session that the app does not use, as an idle socket's, needs no __dict__
+    # then.
     __slots__ = ("_headers_sent", "_scope", "_service")
 
     # Class-level defaults in place of more slots: most requests change none of them, and setting fourteen
@@ -148,7 +149,7 @@ class StoredSession(SessionData):
                 self._secret = secret.decode()
 
     def unwatch(self) -> None:
-        """The request is over: nobody waits for the session's end any more."""
+        """The request is over: the session's end is not waited for any more."""
         if self.watched is not None:
             self._service.unwatch(self.watched)
 
@@ -250,7 +251,7 @@ class StoredSession(SessionData):
                 names = ", ".join(repr(key) for key in (*changed, *removed))
                 raise RuntimeError(f"the session was changed after the response started; lost: {names}")
 
-    # Keeping it
+    # Saving
 
     async def save(self) -> bool:
         """Store what has changed. False when the session was ended meanwhile: nothing was written, and
@@ -286,7 +287,7 @@ class StoredSession(SessionData):
             return await self._touch_when_due(record)
         return await self._write(record, changed, removed)
 
-    # Inside
+    # Internals
 
     def _bind(self, entry: Entry, record: Record) -> None:
         self._record = record
@@ -298,7 +299,7 @@ class StoredSession(SessionData):
         try:
             entry.fill(self)
         except msgspec.DecodeError:
-            # Not the visitor's fault and not worth a logout of everybody: this one session is unreadable.
+            # A damaged record concerns this session only: it is treated as missing.
             self._service.store.damage.found(record.handle, "holds a value that cannot be read")
             self._lose()
 
@@ -310,7 +311,8 @@ class StoredSession(SessionData):
         if extensible and self._service.rolling:
             # The first use in each tenth of the clock, also by a request that writes and so extends the
             # session itself: else a session that every request writes would never have its cookie renewed.
-            # The last use is known to a round trip only: around the border there may be one renewal too many.
+            # The time of the last use is right to one round trip: near a border there may be one renewal too
+            # many.
             self._touch_at -= self._touch_at % (record.idle * _TOUCH_AFTER)
 
     def _unbind(self) -> None:
@@ -331,7 +333,7 @@ class StoredSession(SessionData):
             raise RuntimeError(f"{what} needs a cookie to be set, and the response headers have been sent")
 
     async def _read_again(self) -> None:
-        """For what has to know whether there is a session behind an empty one that stands for a failed read.
+        """Read again where an empty session stands for a failed read.
 
         Raises:
             StoreUnavailable: it cannot be read now either.
@@ -459,10 +461,11 @@ class StoredSession(SessionData):
     ) -> Record:
         """End the session that ``record`` replaces. ``known`` is what of it went into ``record``, besides the
         request's ``own`` keys. What other requests have written meanwhile goes there first: the session is
-        ended only as it is known, so that nothing is lost when this fails. ``None``: nothing is carried over.
+        ended only if it has not changed since, so that nothing is lost when this fails. ``None``: nothing is
+        carried over.
         """
         old = self._record
-        # An anonymous session gives nobody any right: nodes may take a lease to stop serving it.
+        # An anonymous session gives no rights: nodes may serve it until their lease lapses.
         anonymous = old is not None and old.user is None
         expected = None if known is None or old is None else old.write_id
         for _ in range(_TRIES):

@@ -1,13 +1,14 @@
-"""What this node knows to be over, for the case that the store forgets it.
+"""Sessions that have ended, kept by this node in case that the store loses the end.
 
 Replication is asynchronous: a primary that dies can take its last writes along, a logout among them, and then
-the session lives on the next one. Whoever has committed a logout, or has heard that one was committed,
-remembers for a while which server that was. When another one answers for that bucket, the store is asked
-about each of these sessions, and those that it still has are ended again. Until then this node serves none of
-them, whatever the store says. A handle is never used twice, so that nothing but the lost session can be hit.
+the session lives on the next one. Every node that has committed a logout, or has received the message of one,
+keeps for a while the handle and the server that had it. When another server answers for that bucket, the
+store is asked about each of these sessions, and those that it still has are ended again. Until then this node
+serves none of them, whatever the store says. A handle is never used twice, so that nothing but the lost
+session can be hit.
 
-A logout of all sessions of a user is remembered in the same way, as the handles that it ended, and not by the
-epoch that it replaced: who signs in after the failover gets that epoch again.
+A logout of all sessions of a user is kept in the same way, as the handles that it ended, and not by the
+epoch that it replaced: a login after the failover gets that epoch again.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _LIMIT = 10_000
 _KEPT = 600.0
 _LOOK_EVERY = 1.0
 _SPREAD = 1.0
-"""Seconds. All nodes that remember ask after a failover; spread, most find that another has done it."""
+"""Seconds. All nodes with the handle ask after a failover; spread, most find that another has ended it."""
 _AT_ONCE = 64
 _UNKNOWN = "?"
 """No server has this run id: the store is asked about the session at the next look."""
@@ -58,7 +59,7 @@ class Tombstones:
         self._clock = clock
         self._limit = limit
         self._kept = kept
-        self._stones: dict[Handle, tuple[str, float]] = {}  # which server had it, until when; oldest first
+        self._stones: dict[Handle, tuple[str, float]] = {}  # the server that had it, until when; oldest first
         self._servers: Counter[tuple[int, str]] = Counter()  # how many stones of a bucket each has
 
     def __len__(self) -> int:
@@ -73,7 +74,7 @@ class Tombstones:
     def remember(self, handle: Handle, run_id: str) -> None:
         """``handle`` was ended on the server ``run_id``; ``""``: one that loses nothing.
 
-        Only for what is known to be committed. One that is in doubt may be alive with every right to be.
+        Only for ends that are committed. A session whose end is in doubt may rightly be alive.
         """
         self._forget(handle)
         if not run_id:
@@ -142,7 +143,7 @@ class Tombstones:
             logger.warning("%d sessions that are over were in the store: ended again", ended)
 
     async def _end_again(self, handle: Handle) -> bool | None:
-        """Whether it had to be; ``None``: not known."""
+        """Whether it had to be; ``None``: the store did not answer."""
         # Before the question: if the server changes again meanwhile, it will be asked again.
         run_id = self._store.run_id(_bucket(handle))
         if run_id is None:

@@ -17,7 +17,7 @@ const panel = new Panel();
 let client = null;
 let user = null;
 let leaving = false; // this very window signs out: it needs no explanation
-let redis = null; // whether the node of our socket has Redis; null while that is not known
+let redis = null; // whether the node of our socket has Redis; null while that is unknown
 let pulseTimer = null;
 
 // Session
@@ -135,7 +135,7 @@ function open() {
       void whoIsHere(board);
     },
     publication: ({ data, info, recovered }) => {
-      // Only the server puts changes here without a sender; what people publish themselves is not the board's word.
+      // Only the server puts changes here without a sender; what people publish themselves does not change the board.
       if (!info) notes.changed(data);
       else if (data?.type === "heart" && !recovered) heart(info.user);
     },
@@ -166,7 +166,7 @@ function close() {
 }
 
 async function whoAmI() {
-  // The cookie may have changed under us: somebody signed in as another person in another window.
+  // The cookie may have changed: another window may have signed in as another person.
   const me = await api.me().catch(() => null);
   if (!me?.user) return;
   user = people.me = me.user;
@@ -178,7 +178,7 @@ async function whoIsHere(board) {
   try {
     people.replace(await board.presence());
   } catch {
-    // A guess is better than an empty row: joins and leaves still tell who comes and goes.
+    // A guess is better than an empty row: joins and leaves still say who comes and goes.
     people.joined({ client: client?.id ?? "me", user });
   }
 }

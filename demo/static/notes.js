@@ -26,7 +26,7 @@ export class Notes {
     });
   }
 
-  /** Where drags are told while they last: a function, or null while signed out. */
+  /** Called with each drag while it lasts: a function, or null while signed out. */
   set live(publish) {
     this.#live = publish;
   }
@@ -81,7 +81,7 @@ export class Notes {
     this.#count();
   }
 
-  /** Somebody else is dragging a note. */
+  /** Another person is dragging a note. */
   dragged({ id, x, y, end }, who) {
     const shown = this.#elements.get(id);
     if (!shown || shown.classList.contains("held")) return;
@@ -94,7 +94,7 @@ export class Notes {
     shown.dataset.holder = who;
     shown.style.setProperty("--hue", hue(who));
     shown.releaseTimer = setTimeout(() => {
-      // Their last word may be lost; what the board says counts.
+      // Their last message may be lost; the board's position counts.
       delete shown.dataset.holder;
       const note = this.#state.notes.get(id);
       if (note) this.#place(shown, note.x, note.y);

@@ -1,12 +1,12 @@
 /**
- * What is on the board, as far as this window knows.
+ * What is on the board, as far as this window has received it.
  *
  * Every change carries the next version of the whole board. So the order in which changes arrive does not matter (a note keeps its
  * highest version), and a hole in the numbers shows that one was missed.
  */
 export class BoardState {
   notes = new Map();
-  version = 0; // everything up to here is known
+  version = 0; // everything up to here has been received
   #ahead = new Set(); // versions that came before their predecessors
   #gone = new Map(); // id -> version, so that a late edit does not bring a deleted note back
 
@@ -28,7 +28,7 @@ export class BoardState {
     return true;
   }
 
-  /** The whole board at one version; later changes that are known already stay. */
+  /** The whole board at one version; later changes that have been received already stay. */
   replace(version, notes) {
     const there = new Set(notes.map((note) => note.id));
     for (const [id, note] of this.notes) {
@@ -38,7 +38,7 @@ export class BoardState {
       const known = Math.max(this.notes.get(note.id)?.version ?? 0, this.#gone.get(note.id) ?? 0);
       if (note.version > known) this.notes.set(note.id, note);
     }
-    // A lower version than we know: Redis was emptied. Its numbers start again, and ours mean nothing.
+    // A lower version than ours: Redis was emptied. Its numbers start again, and ours mean nothing.
     if (version < this.version) {
       this.notes = new Map(notes.map((note) => [note.id, note]));
       this.#ahead.clear();

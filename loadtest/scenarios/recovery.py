@@ -16,7 +16,7 @@ ROOMS, CLIENTS, EACH, NODES = 20, 200, 5, 3
 
 
 def run(options: argparse.Namespace, say: Say) -> Result:
-    columns = ["received", "expected", "lost untold", "told", "twice", "out of order", "reconnects"]
+    columns = ["received", "expected", "lost unreported", "reported", "twice", "out of order", "reconnects"]
     result = Result("recovery", ABOUT, [*columns, "recovered p50 ms", "p99 ms"])
     names = [f"kept:{number}" for number in range(ROOMS)]
     last = dict.fromkeys(names, 0)
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace, say: Say) -> Result:
         percentile(times, 0.5),
         percentile(times, 0.99),
     )
-    result.require(f"{outcome.lost} messages lost without a word", outcome.lost == 0)
+    result.require(f"{outcome.lost} messages lost without a report", outcome.lost == 0)
     result.require(
         f"{outcome.doubled} twice, {outcome.disordered} out of order",
         outcome.doubled == outcome.disordered == 0,

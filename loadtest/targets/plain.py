@@ -27,10 +27,7 @@ def make(url: str, prefix: str) -> Subject:
         except (WebSocketDisconnect, RuntimeError):
             return
 
-    async def publish(value: dict[str, Any]) -> None:
-        raise NotImplementedError
-
-    return Subject(Starlette(routes=[WebSocketRoute("/ws", socket)]), publish)
+    return Subject(Starlette(routes=[WebSocketRoute("/ws", socket)]))
 
 
 def make_tutorial(url: str, prefix: str) -> Subject:

@@ -1,7 +1,7 @@
 """Cached reads beside ten sessions and beside very many: ``python -m loadtest.targets.stored``.
 
 Prints one JSON object. Two clusters in one process on one Redis: one has ten sessions, stored and cached; the
-other as many as it is told to, and a full cache. Blocks of requests to them take turns.
+other as many as it is asked for, and a full cache. Blocks of requests to them take turns.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
 
 import pytest
@@ -77,6 +78,18 @@ async def two_windows(context: BrowserContext, demo: Demo) -> tuple[Page, Page]:
     two = await window(context, demo, 2)
     await expect(two.locator("#connection")).to_have_text("live")
     return one, two
+
+
+@asynccontextmanager
+async def another_device(chromium: Browser, demo: Demo, name: str) -> AsyncIterator[Page]:
+    """A window in another browser, on the second node, that has signed in by itself."""
+    device = await chromium.new_context()
+    try:
+        page = await window(device, demo, 2)
+        await sign_in(page, name)
+        yield page
+    finally:
+        await device.close()
 
 
 async def put_up(page: Page, text: str) -> None:
@@ -252,16 +265,11 @@ async def test_signing_out_locks_the_windows_on_other_devices(
     """Another browser of the same user, with a session of its own, locks as well."""
     one = await window(context, demo, 1)
     await sign_in(one, "Ada")
-    device = await chromium.new_context()
-    try:
-        two = await window(device, demo, 2)
-        await sign_in(two, "Ada")
+    async with another_device(chromium, demo, "Ada") as two:
         await one.get_by_role("button", name="Sign out everywhere").click()
         await expect(two.get_by_role("alertdialog")).to_be_visible()
         await expect(two.locator("#lock-text")).to_contain_text("Ada signed out on node-1, at ")
         await expect(one.get_by_text("Signed out: 2 sockets closed on 3 nodes")).to_be_visible()
-    finally:
-        await device.close()
 
 
 async def test_change_that_a_visitor_made_up_is_ignored(context: BrowserContext, demo: Demo) -> None:
@@ -287,18 +295,13 @@ async def test_other_people_stay_signed_in(context: BrowserContext, chromium: Br
     """A sign-out ends the sessions of that user only; who is here is right before and after."""
     one = await window(context, demo, 1)
     await sign_in(one, "Ada")
-    other = await chromium.new_context()
-    try:
-        two = await window(other, demo, 2)
-        await sign_in(two, "Grace")
+    async with another_device(chromium, demo, "Grace") as two:
         for page in (one, two):
             await expect(page.locator("#people li")).to_have_count(2)
         await one.get_by_role("button", name="Sign out everywhere").click()
         await expect(two.locator("#people li")).to_have_count(1)
         await expect(two.locator("#people li")).to_have_attribute("title", "Grace (you)")
         await expect(two.locator("#connection")).to_have_text("live")
-    finally:
-        await other.close()
 
 
 async def test_window_comes_back_when_its_node_was_killed(context: BrowserContext, demo: Demo) -> None:

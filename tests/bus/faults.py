@@ -390,24 +390,24 @@ PREFACE = f"""# Faults, and what a node does
 Written by `uv run --group test python -m tests.bus.faults`, against real servers. One node writes 16 sessions all the time,
 another reads them through its cache (lease {LEASE:g} s, deadline {DEADLINE:g} s) and is hit by the fault.
 
-- *known after*: from the fault to the gap, at most {KNOWN_WITHIN:g} s. *No gap*: nothing was lost and nothing told.
+- *known after*: from the fault to the gap, at most {KNOWN_WITHIN:g} s. *No gap*: nothing was lost and no gap reported.
 - *trusted again*: from the moment the server answers (a new primary: is elected; slots: have moved) to a live
   lease, at most {TRUSTED_WITHIN:g} s.
 - *refused*: reads that raised `StoreUnavailable`; *longest*: the longest read, whatever came of it.
 - *stale*: reads older than the lease.
-- *gaps / reconnects*: as `stats()` counts them. *ready*: what the node said of itself meanwhile; false is right
-  while the store answers and the bus does not, and wrong while nobody answers, or while the cache may be trusted.
+- *gaps / reconnects*: as `stats()` counts them. *ready*: what the node reported meanwhile; false is right
+  while the store answers and the bus does not, and wrong while neither answers, or while the cache may be trusted.
 - *left*: tasks, connections and objects that were there after the nodes had been stopped, and not before.
 
 A row is met when the bounds hold, nothing was stale, nothing is left, and what `ready` and `stats()` said was true:
-looked at every 10 ms, and at the end against the gaps that were told.
+looked at every 10 ms, and at the end against the gaps that were reported.
 
 """
 PARTITION = f"""
 ## A partition in which the old primary still answers
 
 The limit of what is promised. Sentinels, replica and one node are on one side; the other node stays with the old
-primary, which answers it, and hears of no successor. Times are from the partition on, which lasts until 8 s after the
+primary, which answers it, and cannot see a successor. Times are from the partition on, which lasts until 8 s after the
 election. What the *cache* serves there is bounded, by a lease ({LEASE:g} s) from the last heartbeat on: an old primary that refuses
 writes proves nothing any more. It refuses them some time after the lag: it counts in whole seconds, and looks once in
 a second. Without `min-replicas-to-write` there is no bound, and the node says so when

@@ -95,7 +95,7 @@ class Split:
 
 @asynccontextmanager
 async def split_set(*options: str) -> AsyncIterator[Split]:
-    """Everybody, nodes and servers alike, reaches the first primary through one proxy."""
+    """All nodes and servers reach the first primary through one proxy."""
     async with AsyncExitStack() as stack:
         first = stack.enter_context(start_valkey(*_SOON, *options))
         primary = await stack.enter_async_context(Proxy(first.url))

@@ -153,7 +153,7 @@ async def test_a_slot_that_moves_is_a_gap_of_its_bucket_alone(cluster: RedisClus
 
 
 async def test_many_slots_that_move_lose_no_message_without_a_gap(cluster: RedisCluster, prefix: str) -> None:
-    """Messages are published all the while: whatever bucket missed one has been told of a gap."""
+    """Messages are published all the while: each bucket that missed one has had a gap."""
     async with opened(cluster.url, prefix) as node, opened(cluster.url, prefix) as publisher:
         source, target = cluster.primaries()[:2]
         slots = sorted({slot_of(f"{{{b:02x}}}") for b in range(256)})

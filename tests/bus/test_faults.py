@@ -32,8 +32,8 @@ async def test_a_node_that_ignores_invalidations_is_found_out(monkeypatch: pytes
 @pytest.mark.faults
 @pytest.mark.parametrize("lag", LAGS)
 async def test_a_partition_in_which_the_old_primary_answers(lag: int | None) -> None:
-    """What the cache serves there is bounded when the server is told to be; without, it is not, and this says
-    so. Afterwards the node follows the new primary as soon as it hears a sentinel again.
+    """What the cache serves there is bounded with ``min-replicas-to-write``; without, it is not, and this
+    says so. Afterwards the node follows the new primary as soon as a sentinel reaches it again.
     """
     limit = await partition(lag)
     assert limit.met, " | ".join(limit.cells())

@@ -146,7 +146,7 @@ async def test_a_channel_that_moves_while_it_is_left_does_not_shift_the_replies(
 
 
 async def test_an_unasked_unsubscribe_is_told() -> None:
-    """The channel has moved away, and somebody has to know."""
+    """The channel has moved away: the push handler gets that."""
     told: list[tuple[Any, ...]] = []
     async with FakeServer() as server, linked(server.url, lambda *event: told.append(event)) as link:
         await link.subscribe("SSUBSCRIBE", [["a"], ["b"]])
@@ -165,8 +165,8 @@ async def test_a_reply_that_nobody_asked_for_breaks_the_link() -> None:
 
 
 async def test_the_number_of_waiting_commands_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that does not answer gets no more than so many, and the next caller is told that nothing was
-    sent.
+    """A server that does not answer gets no more than so many, and the next caller gets an error that says
+    that nothing was sent.
     """
     monkeypatch.setattr("asgi_cluster.backends.redis.link._MAX_PENDING", 10)
     async with FakeServer({b"GET": b""}) as server, linked(server.url) as link:

@@ -54,7 +54,7 @@ def cut_off(primary: Server, replica: Server) -> None:
 
 
 class Visitor:
-    """A browser that keeps its cookie, whatever it is told: a thief's, say."""
+    """A browser that keeps its cookie, whatever the answer: a thief's, say."""
 
     def __init__(self, cookie: str = "") -> None:
         self.cookie = cookie
@@ -99,8 +99,8 @@ FAULTS = pytest.mark.faults
     ],
 )
 async def test_a_logout_that_a_failover_lost(prefix: str, way: str) -> None:
-    """The session is back on the new primary, a node that knows nothing serves it; when those that remember
-    arrive it ends again, everywhere, with its sockets. What the user began meanwhile goes on.
+    """The session is back on the new primary, a node without the tombstone serves it; when the nodes that
+    have it arrive it ends again, everywhere, with its sockets. What the user began meanwhile goes on.
     """
     visitor = Visitor()
     with start_valkey() as old, replica_of(old) as new:
@@ -120,7 +120,7 @@ async def test_a_logout_that_a_failover_lost(prefix: str, way: str) -> None:
                 case "by the session":
                     await visitor.post(there.url, "/logout")
                 case "by another node":
-                    # Whoever did it goes with the primary: those who heard of it remember.
+                    # The node that did it goes with the primary: those that received the message have it.
                     await second.session(handle).logout()
                     await origin.aclose()
                 case "all of the user":
@@ -154,7 +154,7 @@ async def test_a_logout_that_a_failover_lost(prefix: str, way: str) -> None:
 
 @pytest.mark.parametrize("way", ["by the session", "all of the user"])
 async def test_a_logout_that_a_restart_from_a_snapshot_lost(prefix: str, way: str) -> None:
-    """The server comes back with the ended session. No node that heard of the logout serves it for a moment,
+    """The server comes back with the ended session. No node that received the logout serves it for a moment,
     nor lists it; then it is ended again.
     """
     visitor, other = Visitor(), Visitor()
@@ -189,7 +189,7 @@ async def test_a_logout_that_a_restart_from_a_snapshot_lost(prefix: str, way: st
 
 
 async def test_the_receipt_says_how_many_replicas_have_it(prefix: str) -> None:
-    """``wait_replicas``: 1 while the replica follows, 0 when it does not, None when nobody asked."""
+    """``wait_replicas``: 1 while the replica follows, 0 when it does not, None without the option."""
     with start_valkey() as primary, replica_of(primary) as replica:
         await in_sync(primary, replica)
         asking = Cluster(primary.url, prefix=prefix, sessions=SessionConfig(wait_replicas=1))
@@ -207,7 +207,7 @@ async def test_the_receipt_says_how_many_replicas_have_it(prefix: str) -> None:
 
 @pytest.mark.parametrize("kind", ["end", "end_all"])
 async def test_a_logout_that_is_refused_is_not_heard_of(prefix: str, kind: str) -> None:
-    """A demoted primary takes no writes and carries messages: nobody may remember what did not happen."""
+    """A demoted primary takes no writes and carries messages: no node may keep an end that did not happen."""
     with start_valkey() as server:
         async with opened(server.url, prefix) as node:
             heard: list[bytes] = []
@@ -229,7 +229,7 @@ async def test_a_logout_that_is_refused_is_not_heard_of(prefix: str, kind: str) 
 
 
 async def test_a_logout_everywhere_says_what_it_ended(valkey: Server, prefix: str) -> None:
-    """Those that were living, by their handles; not the one that is kept, and nobody else's."""
+    """Those that were living, by their handles; not the one that is kept, and no other user's."""
     async with node(valkey.url, prefix) as one, node(valkey.url, prefix) as two:
         store = one.service.store
         kept, *ended = [await create(store, "ada") for _ in range(20)]
@@ -243,7 +243,7 @@ async def test_a_logout_everywhere_says_what_it_ended(valkey: Server, prefix: st
 
 
 async def test_a_logout_in_doubt_is_not_remembered(valkey: Server, prefix: str) -> None:
-    """Lost on the way there: nobody knows of it, so nobody may do it later."""
+    """Lost on the way there: no node has committed it, so no node may do it later."""
     async with Proxy(valkey.url) as proxy, node(proxy.url, prefix) as cluster:
         store = cluster.service.store
         made = await create(store)
@@ -281,7 +281,7 @@ async def test_what_is_remembered_is_bounded(valkey: Server, prefix: str) -> Non
         stones.remember(new_handle(None), "")
         running = asyncio.ensure_future(stones.run())
         try:
-            # Nobody has them: each is asked about once, and then belongs to the server that said so.
+            # No server has them: each is asked about once, and then belongs to the server that answered.
             await eventually(lambda: not stones._doubtful_servers(), timeout=5)
             assert len(stones) == 100
             now = 60.0
@@ -292,7 +292,7 @@ async def test_what_is_remembered_is_bounded(valkey: Server, prefix: str) -> Non
 
 
 async def test_a_logout_of_very_many_sessions_says_a_thousand(valkey: Server, prefix: str) -> None:
-    """Those that would have lived longest; whoever asked for it knows them all."""
+    """Those that would have lived longest; the node that asked for it has them all."""
     async with node(valkey.url, prefix) as one, node(valkey.url, prefix) as two:
         store = one.service.store
         short = [await create(store, "ada", idle=50.0) for _ in range(20)]
@@ -336,8 +336,8 @@ async def test_a_logout_that_sentinel_lost(prefix: str, way: str) -> None:
 @pytest.mark.faults
 @pytest.mark.parametrize("way", ["by the session", "all of the user"])
 async def test_a_logout_that_a_redis_cluster_lost(prefix: str, way: str) -> None:
-    """Whoever did it goes with the primary of that session; the replica that is elected does not know of it,
-    the nodes that are left do.
+    """The node that did it goes with the primary of that session; the replica that is elected does not have
+    it, the nodes that are left do.
     """
     visitor, other = Visitor(), Visitor()
     with start_redis_cluster() as servers:

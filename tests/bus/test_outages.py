@@ -73,7 +73,9 @@ async def test_an_echo_that_is_refused_renews_nothing(prefix: str) -> None:
 
 
 async def test_a_stopped_server_is_noticed_and_trusted_again(prefix: str) -> None:
-    """SIGSTOP: known within 2 s, the lease over before anybody is told; SIGCONT: trusted again within 1 s."""
+    """SIGSTOP: known within 2 s, the lease over before the gap is reported; SIGCONT: trusted again within 1
+    s.
+    """
     with start_valkey() as server:
         async with opened(server.url, prefix) as node:
             await node.bus.subscribe("r")
@@ -119,7 +121,7 @@ async def test_a_killed_server_is_survived(prefix: str) -> None:
 
 
 async def test_a_killed_client_keeps_its_incarnation(valkey: Server, prefix: str) -> None:
-    """CLIENT KILL: a gap, and the same node as before: a mere reconnect must cost nobody his presence."""
+    """CLIENT KILL: a gap, and the same node as before: a mere reconnect must not cost presence."""
     async with opened(valkey.url, prefix) as node:
         await node.bus.subscribe("r")
         before = node.bus.identity()
@@ -132,7 +134,7 @@ async def test_a_killed_client_keeps_its_incarnation(valkey: Server, prefix: str
 
 
 async def test_flights_of_an_outage_are_detached_at_the_subscribe_ack(valkey: Server, prefix: str) -> None:
-    """A read sent while nothing was heard must not be kept once the lease is back: a second gap says so,
+    """A read sent while no message arrived must not be kept once the lease is back: a second gap says so,
     before the lease.
     """
     async with opened(valkey.url, prefix) as node:
@@ -143,7 +145,7 @@ async def test_flights_of_an_outage_are_detached_at_the_subscribe_ack(valkey: Se
 
 
 async def test_a_black_hole_is_noticed(valkey: Server, prefix: str) -> None:
-    """No RST, no FIN, no bytes: the missing echo tells within 2 s."""
+    """No RST, no FIN, no bytes: the missing echo shows it within 2 s."""
     async with Proxy(valkey.url) as proxy, opened(proxy.url, prefix) as node:
         holed_at = time.monotonic()
         proxy.blackhole()
@@ -156,10 +158,7 @@ async def test_a_black_hole_is_noticed(valkey: Server, prefix: str) -> None:
 
 
 async def test_only_the_subscriber_is_cut_off(valkey: Server, prefix: str) -> None:
-    """A deaf node: the store answers and the echo does not.
-
-    It is not ready, and says so, until it hears again.
-    """
+    """The store answers and the echo does not: the node is not ready, until the echo comes again."""
     async with Proxy(valkey.url) as proxy, opened(proxy.url, prefix) as node:
         proxy.blackhole(only=b"SUBSCRIBE")
         await eventually(lambda: not node.backend.ready, timeout=3)
@@ -199,7 +198,7 @@ async def test_a_full_server_still_beats(prefix: str) -> None:
 
 
 async def test_a_command_whose_reply_is_lost_is_not_repeated(valkey: Server, prefix: str) -> None:
-    """It ran once, and the caller is told that the outcome is unknown."""
+    """It ran once, and the error says that the outcome is unknown."""
     async with Proxy(valkey.url) as proxy, opened(proxy.url, prefix) as node:
         proxy.swallow(b"INCR")
         with pytest.raises(StoreUnavailable) as error:
@@ -222,7 +221,7 @@ async def test_a_command_waits_for_the_reconnect(valkey: Server, prefix: str) ->
 
 
 async def test_a_command_that_comes_at_once_waits_too(valkey: Server, prefix: str) -> None:
-    """Whoever was just told that the connection broke may come again in the same breath."""
+    """A caller that gets the error of a broken connection may call again at once."""
     async with Proxy(valkey.url) as proxy, opened(proxy.url, prefix) as node:
         proxy.lose(b"ECHO")
         with pytest.raises(StoreUnavailable):
@@ -259,7 +258,7 @@ async def test_an_unasked_unsubscribe_is_a_gap(prefix: str) -> None:
         for writer in server.writers:
             writer.write(push(b"unsubscribe", channel, 1))
         await eventually(lambda: gaps(node))
-        assert gaps(node)[0][4] is False, "the lease is over when the gap is told"
+        assert gaps(node)[0][4] is False, "the lease is over when the gap is reported"
 
 
 async def test_a_receiver_that_fails_is_a_gap(

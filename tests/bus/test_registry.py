@@ -74,8 +74,8 @@ async def test_registration_lost_in_a_blocked_loop(
 
 @pytest.mark.faults
 async def test_a_dead_node_is_removed_within_six_seconds(valkey: Server, prefix: str) -> None:
-    """Cut off for good, without signing off: gone from the list, and the remover is told whose presence to
-    remove.
+    """Cut off for good, without signing off: gone from the list, and ``on_dead`` names the node whose
+    presence is to be removed.
     """
     dead: list[tuple[str, str]] = []
     async with (
@@ -100,7 +100,7 @@ async def test_a_dead_node_is_removed_within_six_seconds(valkey: Server, prefix:
 @pytest.mark.faults
 @pytest.mark.parametrize("stalled", [2.5, 6.0])
 async def test_the_living_are_not_removed_after_a_stall_of_the_server(prefix: str, stalled: float) -> None:
-    """For some seconds nobody could beat: that proves nothing against anybody."""
+    """For some seconds no node could beat: that does not show that one is dead."""
     with start_valkey() as server:
         async with opened(server.url, prefix) as one, opened(server.url, prefix) as two:
             identities = {one.bus.identity(), two.bus.identity()}

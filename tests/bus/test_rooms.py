@@ -41,7 +41,7 @@ async def test_joins_of_one_tick_are_one_command(valkey: Server, prefix: str) ->
 async def test_join_and_leave_races_end_as_the_last_step_says(
     valkey: Server, prefix: str, steps: str
 ) -> None:
-    """However joins (s), leaves (u) and loop ticks (.) interleave, the last one counts; nobody waits for
+    """However joins (s), leaves (u) and loop ticks (.) interleave, the last one counts; no caller waits for
     ever.
     """
     async with opened(valkey.url, prefix) as node, opened(valkey.url, prefix) as other, asyncio.timeout(5):
@@ -77,7 +77,7 @@ async def test_a_cancelled_join_does_not_break_another(valkey: Server, prefix: s
 
 
 async def test_a_join_while_the_bus_is_down_returns_and_is_kept(valkey: Server, prefix: str) -> None:
-    """The room is subscribed when the connection is back, and its restoration is told."""
+    """The room is subscribed when the connection is back, and its restoration is reported."""
     async with Proxy(valkey.url) as proxy, opened(proxy.url, prefix) as node:
         proxy.cut()
         await eventually(lambda: node.receiver.of("rooms gap"))

@@ -48,7 +48,7 @@ async def survives(servers: SentinelSet, node: Node, *, stopped: bool) -> None:
         old.kill()
     await eventually(lambda: new.role() == "master", timeout=40, interval=0.02)
     promoted_at = time.monotonic()
-    # Elected is what the sentinels say: until then nobody else can know.
+    # The election is over when the sentinels name the new primary: before that no node can have its address.
     await eventually(lambda: servers.primary is new, timeout=5, interval=0.02)
     elected_at = time.monotonic()
     await eventually(lambda: wrote(node), timeout=5)
@@ -117,4 +117,4 @@ async def test_nobody_knows_the_primary(prefix: str) -> None:
             async with opened(url, prefix):
                 pytest.fail("it opened")
         assert f"127.0.0.1:{port}: " in str(error.value)
-        assert "does not know 'another'" in str(error.value)
+        assert "has no service 'another'" in str(error.value)

@@ -36,7 +36,7 @@ async def test_rooms_go_to_their_own_server(valkey: Server, prefix: str) -> None
 
 
 async def test_sessions_go_on_when_the_rooms_server_dies(valkey: Server, prefix: str) -> None:
-    """No gap, no lapse and no unreadiness for sessions; rooms are told, and come back."""
+    """No gap, no lapse and no unreadiness for sessions; rooms get a gap, and come back."""
     with start_valkey() as rooms:
         async with opened(valkey.url, prefix, rooms_url=rooms.url) as node:
             await works(node)

@@ -52,7 +52,7 @@ async def test_a_missing_password(prefix: str) -> None:
 
 
 async def test_a_server_that_is_too_old(prefix: str) -> None:
-    """Both one that knows HELLO and one that does not."""
+    """Both one that has HELLO and one that does not."""
     async with FakeServer(version="6.0.16") as server:
         assert "too old: Redis 6.2" in await refusal(server.url, prefix)
     async with FakeServer(

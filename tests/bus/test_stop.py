@@ -1,4 +1,4 @@
-"""A node stops when it is told to, whatever happens to its connections meanwhile."""
+"""A node stops when it is asked to, whatever happens to its connections meanwhile."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ DEEP = b"\x91" * 100_000
 DEEP_JSON = b'{"user":' + b"[" * 100_000
 NO_TEXT = b"\xa2\xff\xfe"
 DEEP_INSIDE = b"\x97" + encode(messages.Ended("03.x", 4501, "x", "n", "r"))[1:] + DEEP
-"""A message with one field more than we know, as those of a later version have."""
+"""A message with one field more than this version has, as those of a later version have."""
 
 VALID: list[bytes] = [
     encode(messages.Changed("03.x", "n")),

@@ -28,7 +28,8 @@ from tests.support.servers import Server
 from tests.support.waiting import eventually
 
 Loss = Literal["reply", "command"]
-"""What is lost: the reply to something that ran, or something on its way there. Who waits cannot tell."""
+"""What is lost: the reply to something that ran, or something on its way there. The caller cannot see which.
+"""
 
 LOSSES = pytest.mark.parametrize("loss", ["reply", "command"])
 
@@ -56,8 +57,8 @@ class Witness:
         lose(self.proxy, loss, command)
 
     async def settled(self) -> None:
-        """The node is connected again and goes on; it has not said that command a second time, and whatever
-        was published has been heard.
+        """The node is connected again and goes on; it has not sent that command a second time, and whatever
+        was published has arrived.
         """
         before = len(self.direct.receiver.heard("marker"))
         await self.node.bus.publish_room("marker", b"\nm", timeout=2)
@@ -76,7 +77,7 @@ def lose(proxy: Proxy, loss: Loss, command: str) -> None:
 
 @asynccontextmanager
 async def witness(valkey: Server, prefix: str) -> AsyncIterator[Witness]:
-    """The server knows all scripts, so that each change is one command."""
+    """The server has all scripts, so that each change is one command."""
     async with Proxy(valkey.url) as proxy, opened(valkey.url, prefix) as direct:
         await direct.bus.subscribe("marker")
         await direct.bus.subscribe("r")
@@ -147,7 +148,7 @@ async def test_change(valkey: Server, prefix: str, loss: Loss, kind: str) -> Non
 @LOSSES
 @pytest.mark.parametrize("kind", ["end", "end_all"])
 async def test_logout(valkey: Server, prefix: str, loss: Loss, kind: str) -> None:
-    """The session is over and everybody heard it once, or it lives and nobody heard."""
+    """The session is over and every node received that once, or it lives and none did."""
     async with witness(valkey, prefix) as seen:
         made = await create(seen.truth, "ada")
         with pytest.raises(StoreUnavailable) as error:
@@ -168,7 +169,7 @@ async def logout_in_doubt(seen: Witness, loss: Loss, kind: str, made: Draft) -> 
 
 @LOSSES
 async def test_a_login_after_a_logout_in_doubt(valkey: Server, prefix: str, loss: Loss) -> None:
-    """A logout everywhere that was repeated behind everybody's back would end it."""
+    """A logout everywhere that was repeated unasked would end it."""
     async with witness(valkey, prefix) as seen:
         with pytest.raises(StoreUnavailable):
             await logout_in_doubt(seen, loss, "end_all", await create(seen.truth, "ada"))
@@ -213,7 +214,7 @@ async def test_broadcast_with_history(valkey: Server, prefix: str, loss: Loss, k
         assert len(heard.heard("r")) == messages
 
 
-# What somebody in a room sees
+# What a member of a room sees
 
 
 @asynccontextmanager
@@ -238,7 +239,7 @@ async def until_the_end(client: Raw) -> list[str]:
 async def test_a_broadcast_in_doubt_reaches_nobody_twice(
     valkey: Server, prefix: str, loss: Loss, policy: str, history: int
 ) -> None:
-    """Everybody once if it ran, whatever the policy; else nobody, or the node's own members if it says so."""
+    """All members get it once if it ran, whatever the policy; else none, or the node's own with ``local``."""
     rules = [RoomRule("r", subscribe=True, history=history)]
     async with AsyncExitStack() as stack:
         proxy = await stack.enter_async_context(Proxy(valkey.url))
@@ -264,7 +265,7 @@ async def test_a_broadcast_in_doubt_reaches_nobody_twice(
         assert proxy.swallowed == 1
 
 
-# What somebody at a browser sees
+# What a user of a browser sees
 
 
 @asynccontextmanager
@@ -342,8 +343,8 @@ async def test_a_request_whose_login_is_in_doubt(valkey: Server, prefix: str, lo
 async def test_a_logout_in_doubt_is_over_or_can_be_repeated(
     valkey: Server, prefix: str, loss: Loss, way: str
 ) -> None:
-    """It raises, or is a 503. If it ran, both nodes know and every socket is closed; if not, all is as before
-    and the next one does it.
+    """It raises, or is a 503. If it ran, both nodes have it and every socket is closed; if not, all is as
+    before and the next one does it.
     """
     visitor = Visitor()
     async with two_nodes(valkey, prefix) as (proxy, behind, here, _, there):

@@ -69,8 +69,8 @@ class Health:
             silent, lately = now - self.answered > _SILENCE, now - self.answered < _MOMENT
             wrong = {
                 "not ready while it was trusted": not ready and trusted,
-                "not ready though nobody answered": not ready and not trusted and silent,
-                "ready while it was deaf": ready and not trusted and lately,
+                "not ready though neither answered": not ready and not trusted and silent,
+                "ready while only the store answered": ready and not trusted and lately,
             }
             for statement, holds in wrong.items():
                 began = since.setdefault(statement, now) if holds else since.pop(statement, now)
@@ -88,7 +88,7 @@ class Health:
             "not ready in the end": self._node.backend.ready,
             "not connected in the end": stats.connected,
             "not trusted in the end": stats.lease_remaining > 0,
-            f"{stats.gaps} gaps counted, {len(gaps)} told": stats.gaps == len(gaps),
+            f"{stats.gaps} gaps counted, {len(gaps)} reported": stats.gaps == len(gaps),
             "a gap without a reason": (stats.last_gap is not None) == bool(gaps),
         }
         self.untrue |= {text: None for text, holds in ends.items() if not holds}

@@ -24,7 +24,7 @@ class Recorder:
     gaps: list[str] = field(default_factory=list)
 
     def session_message(self, payload: bytes) -> None:
-        # A node that starts tries its channels with an answer to nobody.
+        # A node that starts tries its channels with an answer to no request.
         if not payload.startswith(_PROBE):
             self.sessions.append(payload)
 

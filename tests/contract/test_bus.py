@@ -14,7 +14,7 @@ from tests.support.waiting import eventually
 
 
 async def test_bucket_messages_reach_every_node(site: Site) -> None:
-    """All nodes hear all buckets, the publisher too; one that does not listen hears nothing."""
+    """All nodes receive all buckets, the publisher too; one that does not listen receives nothing."""
     a, b, silent = await site.node(), await site.node(), await site.node(listen=False)
     sent = [b"%d" % n for n in range(50)]
     for n, payload in enumerate(sent):
@@ -63,7 +63,7 @@ async def test_room_messages_reach_those_who_subscribed(site: Site) -> None:
 
 
 async def test_subscribe_right_after_unsubscribe(site: Site) -> None:
-    """Whatever came before, a room that was subscribed last is heard."""
+    """Whatever came before, the messages of a room that was subscribed last arrive."""
     a, b = await site.node(), await site.node()
     envelope = seal_envelope(None, 0, b"x")
     for _ in range(20):
@@ -76,7 +76,7 @@ async def test_subscribe_right_after_unsubscribe(site: Site) -> None:
 
 
 async def test_subscribes_at_once(site: Site) -> None:
-    """Three hundred rooms joined at the same time are all heard."""
+    """The messages of three hundred rooms that were joined at the same time all arrive."""
     a, b = await site.node(), await site.node()
     rooms = [f"room {n}" for n in range(300)]
     await asyncio.gather(*(b.backend.bus.subscribe(room) for room in rooms))
@@ -116,7 +116,7 @@ async def test_registered_nodes(site: Site) -> None:
 
 
 async def test_lease_of_a_node_that_hears_everything(site: Site) -> None:
-    """It is live for every bucket and room, it stays so, and no gap was ever told."""
+    """It is live for every bucket and room, it stays so, and no gap was ever reported."""
     a = await site.node()
     await a.backend.bus.subscribe("r")
     leases = [a.backend.bus.lease(bucket) for bucket in (0, 100, 255)] + [a.backend.bus.room_lease("r")]
@@ -136,7 +136,7 @@ async def test_lease_of_a_node_that_hears_everything(site: Site) -> None:
 
 
 async def test_backend_that_is_opened_again(site: Site) -> None:
-    """After it was left, under a new id: it is heard and hears."""
+    """After it was left, under a new id: its messages arrive, and it receives those of others."""
     a, b = await site.node(), await site.node()
     await b.leave()
     again = NodeId("again")

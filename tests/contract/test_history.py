@@ -43,8 +43,8 @@ async def fill(history: HistoryStore, count: int, **changes: Any) -> Position:
 
 
 async def test_publish_reaches_members_and_history(site: Site) -> None:
-    """Every node that hears the room gets position, previous offset and message; a read gives the same in the
-    same order.
+    """Every node that is subscribed to the room gets position, previous offset and message; a read gives the
+    same in the same order.
     """
     a, b, c = await site.node(), await site.node(), await site.node()
     for node in (a, b):
@@ -152,8 +152,8 @@ async def test_history_keeps_exactly_its_size(site: Site) -> None:
 
 
 async def test_history_after_its_time(site: Site) -> None:
-    """Entries go when their time is over; the numbering stays, so that the top can be continued from and the
-    rest is told.
+    """Entries go when their time is over; the numbering stays, so that a read can go on from the top, and one
+    from before is not complete.
     """
     history = (await site.node()).backend.history
     first = await publish(history, b"1", ttl=0.2)

@@ -58,7 +58,7 @@ async def test_name_that_nobody_uses_any_more(prefix: str) -> None:
 
 
 async def test_attached_node_that_was_dropped(prefix: str) -> None:
-    """A cluster object that nobody stopped and nobody has any more takes no part, and its people are gone."""
+    """A cluster object that was not stopped and has no reference takes no part, and its members are gone."""
     a, _ = attached(prefix)
     dropped, heard = attached(prefix)
     await dropped.presence.enter("r", "c", b"{}", timeout=TIMEOUT)
@@ -134,7 +134,7 @@ async def test_receiver_that_fails(prefix: str, caplog: pytest.LogCaptureFixture
 
 
 def test_store_from_many_threads_and_loops(prefix: str) -> None:
-    """Eight threads with a loop each write one session: nothing is lost, and every node hears everything."""
+    """Eight threads with a loop each write one session: nothing is lost, and each node receives all."""
     backend, heard = attached(prefix)
     made = asyncio.run(create(backend.store, fields={}))
     failures: list[BaseException] = []
@@ -225,7 +225,7 @@ async def test_memory_after_thousands_of_visits() -> None:
 
 
 def test_expiring_map() -> None:
-    """Nothing expired is returned, extensions hold, what expired is told once, and removed entries leave
+    """Nothing expired is returned, extensions hold, what expired is reported once, and removed entries leave
     nothing behind.
     """
     clock, told = Clock(), []

@@ -130,7 +130,7 @@ OPERATIONS: dict[str, Callable[[RedisSessionStore, Draft], Any]] = {
 async def test_operation_while_the_keys_are_on_two_servers(
     moving: tuple[RedisSessionStore, Followed, Names, Callable[[], Move]], operation: str, first: str
 ) -> None:
-    """Whichever keys have gone ahead: nobody is signed out by it, nothing is lost, and what cannot be done
+    """Whichever keys have gone ahead: no user is signed out by it, nothing is lost, and what cannot be done
     yet is done when the slot has arrived.
     """
     store, _, names, move = moving

@@ -121,8 +121,8 @@ async def test_reaping_a_dead_incarnation(server_site: Site) -> None:
 
 
 async def test_remains_that_nobody_reaped(server_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A room in which nobody alive was left is cleaned up by who looks at it, when its people have been
-    strangers for long enough; those of the living stay.
+    """A room without members of living nodes is cleaned up by a read, when the nodes of its entries have been
+    strangers for long enough; entries of living nodes stay.
     """
     a, dead = await server_site.node(), await server_site.node()
     await enter(a, "c1")
@@ -145,7 +145,7 @@ async def test_entering_without_a_registration(site: Site) -> None:
 
 
 async def test_presence_keys_expire(server_site: Site) -> None:
-    """The presence of a room that nobody is left to clean up goes by itself; an empty room has no key."""
+    """The presence of a room that no node is left to clean up expires; an empty room has no key."""
     a = await server_site.node()
     key = f"{server_site.prefix}:{{room:r}}:in"
     with redis.Redis.from_url(server_site.url) as server:

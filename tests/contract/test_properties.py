@@ -239,8 +239,8 @@ publications = st.one_of(
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(publications, min_size=1, max_size=30))
 def test_histories_agree(both: tuple[tuple[Member, Member], Run], steps: list[tuple[Any, ...]]) -> None:
-    """Publications and reads of every kind: the same positions, entries and completeness, and what was heard
-    is what is read.
+    """Publications and reads of every kind: the same positions, entries and completeness, and what was
+    received is what is read.
     """
     members, run = both
     run(_histories(members, steps))

@@ -53,8 +53,8 @@ def usual_recover(server: redis.Redis, offset: int, epoch: bytes) -> tuple[bool,
 
 
 async def test_offsets_after_a_failover(stack: AsyncExitStack) -> None:
-    """A replica that missed the last messages takes over: who has them is told. The usual script tells them
-    that nothing is missing, and hands them somebody else's messages.
+    """A replica that missed the last messages takes over: a reader that has them gets an incomplete history.
+    The usual script would say that nothing is missing, and return other messages under their numbers.
     """
     first = stack.enter_context(start_valkey(*AT_ONCE))
     second = stack.enter_context(start_valkey(*AT_ONCE))
@@ -78,7 +78,7 @@ async def test_offsets_after_a_failover(stack: AsyncExitStack) -> None:
     new = member.backend.history
     await member.backend.bus.subscribe("r")
 
-    # Before anything is published there: the top is what was replicated, and nobody may be beyond it.
+    # Before anything is published there: the top is what was replicated, and no position may be beyond it.
     assert (await read(new, shared[-1])).complete
     assert not (await read(new, lost[-1])).complete
 
@@ -106,7 +106,7 @@ async def test_offsets_after_a_failover(stack: AsyncExitStack) -> None:
 
 async def test_offsets_after_a_failover_and_back(stack: AsyncExitStack) -> None:
     """The old primary, never restarted, is resynchronised and takes over again: it does not reuse the numbers
-    that it had given out in its first term. The run id, which is still the same, would not tell.
+    that it had given out in its first term. The run id is still the same, and would not show it.
     """
     first = stack.enter_context(start_valkey(*AT_ONCE))
     second = stack.enter_context(start_valkey(*AT_ONCE))
@@ -152,7 +152,9 @@ async def test_positions_across_two_failovers(server_site: Site, server: redis.R
 
 
 async def test_numbers_that_run_out(server_site: Site, server: redis.Redis) -> None:
-    """Before offsets stop being exact in a browser the room gets a new epoch, and old positions are told."""
+    """Before offsets stop being exact in a browser the room gets a new epoch, and reads from old positions
+    are not complete.
+    """
     history = (await server_site.node()).backend.history
     meta = f"{server_site.prefix}:{{room:r}}:meta"
     start = await publish(history, b"1")
@@ -182,8 +184,8 @@ async def test_offsets_after_a_restart_with_an_older_snapshot(stack: AsyncExitSt
 
 
 async def test_log_without_its_numbering(server_site: Site, server: redis.Redis) -> None:
-    """Evicted meta: the log is worth nothing, a new epoch begins, and positions of the old one are told
-    so.
+    """Evicted meta: the log is worth nothing, a new epoch begins, and reads from positions of the old
+    one are not complete.
     """
     history = (await server_site.node()).backend.history
     before = await publish(history, b"1")

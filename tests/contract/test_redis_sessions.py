@@ -187,7 +187,7 @@ async def test_corrupt_record(
 
 
 async def test_record_without_expiry(server_site: Site, server: redis.Redis) -> None:
-    """Somebody's PERSIST does not make a session immortal: its own timeouts are in the record."""
+    """A PERSIST by hand does not make a session immortal: its own timeouts are in the record."""
     store = (await server_site.node()).backend.store
     made = await create(store, idle=50, absolute=0.3)
     server.persist(key_of(server_site, made.handle))

@@ -99,7 +99,7 @@ async def test_write_of_a_key_that_is_removed_too(site: Site) -> None:
 
 
 async def test_write_of_what_is_there(site: Site) -> None:
-    """Nothing is published, and version and write id stay: another writer is not told of a conflict."""
+    """Nothing is published, and version and write id stay: another writer gets no conflict."""
     node = await site.node()
     store = node.backend.store
     made = await create(store, fields={"cart": b"\x01", "theme": b"\x02"})
@@ -144,7 +144,8 @@ async def test_write_that_leaves_nothing_and_was_overtaken(site: Site) -> None:
 
 
 async def test_end_that_was_overtaken(site: Site) -> None:
-    """An end with the write id that was read: another one ends and publishes nothing, and is told."""
+    """An end with the write id that was read: with another one nothing is ended or published, and the caller
+    gets the present contents."""
     node = await site.node()
     store = node.backend.store
     made, gone = await create(store, "ann"), await create(store)
@@ -168,7 +169,7 @@ async def test_end_that_was_overtaken(site: Site) -> None:
 
 
 async def test_write_with_an_overtaken_write_id(site: Site) -> None:
-    """Somebody else's write in between is a conflict; nothing is written and nothing is published."""
+    """Another request's write in between is a conflict; nothing is written and nothing is published."""
     node = await site.node()
     store = node.backend.store
     made = await create(store)
@@ -202,8 +203,8 @@ async def test_write_to_an_ended_session(site: Site) -> None:
 
 
 async def test_changes_are_published_to_all_nodes(site: Site) -> None:
-    """Write, rotate, end and log out everywhere tell every node, in order; create, touch and reads tell
-    nobody.
+    """Write, rotate, end and log out everywhere are published to every node, in order; create, touch and
+    reads are not.
     """
     a, b = await site.node(), await site.node()
     store = a.backend.store
@@ -218,7 +219,7 @@ async def test_changes_are_published_to_all_nodes(site: Site) -> None:
 
 
 async def test_end_of_a_session(site: Site) -> None:
-    """It is gone, the receipt names the registered nodes, and a second end is still told to them."""
+    """It is gone, the receipt names the registered nodes, and a second end is still published to them."""
     a, b = await site.node(), await site.node()
     publisher = await site.node(listen=False)
     made = await create(publisher.backend.store, "ann")
@@ -241,8 +242,8 @@ async def test_end_after_a_node_has_left(site: Site) -> None:
 
 
 async def test_rotate_of_the_secret(site: Site) -> None:
-    """The new secret holds, the old one through its grace, and who comes with the old one to rotate it is
-    told.
+    """The new secret holds, the old one through its grace, and a second rotation with the old one is a
+    conflict.
     """
     store = (await site.node()).backend.store
     made = await create(store)
@@ -311,7 +312,7 @@ async def test_timeouts_beyond_reason(site: Site) -> None:
 
 
 async def test_devices_of_a_user(site: Site) -> None:
-    """A user's living sessions, the last seen first, with where they were made; nobody else's."""
+    """A user's living sessions, the last seen first, with where they were made; no other user's."""
     store = (await site.node()).backend.store
     first = await create(store, "ann", agent="Phone \u00e9", address="2001:db8::1")
     second = await create(store, "ann")
@@ -333,7 +334,7 @@ async def test_devices_of_a_user(site: Site) -> None:
 
 
 async def test_end_all_sessions_of_a_user(site: Site) -> None:
-    """All of one user's are gone at once, nobody else's, and the user can sign in again."""
+    """All of one user's are gone at once, no other user's, and the user can sign in again."""
     store = (await site.node()).backend.store
     mine = [await create(store, "ann") for _ in range(3)]
     others = [await create(store, "bob"), await create(store)]
@@ -367,7 +368,7 @@ async def test_end_all_but_one(site: Site) -> None:
 
 @pytest.mark.parametrize("whose", ["another user's", "nobody's", "one that is over"])
 async def test_end_all_but_a_session_that_is_not_the_users(site: Site, whose: str) -> None:
-    """Keeping what does not belong to the user keeps nothing, and harms nobody."""
+    """Keeping what does not belong to the user keeps nothing, and does no harm."""
     store = (await site.node()).backend.store
     other = next(name for n in range(10_000) if bucket_of(name := f"u{n}") == bucket_of("ann"))
     if whose == "another user's":

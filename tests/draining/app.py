@@ -1,25 +1,13 @@
-"""The app that drain tests run in processes of their own: ``ASGI_CLUSTER_URL`` and ``PREFIX`` come from the
-environment.
-"""
+"""The app that drain tests run in processes of their own; see ``cluster_of_environment``."""
 
 from __future__ import annotations
 
-import logging
-import os
-
 from starlette.applications import Starlette
 
-from asgi_cluster import Cluster, ClusterMiddleware, CookieConfig, RealtimeConfig, RoomRule, SessionConfig
+from asgi_cluster import ClusterMiddleware, RoomRule
+from tests.support.process import cluster_of_environment
 
-logging.basicConfig(level=logging.INFO)
-
-drain = os.environ.get("DRAIN")
-cluster = Cluster(
-    prefix=os.environ.get("PREFIX", "drain"),
-    sessions=SessionConfig(cookie=CookieConfig(secure=False)),
-    realtime=RealtimeConfig(
-        **({"drain": float(drain)} if drain else {}),
-        rules=[RoomRule("log:{name}", subscribe=True, publish=True, history=10_000, history_ttl=600)],
-    ),
+cluster = cluster_of_environment(
+    RoomRule("log:{name}", subscribe=True, publish=True, history=10_000, history_ttl=600)
 )
 app = ClusterMiddleware(Starlette(), cluster)

@@ -36,7 +36,7 @@ async def code_and_time(socket: websockets.ClientConnection) -> tuple[int | None
 
 
 async def test_sigterm_drains_before_the_server_stops(redis_url: str, prefix: str) -> None:
-    """With drain=1.0, uvicorn from its command line: 3001 for everybody, spread over the second, requests
+    """With drain=1.0, uvicorn from its command line: 3001 for all clients, spread over the second, requests
     answered meanwhile.
     """
     env = {"ASGI_CLUSTER_URL": redis_url, "PREFIX": prefix, "DRAIN": "1.0"}

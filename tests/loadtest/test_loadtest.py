@@ -43,7 +43,8 @@ def outcome(*numbers: int, last: int) -> tuple[int, int, int, int]:
 def test_recovery_judges_every_sequence(
     numbers: tuple[int, ...], last: int, expected: tuple[int, int, int, int]
 ) -> None:
-    """Missing without a word is lost; told (-1) lets the sequence go on anywhere, up to the last one."""
+    """Missing without a report is lost; a reported loss (-1) lets the sequence go on anywhere, up to the last
+    one."""
     assert outcome(*numbers, last=last) == expected
 
 

@@ -2,8 +2,8 @@
 thousands of random ones.
 
 What must never happen: a hit that is staler than the lease, and a request that reads something older than
-what its own node had been told was written. Each guard, taken out in turn, must make that happen: otherwise
-these tests prove nothing.
+a write that its own node had received. Without any one of the guards that must happen: otherwise these tests
+prove nothing.
 """
 
 from __future__ import annotations
@@ -238,7 +238,9 @@ def test_removing_a_guard_breaks_the_bound(guard: str) -> None:
 
 
 def test_redirected_echo_counted_breaks_the_bound() -> None:
-    """A beat that was answered by a redirect proves nothing: counted, it keeps a deaf node's cache alive."""
+    """A beat that was answered by a redirect proves nothing: counted, it keeps the cache alive of a node that
+    receives nothing.
+    """
 
     def run(echo: type[Echo]) -> None:
         world = trusted(redirecting(echo)())

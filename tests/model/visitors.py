@@ -2,7 +2,7 @@
 
 The requests run through the real middleware. A step is an action of an app, the sending of a store operation,
 or the arrival of its reply: which request makes the next one is chosen from outside. A store operation may be
-refused, get lost, or lose its reply; a node may be deaf: it gets invalidations only when it is healed.
+refused, get lost, or lose its reply; a node may be *deaf*: invalidations wait until it is healed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ READS = ("read", "devices")
 
 @dataclass
 class Write:
-    """A value (or ``GONE``) that a request put under a key; ``end`` is when it was told that it is saved."""
+    """A value (or ``GONE``) that a request put under a key; ``end`` is when its save was confirmed."""
 
     handle: str
     key: str
@@ -76,7 +76,7 @@ class Running:
 
 
 class Deaf:
-    """Between the bus and a node."""
+    """Between the bus and a node: while it is deaf, messages wait."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._hear = cluster._dispatch.session_message
@@ -130,7 +130,7 @@ class Visitor:
     def __init__(self, clusters: Sequence[Cluster], *, exact: bool) -> None:
         self.clusters = clusters
         self.exact = exact
-        """What one node has done is known to the others at once, unless they are deaf."""
+        """What one node has done reaches the others at once, unless they are deaf."""
         self.truth = clusters[0].service.store._store
         self.buses = [Deaf(cluster) for cluster in clusters]
         self.faults: list[str] = []
@@ -199,7 +199,7 @@ class Visitor:
     async def together(
         self, requests: Sequence[Asked], order: Sequence[int], deaf: Sequence[int] = ()
     ) -> None:
-        """These requests in parallel, with their steps in this order, while these nodes hear nothing."""
+        """These requests in parallel, with their steps in this order, while these nodes get no messages."""
         for node, bus in enumerate(self.buses):
             if node in deaf:
                 bus.deaf = True
@@ -216,7 +216,7 @@ class Visitor:
         self.running.clear()
 
     async def finish(self) -> None:
-        """All nodes hear, and what was to be ended later is ended."""
+        """All nodes receive what has waited, and what was to be ended later is ended."""
         self.faults.clear()
         for bus in self.buses:
             bus.heal()
@@ -283,7 +283,7 @@ class Visitor:
             written = [w for w in self.writes if w.handle in line and w.key == key and w.value == value]
             if value == GONE:
                 written.append(Write(line[0], key, GONE, -1, -1))
-            assert written, f"nobody wrote {key}={value!r}"
+            assert written, f"no request wrote {key}={value!r}"
             lost = [self.superseded(write, line, before) for write in written]
             assert None in lost, f"{key}={value!r}, and lost is {lost}"
 
@@ -408,7 +408,7 @@ class Actions:
             self._saved(writes)
             self.dirty = {}
         else:
-            self.over = True  # its session is: what it still changes goes nowhere, and it was told
+            self.over = True  # its session is: ``save`` has said so, and later changes go nowhere
 
     def _saved(self, writes: Sequence[Write]) -> None:
         for end in self.cleared:

@@ -21,9 +21,7 @@ HANDLE = Handle("00." + "a" * 22)
 
 
 class StaleRead(AssertionError):
-    """A cached read broke the bound, or a node read something older than what it had itself been told was
-    written.
-    """
+    """A cached read broke the bound, or a node read something older than a write that it had received."""
 
 
 def record(value: int) -> Record:
@@ -79,7 +77,9 @@ class Read:
 
 
 class Node:
-    """One node: the cache, the lease, and a subscriber connection that may be up, down, stalled or deaf."""
+    """One node: the cache, the lease, and a subscriber connection that may be up, down, stalled or without
+    its subscriptions.
+    """
 
     def __init__(self, world: World, cache: type[SessionCache], echo: type[Echo]) -> None:
         self.world = world
@@ -169,7 +169,7 @@ class Node:
         self.cache.land(read.flight, record(read.answer))
         for floor in (read.floor, *read.joined):
             if read.answer < floor:
-                raise StaleRead(f"a request got {read.answer} after its node had been told of {floor}")
+                raise StaleRead(f"a request got {read.answer} after its node had received {floor}")
 
     def begin_write(self) -> None:
         if self.drops_before_write:
@@ -188,7 +188,7 @@ class Node:
 
     def check(self, value: int, floor: int) -> None:
         if value < floor:
-            raise StaleRead(f"a hit gave {value} after this node had been told of {floor}")
+            raise StaleRead(f"a hit gave {value} after this node had received {floor}")
         superseded = self.world.server.superseded.get(value)
         if superseded is not None and self.world.now - superseded > LEASE + 1e-9:
             raise StaleRead(

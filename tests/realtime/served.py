@@ -1,10 +1,7 @@
-"""The app that the server tests run in processes of their own: ``ASGI_CLUSTER_URL`` and ``PREFIX`` come from
-the environment.
-"""
+"""The app that the server tests run in processes of their own; see ``cluster_of_environment``."""
 
 from __future__ import annotations
 
-import logging
 import os
 
 from starlette.applications import Starlette
@@ -13,27 +10,10 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from asgi_cluster import (
-    Cluster,
-    ClusterMiddleware,
-    CookieConfig,
-    RealtimeConfig,
-    RoomRule,
-    SessionConfig,
-    get_session,
-)
+from asgi_cluster import ClusterMiddleware, RoomRule, get_session
+from tests.support.process import cluster_of_environment
 
-logging.basicConfig(level=logging.INFO)
-
-drain = os.environ.get("DRAIN")
-cluster = Cluster(
-    prefix=os.environ.get("PREFIX", "served"),
-    sessions=SessionConfig(cookie=CookieConfig(secure=False)),
-    realtime=RealtimeConfig(
-        rules=[RoomRule("open", subscribe=True, publish=True)],
-        **({"drain": float(drain)} if drain else {}),
-    ),
-)
+cluster = cluster_of_environment(RoomRule("open", subscribe=True, publish=True))
 
 
 async def login(request: Request) -> JSONResponse:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -16,7 +17,7 @@ from asgi_cluster.backends.memory.history import MemoryHistory
 from asgi_cluster.backends.memory.presence import MemoryPresence
 from asgi_cluster.scope import ScopeState
 from tests.realtime.conftest import sign_in
-from tests.realtime.site import Site
+from tests.realtime.site import Node, Raw, Site
 from tests.support.waiting import eventually
 
 UVICORN = ["websockets-sansio", "websockets", "wsproto"]
@@ -302,17 +303,24 @@ def kept_open(held: list[Connection]) -> WebSocketRoute:
     return WebSocketRoute("/keep", keep)
 
 
+@asynccontextmanager
+async def connected(site: Site) -> AsyncIterator[tuple[Node, Raw, Connection]]:
+    """A node with the rule ``SHOWN``, a client of its ``/keep``, and that client's connection."""
+    found: list[Connection] = []
+    node = await site.node(routes=[kept_open(found)], rules=[SHOWN])
+    async with node.raw(path="/keep") as client:
+        await eventually(lambda: found)
+        yield node, client, found[0]
+
+
 @pytest.mark.parametrize("end", ["client", "app"])
 async def test_join_of_a_connection_that_ends_meanwhile(
     lone_site: Site, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
     """``join`` raises when the connection is over, before or during it, and leaves no presence."""
-    found: list[Connection] = []
-    node = await lone_site.node(routes=[kept_open(found)], rules=[SHOWN])
-    async with node.raw(path="/keep") as client:
-        await eventually(lambda: found)
+    async with connected(lone_site) as (node, client, connection):
         held = Held(monkeypatch, MemoryPresence, "enter")
-        joining = asyncio.create_task(found[0].join("shown"))
+        joining = asyncio.create_task(connection.join("shown"))
         await held.waiting.wait()
         await (client.ws.close() if end == "client" else client.ws.send("leave the body"))
         await eventually(lambda: node.cluster.stats().realtime.connections == 0)
@@ -322,44 +330,38 @@ async def test_join_of_a_connection_that_ends_meanwhile(
     room = node.cluster.room("shown")
     assert await room.presence() == []
     with pytest.raises(OSError, match="closed"):
-        await found[0].join("shown")
+        await connection.join("shown")
     assert await room.presence() == []
     assert node.cluster.stats().realtime.rooms == 0
 
 
 async def test_leave_during_a_join(lone_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """A ``leave`` that is called while a ``join`` waits comes after it: no member, and no presence."""
-    found: list[Connection] = []
-    node = await lone_site.node(routes=[kept_open(found)], rules=[SHOWN])
-    async with node.raw(path="/keep"), asyncio.TaskGroup() as tasks:
-        await eventually(lambda: found)
+    async with connected(lone_site) as (node, _, connection), asyncio.TaskGroup() as tasks:
         held = Held(monkeypatch, MemoryHistory, "read")
-        joining = tasks.create_task(found[0].join("shown"))
+        joining = tasks.create_task(connection.join("shown"))
         await held.waiting.wait()
-        leaving = tasks.create_task(found[0].leave("shown"))
+        leaving = tasks.create_task(connection.leave("shown"))
         await asyncio.sleep(0)  # it has begun
         held.go_on.set()
         await asyncio.wait([joining, leaving])
-        assert not found[0].rooms
+        assert not connection.rooms
         assert await node.cluster.room("shown").presence() == []
         assert node.cluster.stats().realtime.rooms == 0
 
 
 async def test_join_during_a_leave(lone_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """A ``join`` that is called while a ``leave`` waits comes after it: a member, with presence."""
-    found: list[Connection] = []
-    node = await lone_site.node(routes=[kept_open(found)], rules=[SHOWN])
-    async with node.raw(path="/keep"), asyncio.TaskGroup() as tasks:
-        await eventually(lambda: found)
-        await found[0].join("shown")
+    async with connected(lone_site) as (node, _, connection), asyncio.TaskGroup() as tasks:
+        await connection.join("shown")
         held = Held(monkeypatch, MemoryPresence, "leave", before=True)
-        leaving = tasks.create_task(found[0].leave("shown"))
+        leaving = tasks.create_task(connection.leave("shown"))
         await held.waiting.wait()
-        joining = tasks.create_task(found[0].join("shown"))
+        joining = tasks.create_task(connection.join("shown"))
         await asyncio.sleep(0)  # it has begun
         held.go_on.set()
         await asyncio.wait([joining, leaving])
-        assert set(found[0].rooms) == {"shown"}
+        assert set(connection.rooms) == {"shown"}
         assert [member.connection_id for member in await node.cluster.room("shown").presence()] == [
-            found[0].id
+            connection.id
         ]

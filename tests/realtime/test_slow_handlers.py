@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -30,6 +31,11 @@ class Gate:
             self.left.append("cancelled")
             raise
         self.left.append("done")
+
+    async def wait_cancelled_or_not(self) -> None:
+        while not self.open.is_set():
+            with suppress(asyncio.CancelledError):
+                await self.wait()
 
     async def rule(self, request: RoomRequest) -> bool:
         if request.data == "slow":
@@ -193,11 +199,7 @@ async def test_presence_ends_while_a_handler_goes_on(site: Site, gate: Gate) -> 
     finish = asyncio.Event()
 
     async def stubborn(connection: Connection, data: Any) -> None:
-        while not gate.open.is_set():
-            try:
-                await gate.wait()
-            except asyncio.CancelledError:
-                continue
+        await gate.wait_cancelled_or_not()
         await connection.join("room:late")
         rejoined.set()
         await finish.wait()
@@ -254,11 +256,7 @@ async def test_cancellation_ignored(lone_site: Site, caplog: pytest.LogCaptureFi
     """A handler that swallows its cancellation does not keep its connection here for ever, and is named."""
 
     async def stubborn(connection: Connection, data: Any) -> None:
-        while not gate.open.is_set():
-            try:
-                await gate.wait()
-            except asyncio.CancelledError:
-                continue
+        await gate.wait_cancelled_or_not()
 
     node = await lone_site.node(rpc={"slow": stubborn}, close_timeout=0.1)
     async with node.client() as client:

@@ -294,7 +294,7 @@ same kind that belongs to another user and stays open in every row but those of 
 - *receipt*: sessions that were ended, sockets that were closed, nodes that acknowledged. The `listen=False` process is no node and is not in
   it. A user's logout ends no anonymous session, and closes the sockets that acted as the user. With `exclude=` it ends the user's other session.
 - *memory* to *rooms_url* (rooms on a server of their own): the row is met there; with the time from the call to the receipt, the best of five
-  on a busy machine. The tests demand that it is less than half of the timeout ({TIMEOUT:g} s): that nothing was waited for in vain.
+  on a busy machine. The tests demand that it is less than half of the timeout ({TIMEOUT:g} s): that no node was waited for that could not answer.
 
 """
 

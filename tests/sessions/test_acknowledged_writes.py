@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import httpx
 import pytest
 
 from asgi_cluster import CacheConfig, Cluster, Session, SessionConfig
@@ -23,17 +24,48 @@ def put(**values: Any) -> Any:
     return lambda session: session.update(values)
 
 
+def remove(key: str) -> Any:
+    return lambda session: session.pop(key)
+
+
 @asynccontextmanager
-async def one_that_hears_nothing(valkey: Server, prefix: str, **options: Any) -> AsyncIterator[list[Cluster]]:
-    """Two nodes. The second's bus can be stalled (``proxy.stall``), inside a lease that is long enough."""
-    lease = SessionConfig(cache=CacheConfig(lease=8.0), **options)
+async def slow_request(
+    browser: Browser, node: Cluster, work: Any
+) -> AsyncIterator[asyncio.Task[httpx.Response]]:
+    """A request of another tab that has done ``work`` before the block, and is answered at its end."""
+    gate = Gate()
+
+    async def slowly(session: Session) -> None:
+        work(session)
+        await gate.pass_through()
+
+    request = asyncio.create_task(browser.tab().on(node, slowly))
+    await gate.reached.wait()
+    try:
+        yield request
+    finally:
+        gate.open.set()
+        await request
+
+
+@asynccontextmanager
+async def second_node_stalled(
+    valkey: Server, prefix: str, **stored: Any
+) -> AsyncIterator[tuple[Browser, Cluster, Cluster]]:
+    """A session with ``stored`` in the caches of two nodes. The second's bus is stalled then, inside a lease
+    that is long enough.
+    """
+    lease = SessionConfig(cache=CacheConfig(lease=8.0))
     async with (
         Proxy(valkey.url) as proxy,
-        nodes(valkey.url, 1, prefix=prefix, sessions=lease) as (hearing,),
-        nodes(proxy.url, 1, prefix=prefix, sessions=lease) as (deaf,),
+        nodes(valkey.url, 1, prefix=prefix, sessions=lease) as (first,),
+        nodes(proxy.url, 1, prefix=prefix, sessions=lease) as (second,),
     ):
-        deaf.stall = lambda: proxy.stall("down", only=b"SUBSCRIBE")  # type: ignore[attr-defined]
-        yield [hearing, deaf]
+        browser = Browser()
+        await browser.on(first, put(**stored))
+        assert await browser.data(second) == stored
+        proxy.stall("down", only=b"SUBSCRIBE")
+        yield browser, first, second
 
 
 # B1: empty
@@ -46,17 +78,10 @@ async def test_key_that_is_written_while_another_request_empties_the_session(
     """The session is not empty for the store: it goes on with the other request's key."""
     async with nodes(cluster_url, prefix=prefix) as (first, second):
         other = first if where == "same node" else second
-        browser, gate = Browser(), Gate()
+        browser = Browser()
         await browser.on(first, put(a=1))
-
-        async def empty(session: Session) -> None:
-            del session["a"]
-            await gate.pass_through()
-
-        emptying = asyncio.create_task(browser.tab().on(first, empty))
-        await gate.reached.wait()
-        assert (await browser.on(other, put(b=2))).status_code == 200
-        gate.open.set()
+        async with slow_request(browser, first, remove("a")) as emptying:
+            assert (await browser.on(other, put(b=2))).status_code == 200
         response = await emptying
         assert response.status_code == 200
         assert "set-cookie" not in response.headers
@@ -67,36 +92,22 @@ async def test_conflict_between_emptying_and_writing(cluster_url: str, prefix: s
     """With conflict="error" the request that empties the session and lost the race gets 409."""
     options = SessionConfig(conflict="error")
     async with nodes(cluster_url, prefix=prefix, sessions=options) as (first, second):
-        browser, gate = Browser(), Gate()
+        browser = Browser()
         await browser.on(first, put(a=1))
-
-        async def empty(session: Session) -> None:
-            del session["a"]
-            await gate.pass_through()
-
-        emptying = asyncio.create_task(browser.tab().on(first, empty))
-        await gate.reached.wait()
-        assert (await browser.on(second, put(b=2))).status_code == 200
-        gate.open.set()
+        async with slow_request(browser, first, remove("a")) as emptying:
+            assert (await browser.on(second, put(b=2))).status_code == 200
         assert (await emptying).status_code == 409
         assert await browser.truth(second) == {"a": 1, "b": 2}
 
 
 async def test_two_requests_that_empty_a_session_between_them(cluster_url: str, prefix: str) -> None:
-    """Each removes a key and knows of another; the store ends the session with the last one."""
+    """Each removes one key of two; the store ends the session when the last one is removed."""
     async with nodes(cluster_url, prefix=prefix) as (first, second):
-        browser, gate = Browser(), Gate()
+        browser = Browser()
         await browser.on(first, put(a=1, b=2))
-
-        async def remove_slowly(session: Session) -> None:
-            del session["a"]
-            await gate.pass_through()
-
-        slow = asyncio.create_task(browser.tab().on(first, remove_slowly))
-        await gate.reached.wait()
-        left = await browser.tab().on(second, lambda session: session.pop("b"))
-        assert "set-cookie" not in left.headers
-        gate.open.set()
+        async with slow_request(browser, first, remove("a")) as slow:
+            left = await browser.tab().on(second, remove("b"))
+            assert "set-cookie" not in left.headers
         assert "Max-Age=0" in (await slow).headers["set-cookie"]
         assert await browser.truth(second) is None
 
@@ -105,32 +116,24 @@ async def test_two_requests_that_empty_a_session_between_them(cluster_url: str, 
 
 
 async def test_value_that_the_cache_still_shows(valkey: Server, prefix: str) -> None:
-    """A node that has not heard of a newer value writes the older one back when the app assigns it."""
-    async with one_that_hears_nothing(valkey, prefix) as (hearing, deaf):
-        browser = Browser()
-        await browser.on(hearing, put(color="red"))
-        assert await browser.data(deaf) == {"color": "red"}
-        deaf.stall()
-        await browser.on(hearing, put(color="blue"))
-        assert (await browser.on(deaf, put(color="red"))).status_code == 200
-        assert await browser.truth(hearing) == {"color": "red"}
+    """A node that has not received the invalidation writes the older value when the app assigns it."""
+    async with second_node_stalled(valkey, prefix, color="red") as (browser, first, second):
+        await browser.on(first, put(color="blue"))
+        assert (await browser.on(second, put(color="red"))).status_code == 200
+        assert await browser.truth(first) == {"color": "red"}
 
 
 async def test_key_that_the_cache_does_not_show_yet(valkey: Server, prefix: str) -> None:
     """Set and removed by one request: the key is removed, although the request never saw it stored."""
-    async with one_that_hears_nothing(valkey, prefix) as (hearing, deaf):
-        browser = Browser()
-        await browser.on(hearing, put(a=1))
-        assert await browser.data(deaf) == {"a": 1}
-        deaf.stall()
-        await browser.on(hearing, put(b=2))
+    async with second_node_stalled(valkey, prefix, a=1) as (browser, first, second):
+        await browser.on(first, put(b=2))
 
         def set_and_remove(session: Session) -> None:
             session["b"] = 3
             del session["b"]
 
-        await browser.on(deaf, set_and_remove)
-        assert await browser.truth(hearing) == {"a": 1}
+        await browser.on(second, set_and_remove)
+        assert await browser.truth(first) == {"a": 1}
 
 
 ASSIGNMENTS: dict[str, Any] = {
@@ -169,26 +172,18 @@ async def test_equal_assignment_changes_no_version(cluster_url: str, prefix: str
     """
     options = SessionConfig(conflict="error")
     async with nodes(cluster_url, prefix=prefix, sessions=options) as (first, second):
-        browser, gate = Browser(), Gate()
+        browser = Browser()
         await browser.on(first, put(a=1))
-
-        async def slowly(session: Session) -> None:
-            session["b"] = 1
-            await gate.pass_through()
-
-        slow = asyncio.create_task(browser.tab().on(first, slowly))
-        await gate.reached.wait()
-        for work in (put(a=1), lambda session: session.setdefault("a", 5)):
-            assert (await browser.on(second, work)).status_code == 200
 
         async def twice(session: Session) -> None:
             session["a"] = 1
             assert await session.save()
             assert await session.save()
 
-        assert (await browser.on(second, twice)).status_code == 200
-        before = second.stats().cache.invalidations
-        gate.open.set()
+        async with slow_request(browser, first, put(b=1)) as slow:
+            for work in (put(a=1), lambda session: session.setdefault("a", 5), twice):
+                assert (await browser.on(second, work)).status_code == 200
+            before = second.stats().cache.invalidations
         assert (await slow).status_code == 200
         assert second.stats().cache.invalidations <= before + 1
         assert (await browser.on(second, lambda session: session.version)).json() == 2
@@ -199,15 +194,6 @@ async def test_equal_assignment_changes_no_version(cluster_url: str, prefix: str
 
 class Basket(dict[str, Any]):
     """A dict that an app made its own."""
-
-
-def nested(make: Any, change: Any) -> Any:
-    async def work(session: Session) -> None:
-        value = make(session)
-        await session.login("ada")
-        change(value)
-
-    return work
 
 
 NESTED: dict[str, tuple[Any, Any, Any]] = {
@@ -285,7 +271,8 @@ async def test_nested_change_of_what_was_read_before_a_login(cluster_url: str, p
 
 @pytest.mark.parametrize("before", ["anonymous", "same user"])
 async def test_write_in_parallel_to_a_login(cluster_url: str, prefix: str, before: str) -> None:
-    """It was answered before the login was: the new session has it, and not what it replaced or removed."""
+    """The write was answered before the login was: the new session has it, and not what it replaced or
+    removed."""
     async with nodes(cluster_url, prefix=prefix) as (first, second):
         browser, gate = Browser(), Gate()
         if before == "same user":
@@ -315,37 +302,29 @@ async def test_write_in_parallel_to_a_login(cluster_url: str, prefix: str, befor
         assert len(await first.user("ada").sessions()) == 1
 
 
-async def test_login_on_a_node_that_hears_nothing(valkey: Server, prefix: str) -> None:
-    """It carries over what the store has, not what its cache shows."""
-    async with one_that_hears_nothing(valkey, prefix) as (hearing, deaf):
-        browser = Browser()
-        await browser.on(hearing, put(a=1))
-        assert await browser.data(deaf) == {"a": 1}
-        deaf.stall()
-        await browser.on(hearing, put(a=2, b=2))
-        assert (await browser.on(deaf, lambda session: session.login("ada"))).status_code == 200
-        assert await browser.truth(hearing) == {"a": 2, "b": 2}
+async def test_login_on_a_node_whose_bus_is_stalled(valkey: Server, prefix: str) -> None:
+    """The new session has what the store has, not what the node's cache shows."""
+    async with second_node_stalled(valkey, prefix, a=1) as (browser, first, second):
+        await browser.on(first, put(a=2, b=2))
+        assert (await browser.on(second, lambda session: session.login("ada"))).status_code == 200
+        assert await browser.truth(first) == {"a": 2, "b": 2}
 
 
 async def test_login_with_a_session_that_is_over(valkey: Server, prefix: str) -> None:
     """A session that was ended elsewhere is not carried over from the cache."""
-    async with one_that_hears_nothing(valkey, prefix) as (hearing, deaf):
-        browser = Browser()
-        await browser.on(hearing, put(old=1))
-        assert await browser.data(deaf) == {"old": 1}
-        deaf.stall()
-        await browser.tab().on(hearing, lambda session: session.clear())
+    async with second_node_stalled(valkey, prefix, old=1) as (browser, first, second):
+        await browser.tab().on(first, lambda session: session.clear())
 
         async def sign_in(session: Session) -> None:
             session["new"] = 1
             await session.login("ada")
 
-        await browser.on(deaf, sign_in)
-        assert await browser.truth(hearing) == {"new": 1}
+        await browser.on(second, sign_in)
+        assert await browser.truth(first) == {"new": 1}
 
 
 async def test_login_after_the_session_was_lost(cluster_url: str, prefix: str) -> None:
-    """A request that was told that its session is over takes nothing of it into the new one."""
+    """A request whose ``save`` returned False takes nothing of the lost session into the new one."""
     async with nodes(cluster_url, prefix=prefix) as (first, second):
         browser = Browser()
         await browser.on(first, put(old=1))

@@ -94,6 +94,26 @@ async def close_code(url: str) -> int | None:
             return socket.close_code
 
 
+@pytest.mark.parametrize(
+    ("lost", "last"), [(False, "node {} stopped"), (True, "node {} could not sign off: ")]
+)
+def test_loop_that_ends(prefix: str, caplog: pytest.LogCaptureFixture, lost: bool, last: str) -> None:
+    """A server that only ends its loop: the node signs off, and the log says so, or why it could not."""
+    caplog.set_level(logging.INFO)
+    with start_valkey() as server:
+        cluster, app = make(server.url, prefix)
+
+        async def serve_one_request() -> None:
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+                assert (await http.get("/visit")).text == "1"
+            if lost:
+                server.kill()
+
+        asyncio.run(serve_one_request())
+    assert caplog.records[-1].getMessage().startswith(last.format(cluster.node))
+
+
 async def test_error_of_another_kind(
     redis_url: str, prefix: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,7 +40,7 @@ class MemoryBus:
         self.rooms: set[str] = set()
         self.seat: Seat | None = None
         self.on_dead: Callable[[str, str], None] | None = None
-        """See ``Bus.on_dead``: never called, a node of this process takes its people along."""
+        """See ``Bus.on_dead``: never called, the members of a node of this process go with it."""
 
     @property
     def incarnation(self) -> str:

@@ -1,4 +1,4 @@
-"""A mapping whose entries die at a time of their own, and whose dead take no room for long."""
+"""A mapping whose entries expire at a time of their own, and are removed soon after."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class Expiring(Generic[K, V]):
         return None
 
     def until(self, key: K) -> float:
-        """When the entry dies; ``KeyError`` when there is none."""
+        """When the entry expires; ``KeyError`` when there is none."""
         return self._entries[key][1]
 
     def set(self, key: K, value: V, until: float) -> None:
-        """Set or replace, to die at ``until``."""
+        """Set or replace, to expire at ``until``."""
         fresh = key not in self._entries
         self._entries[key] = (value, until)
         if fresh:

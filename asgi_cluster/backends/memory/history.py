@@ -1,4 +1,4 @@
-"""What rooms remember, in memory."""
+"""The history of rooms, in memory."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class MemoryHistory:
                 return Page(list(islice(reversed(held) if reverse else held, limit)), top, True)
             if since.epoch != top.epoch:
                 return Page([], top, False)
-            # The chain of previous offsets tells whether anything between the position and the first entry
+            # The chain of previous offsets shows whether anything between the position and the first entry
             # after it is missing.
             complete = since == top or any(entry.previous == since.offset for entry in held)
             if reverse:

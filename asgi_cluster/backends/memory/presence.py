@@ -16,7 +16,7 @@ class _Rooms:
         world.on_leave.append(self.forget)
 
     def forget(self, seat: Seat) -> None:
-        """A node has left: its people with it, in every room."""
+        """A node has left: so have its members, in every room."""
         for room in list(self.members):
             self.remove(room, seat.incarnation)
 
@@ -78,8 +78,8 @@ class MemoryPresence:
         return count_people(await self.members(room, timeout=timeout))
 
     async def reap(self, room: str, node: str, incarnation: str, *, timeout: float) -> Mapping[str, bytes]:
-        """See ``PresenceStore.reap``. Rarely has anything to do: a node that leaves takes its people
-        along.
+        """See ``PresenceStore.reap``. Rarely has anything to do: the members of a node that leaves go with
+        it.
         """
         with self._world.lock:
             return self._rooms.remove(room, incarnation)

@@ -88,7 +88,7 @@ class World:
         return self._unix + self.clock()
 
     def living(self) -> list[Seat]:
-        """Who is there. A node that was attached and whose cluster object is gone has left without a word."""
+        """The nodes that are there. A node that was attached and whose cluster object is gone has left."""
         return [seat for seat in self._seated() if seat.listens]
 
     def _seated(self) -> list[Seat]:
@@ -126,7 +126,7 @@ class World:
         with self.lock:
             self._letters.append((audience, name, payload))
             if self._delivering:
-                # A receiver is telling something while it is being told: in a second round, or the nodes
+                # A receiver publishes while a message is being delivered: in a second round, or the nodes
                 # would see two orders.
                 return
             self._delivering = True
@@ -153,6 +153,6 @@ class World:
                 else:
                     receiver.session_message(payload)
             except Exception:
-                # The publisher is another node's request: it must not pay for a receiver's fault, nor lose
-                # its write over it.
+                # The publisher is another node's request: its write must not fail because of a receiver's
+                # error.
                 logger.exception("node %s failed to receive a message", seat.node)

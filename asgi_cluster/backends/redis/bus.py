@@ -208,7 +208,7 @@ class RedisBus:
         registry = self._rooms.registry
         return "" if registry is None else registry.incarnation
 
-    # For presence, which lives with the rooms
+    # For presence, which is stored with the rooms
 
     def identity(self) -> tuple[NodeId, str]:
         """This node and its incarnation. Raises ``NotStarted``."""

@@ -74,7 +74,7 @@ class ClusterTopology(Routed):
                 self._members.clear()
                 self._slots = [None] * SLOTS
 
-    # The table
+    # The table of slots
 
     async def _look_from_outside(self) -> View:
         """By way of the addresses in the URL, one after the other. Raises ``StoreUnavailable``."""
@@ -102,7 +102,7 @@ class ClusterTopology(Routed):
         raise StoreUnavailable("; ".join(told) or "no node of the Redis Cluster has slots")
 
     async def _look(self) -> View | None:
-        """By way of the members, some at once: the one that is well and knows the latest is right."""
+        """By way of the members, some at once: the healthy one with the newest epoch is right."""
         members = [member for member in self._members.values() if member.commands.answering]
         asked = random.sample(members, min(len(members), _ASKED_AT_ONCE))
         views = await asyncio.gather(*[self._ask(member) for member in asked])
@@ -159,7 +159,7 @@ class ClusterTopology(Routed):
             self._changed()
 
     def _moved(self, error: MovedError, asked: Place) -> None:
-        # The node that redirects knows better than the table; the rest of the table is looked up soon.
+        # The redirect is newer than the table; the rest of the table is looked up soon.
         slot, place = parse_redirect(error, asked)
         if self._slots[slot] != place:
             self._slots = [*self._slots[:slot], place, *self._slots[slot + 1 :]]

@@ -19,11 +19,10 @@ from asgi_cluster.backends.redis.errors import (
     reason_of,
     unavailable,
 )
-from asgi_cluster.backends.redis.lifetime import stop_if_cancelled
 from asgi_cluster.backends.redis.link import Link
 from asgi_cluster.backends.redis.primary import Primary
 from asgi_cluster.exceptions import StoreUnavailable
-from asgi_cluster.tasks import check_loop
+from asgi_cluster.tasks import check_loop, stop_if_cancelled
 
 __all__ = ["CommandLink"]
 
@@ -145,8 +144,8 @@ class CommandLink:
     @property
     def answering(self) -> bool:
         """Whether the server is connected and has answered lately."""
-        # A link knows that it is broken some ticks before its task has cleared up, and whoever was told so
-        # may come again at once.
+        # A link is marked as broken some ticks before its task has cleared up, and a caller that got that
+        # error may try again at once.
         return self._link is not None and self._link.up and self._failing_since is None
 
     async def drained(self, timeout: float) -> None:

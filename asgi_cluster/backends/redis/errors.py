@@ -1,6 +1,6 @@
-"""Redis errors in our words.
+"""Redis errors as errors of this package.
 
-Only this package sees redis-py's; nothing here repeats a password, a key or a payload.
+Only the Redis backend sees those of redis-py; no text repeats a password, a key or a payload.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _IN_SCRIPT = re.compile(r"@user_script: ?\d+: -?([A-Z]{3,}) ")
 
 
 class LinkBroken(Exception):
-    """The connection is gone. ``sent`` tells whether the command may have reached the server."""
+    """The connection is gone. ``sent``: whether the command may have reached the server."""
 
     def __init__(self, reason: str, *, sent: bool = True) -> None:
         self.reason = reason
@@ -102,7 +102,7 @@ def reason_of(error: BaseException) -> str:
         return "the server is loading its data"
     if isinstance(error, ResponseError):
         if "unknown command" in str(error).lower() and "hello" in str(error).lower():
-            return "the server is too old: Redis 6.2 or newer is needed (it does not know HELLO)"
+            return "the server is too old: Redis 6.2 or newer is needed (it has no HELLO)"
         word = first_word(error)
         if word == "NOPERM":
             command = _COMMAND.search(str(error))

@@ -122,7 +122,7 @@ class Feed:
         lease = self._duration if self._carries_sessions else 0.0
         return Registry(self.topology, self.names, node, load, lease=lease, stale_for=self._stale_for)
 
-    # Where everything is
+    # Subscribers and their channels
 
     def _plan(self) -> list[asyncio.Future[None]]:
         """One subscriber per primary, and each channel at the primary that has it now."""
@@ -191,7 +191,7 @@ class Feed:
     def run_id(self, channel: str) -> str:
         """Of the server where ``channel`` is subscribed."""
         home = self._homes.get(channel)
-        # A message may still come from a channel's old home: its run id is not known.
+        # A message may still come from a channel's old home, whose run id is not kept.
         return _UNKNOWN if home is None else home.run_id
 
     # Rooms
@@ -217,7 +217,7 @@ class Feed:
         if home is not None:
             home.unsubscribe(channel)
 
-    # What the subscribers tell
+    # Events of the subscribers
 
     def heartbeat(self, subscriber: Subscriber) -> Heartbeat:
         """See ``Listener.heartbeat``."""
@@ -243,7 +243,7 @@ class Feed:
     def gap(self, subscriber: Subscriber, reason: str, channels: frozenset[str]) -> None:
         """See ``Listener.gap``."""
         self.topology.doubt()
-        fresh = channels - self._lost  # of the others it has been told, and nothing was trusted since
+        fresh = channels - self._lost  # the others' gap was reported, and nothing was trusted since
         self._lost |= channels & self._wanted
         if self._receiver is None or not self._open or not fresh:
             return
@@ -264,7 +264,7 @@ class Feed:
             return
         buckets, rooms = self._split(back)
         if buckets is None or buckets:
-            # What was read between the gap and now may have changed unheard: it must not be kept.
+            # What was read between the gap and now may have changed without a message: it must not be kept.
             self._receiver.gap(SUBSCRIBED_AGAIN, buckets)
         if rooms is None or rooms:
             self._receiver.rooms_restored(rooms)
@@ -274,7 +274,7 @@ class Feed:
         standings = [each.standing for each in self._subscribers.values() if each.standing is not None]
         ground = common_ground(standings, len(self._subscribers))
         if len({standing.epoch for standing in standings}) > 1:
-            # A primary has been replaced, maybe the one that we take for it: look, and soon.
+            # A primary has been replaced, maybe one in our table: look it up soon.
             self.topology.doubt()
         if ground is None:
             return

@@ -1,4 +1,4 @@
-"""What rooms remember, in Redis: a stream and a hash per room, one script per operation."""
+"""The history of rooms, in Redis: a stream and a hash per room, one script per operation."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from asgi_cluster.tasks import Failing, keep_running
 
-__all__ = ["Background", "background", "stop_if_cancelled"]
+__all__ = ["Background", "background"]
 
 
 class Background:
@@ -59,17 +59,3 @@ async def background(failing: Failing | None = None) -> AsyncIterator[Background
             tasks.cancel()
     if failure is not None:
         raise failure
-
-
-def stop_if_cancelled() -> None:
-    """For a loop that goes on after a ``TaskGroup`` of its own has failed.
-
-    When a child fails and the task is cancelled in the same moment, Python before 3.13 raises the child's
-    error and the cancellation is lost: a caller that waits for the loop's end waits for ever.
-
-    Raises:
-        asyncio.CancelledError: the task has been cancelled.
-    """
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError

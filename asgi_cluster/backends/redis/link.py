@@ -186,7 +186,7 @@ class Link:
             await self.close()
 
     async def close(self) -> None:
-        """Let go of the connection; who still waits gets ``LinkBroken``."""
+        """Close the connection; callers that still wait get ``LinkBroken``."""
         self._fail("the connection was closed")
         await self._connection.disconnect(nowait=True)
         if self._writer is not None and self._tls:

@@ -17,11 +17,11 @@ class Heartbeat(Protocol):
     """What is written on the subscriber's connection, over and over."""
 
     def registration(self) -> Command:
-        """Makes the node known; answers anything but an error."""
+        """Registers the node; answers anything but an error."""
         ...
 
     def beat(self) -> Command:
-        """Answers 1, or 0 when the node is not known (any more)."""
+        """Answers 1, or 0 when the node is not registered (any more)."""
         ...
 
     def interrupted(self) -> None:
@@ -30,7 +30,7 @@ class Heartbeat(Protocol):
 
 
 class Listener(Protocol):
-    """Who is told. Called on the event loop; must not block."""
+    """Called with the events of a subscriber, on the event loop; must not block."""
 
     def heartbeat(self, subscriber: Subscriber) -> Heartbeat:
         """What to beat with, at this moment."""
@@ -52,9 +52,9 @@ class Listener(Protocol):
         ...
 
     def standing(self, subscriber: Subscriber) -> None:
-        """A primary of a Cluster has said where it stands, and answered a heartbeat."""
+        """A primary of a Cluster has reported its epoch (``Standing``), and answered a heartbeat."""
         ...
 
     def moved(self, subscriber: Subscriber) -> None:
-        """The server says that something lives elsewhere."""
+        """A slot of these channels has moved to another server."""
         ...

@@ -42,6 +42,8 @@ class Member:
         try:
             await self.commands.drained(timeout=_FAREWELL)
         except (TimeoutError, LinkBroken, RedisError) as error:
-            logger.debug("%s left in haste: %s", self.primary.name, reason_of(error))
+            logger.debug(
+                "%s was closed before it had answered everything: %s", self.primary.name, reason_of(error)
+            )
         finally:
             self.task.cancel()

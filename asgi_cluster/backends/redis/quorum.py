@@ -19,20 +19,20 @@ __all__ = ["HeldEcho", "Standing", "common_ground"]
 
 
 class Standing(msgspec.Struct, frozen=True):
-    """What a primary says of itself (``CLUSTER INFO``)."""
+    """What a primary reports of the Cluster (``CLUSTER INFO``)."""
 
     sent_at: float
     """When it was asked, on the lease's clock."""
     epoch: int
-    """The newest epoch that it knows of."""
+    """The newest epoch that it reports."""
     size: int
-    """How many primaries it knows of."""
+    """How many primaries it reports."""
 
 
 def common_ground(standings: Sequence[Standing], primaries: int) -> tuple[int, float] | None:
     """The newest epoch that any of them reports, and the moment at which a majority still stood at it.
 
-    ``None`` while there is no such majority. ``primaries``: how many there are, as far as this node knows.
+    ``None`` while there is no such majority. ``primaries``: how many there are in this node's table.
     """
     if not standings:
         return None
@@ -43,7 +43,7 @@ def common_ground(standings: Sequence[Standing], primaries: int) -> tuple[int, f
 
 
 class HeldEcho(Echo):
-    """An echo that renews nothing before it is known that the primary has not been replaced."""
+    """An echo that renews nothing before it is proven that the primary has not been replaced."""
 
     __slots__ = ("proven",)
 

@@ -1,11 +1,11 @@
 """Which nodes there are, and which have died.
 
 A node's beat key carries no value: its *expiry time* is the beat. Every heartbeat pushes it into the future,
-so an observer that sees it stand still for four seconds, while its own lease was live without a break, has
-seen four seconds in which the server answered and that node did not write. Judging by the key's expiry itself
-would reap the living after a stall. A node that may serve sessions for longer than that after its last beat
-(its lease, and then ``stale_for``) says so in its entry, and is given that time: a logout does not count on a
-node that was removed.
+so if an observer sees no change of it for four seconds, while the observer's own lease was live without a
+break, the server answered for four seconds and that node did not write. To go by the key's expiry itself
+would remove running nodes after a stall. A node that may serve sessions for longer than that after its last
+beat (its lease, and then ``stale_for``) says so in its entry, and is given that time: a logout does not wait
+for a node that was removed.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Registry:
         return ("PEXPIRE", self._names.beat(self.node), BEAT_TTL)
 
     def interrupted(self) -> None:
-        """Our lease had lapsed: what was not seen to move may have been unable to."""
+        """Our lease had lapsed: a beat that did not move may have been unable to."""
         self._seen.clear()
 
     def _info(self) -> bytes:
@@ -123,7 +123,7 @@ class Registry:
         except StoreUnavailable as error:
             logger.info("node %s could not sign off: %s", self.node, error.reason)
 
-    # The others
+    # Other nodes
 
     async def run(self, lease: Callable[[], Lease]) -> None:
         """Observe, and refresh this node's own entry, until cancelled.

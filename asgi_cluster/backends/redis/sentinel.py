@@ -1,7 +1,7 @@
-"""A primary that the sentinels name: asked before every connection, and heard when it changes.
+"""A primary that the sentinels name: they are asked before every connection, and publish a change.
 
-Every sentinel is listened to for ``+switch-master``; a retry that is pinned to the old address would find out
-late.
+The node subscribes to ``+switch-master`` at every sentinel; a retry at the old address would notice the
+change late.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from weakref import WeakKeyDictionary
 from redis.exceptions import RedisError
 
 from asgi_cluster.backends.redis.errors import LinkBroken, first_of, reason_of
-from asgi_cluster.backends.redis.lifetime import background, stop_if_cancelled
+from asgi_cluster.backends.redis.lifetime import background
 from asgi_cluster.backends.redis.link import Link, OnPush
 from asgi_cluster.backends.redis.primary import Primary
 from asgi_cluster.backends.redis.topology import OnePrimary
 from asgi_cluster.backends.redis.urls import Address, Target
 from asgi_cluster.exceptions import StoreUnavailable
-from asgi_cluster.tasks import Failing
+from asgi_cluster.tasks import Failing, stop_if_cancelled
 
 __all__ = ["SentinelTopology"]
 
@@ -40,7 +40,7 @@ Place = tuple[str, int]
 
 
 class _Sentinel:
-    """One sentinel, listened to as long as it lives."""
+    """One sentinel, and the subscription to it as long as it answers."""
 
     def __init__(self, address: Address, topology: SentinelTopology) -> None:
         self.address = address
@@ -93,8 +93,8 @@ class _Sentinel:
             self._topology.switched(service, (host, int(port)))
 
     async def ask(self, service: str) -> tuple[int, Place] | None:
-        """The epoch of its knowledge, and where the primary is; ``None`` when it does not know or does not
-        answer.
+        """Its config epoch for the service, and where the primary is; ``None`` when it has no such service or
+        does not answer.
         """
         if self.link is None:
             return None
@@ -104,7 +104,7 @@ class _Sentinel:
                 details = self.link.send("SENTINEL", "MASTER", service)
                 place = await asked
                 if place is None:
-                    self.reason = f"does not know {service!r}"
+                    self.reason = f"has no service {service!r}"
                     return None
                 return int((await details)[b"config-epoch"]), (place[0].decode(), int(place[1]))
         except (RedisError, LinkBroken, TimeoutError) as error:
@@ -151,7 +151,7 @@ class SentinelTopology(OnePrimary):
                 "and nothing bounds how old a session is that is read there"
             )
 
-    # Where it is
+    # Locating the primary
 
     async def _dial(self, on_push: OnPush | None) -> Link:
         error = LinkBroken("no sentinel was asked", sent=False)
@@ -173,7 +173,7 @@ class SentinelTopology(OnePrimary):
         raise error
 
     async def _locate(self) -> list[Place]:
-        """Where the primary may be, the freshest knowledge first."""
+        """Where the primary may be, the newest config epoch first."""
         deadline = asyncio.get_running_loop().time() + _PATIENCE
         while True:
             heard = self._heard
@@ -189,7 +189,7 @@ class SentinelTopology(OnePrimary):
                 told = "; ".join(
                     f"{sentinel.address.name}: {sentinel.reason}" for sentinel in self._sentinels
                 )
-                raise LinkBroken(f"no sentinel knows the primary ({told})", sent=False) from None
+                raise LinkBroken(f"no sentinel names the primary ({told})", sent=False) from None
 
     def heard_of_sentinels(self) -> None:
         """One of them is there, or gone."""
@@ -197,7 +197,7 @@ class SentinelTopology(OnePrimary):
         self._heard = asyncio.Event()
 
     async def compare(self) -> None:
-        """A sentinel is back: it may know of a failover that was not heard of while it was away."""
+        """A sentinel is back: there may have been a failover while it was away."""
         answers = await asyncio.gather(*[sentinel.ask(self._service) for sentinel in self._sentinels])
         epoch, place = max(filter(None, answers), default=(-1, ("", 0)))
         if self._epoch < epoch and self._place not in (None, place):

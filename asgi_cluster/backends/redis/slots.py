@@ -26,7 +26,7 @@ def slot_of(key: str) -> int:
 def parse_slots(reply: Sequence[Any], asked: Place) -> View:
     """The reply to ``CLUSTER SLOTS``.
 
-    A node that does not know its own address means the one it was ``asked`` at.
+    An entry without an address means the one that was ``asked``.
     """
     view: View = [None] * SLOTS
     for first, last, primary, *_ in reply:
@@ -37,8 +37,8 @@ def parse_slots(reply: Sequence[Any], asked: Place) -> View:
 
 
 def facts_of(info: bytes) -> tuple[bool, int, int]:
-    """From ``CLUSTER INFO``: whether the node thinks all is well, the newest epoch that it knows of, and how
-    many primaries. The greatest is right.
+    """From ``CLUSTER INFO``: whether the node reports the state ``ok``, the newest epoch, and how many
+    primaries. The greatest is right.
     """
     facts = dict(line.split(":", 1) for line in info.decode().splitlines() if ":" in line)
     epoch, size = facts.get("cluster_current_epoch", "0"), facts.get("cluster_size", "0")

@@ -238,7 +238,7 @@ class RedisSessionStore:
         reply = await self._topology.run(script, keys, args, timeout=timeout)
         if isinstance(reply, list) and reply[0] == _UNSURE:
             # The user's epoch is missing: revoked, or in a slot that is moving. With the epoch among the keys
-            # the server knows which; it answers TRYAGAIN in the second case, which the topology does.
+            # the server decides: in the second case it answers TRYAGAIN, and the topology tries again.
             # A name that is no UTF-8 is no user's: there is no such epoch, whatever name is asked for.
             keys.append(self._names.epoch(bucket, _text(reply[1])))
             reply = await self._topology.run(script, keys, args, timeout=deadline - clock())
@@ -268,7 +268,7 @@ class RedisSessionStore:
                 nodes = await self._topology.call(registry, "HKEYS", registry, timeout=max(0.0, timeout))
             except StoreUnavailable as error:
                 logger.warning(
-                    "a session was ended, and which nodes there are is not known: %s", error.reason
+                    "a session was ended, but the registry of nodes could not be read: %s", error.reason
                 )
                 nodes = [UNKNOWN_NODES.encode()]
         return Ending(

@@ -25,7 +25,6 @@ from asgi_cluster.backends.redis.errors import (
     is_timeout,
     reason_of,
 )
-from asgi_cluster.backends.redis.lifetime import stop_if_cancelled
 from asgi_cluster.backends.redis.link import Link, Refusals
 from asgi_cluster.backends.redis.listener import Heartbeat, Listener
 from asgi_cluster.backends.redis.primary import Primary
@@ -33,6 +32,7 @@ from asgi_cluster.backends.redis.quorum import HeldEcho, Standing
 from asgi_cluster.backends.redis.slots import facts_of
 from asgi_cluster.bus.lease import Echo, Lease
 from asgi_cluster.exceptions import BusUnavailable
+from asgi_cluster.tasks import stop_if_cancelled
 
 __all__ = ["Subscriber"]
 
@@ -55,7 +55,7 @@ _DEMOTED = frozenset(("READONLY", "MASTERDOWN"))
 class Subscriber:
     """One connection to one primary, and what it is subscribed to.
 
-    ``vital``: channels without which it is no use.
+    ``vital``: channels without which it is of no use.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Subscriber:
         self.lease = lease
         self.echo = HeldEcho(lease) if sharded else Echo(lease)
         self.standing: Standing | None = None
-        """Where a primary of a Cluster stands, as of its last answer on this connection."""
+        """What a primary of a Cluster has reported last on this connection."""
         self._listener = listener
         self._sharded = sharded
         self._prefix = "S" if sharded else ""
@@ -100,7 +100,7 @@ class Subscriber:
         """Whether the subscription to ``channel`` stands."""
         return channel in self._acked
 
-    # Channels that come and go
+    # Subscriptions
 
     def want(self, channel: str) -> None:
         """Subscribe, without waiting."""
@@ -128,7 +128,7 @@ class Subscriber:
         self._flush_soon(channel)
 
     def _flush_soon(self, *channels: str) -> None:
-        # One command for all the joins and leaves of a loop tick; who joins and leaves in one tick costs
+        # One command for all the joins and leaves of a loop tick; a join and a leave in one tick cost
         # nothing.
         if self._link is None:
             return  # whatever is wanted is subscribed when there is one
@@ -190,8 +190,8 @@ class Subscriber:
             del self._sent[channel]
         moved = frozenset(channel for channel, error in refused.items() if first_word(error) in _MOVED)
         if moved:
-            # They are heard when whoever has them now has acknowledged; until then this is a gap, and nobody
-            # need wait.
+            # Their messages arrive again when the server that has them now has acknowledged; until then this
+            # is a gap, and no caller need wait.
             self._listener.gap(self, "channels are being moved", moved)
             self._answer(moved, None)
             self._listener.moved(self)
@@ -305,7 +305,7 @@ class Subscriber:
         while True:
             heartbeat = self._listener.heartbeat(self)
             if self._sharded:
-                # Asked first: it stood there when it took the beat, or further on.
+                # Asked before the beat: at the beat its epoch was this one or a newer one.
                 asked = self.lease.clock()
                 link.send("CLUSTER", "INFO").add_done_callback(partial(self._stands, link, asked))
             self.echo.beat()
@@ -349,14 +349,14 @@ class Subscriber:
             if not started.done():
                 started.set_result(None)
         else:
-            # Gone with a FLUSHALL or because we were silent for long: until it is back, a logout does not
-            # count on this node.
+            # Removed by a FLUSHALL, or by another node because this one sent no beat for long: until it is
+            # back, a logout does not wait for this node.
             reason = "the registration was gone"
             seconds, ended = self._stall
             if seconds >= _REAPED_AFTER and asyncio.get_running_loop().time() - ended < _REAPED_AFTER:
                 reason = f"the event loop stood still for {seconds:.0f} s"
                 logger.warning(
-                    "%s, so the other nodes took this one for dead: registering again. Look for a blocking "
+                    "%s, so the other nodes removed this one as dead: registering again. Look for a blocking "
                     "call (asyncio's debug mode names slow callbacks), or a process that was suspended",
                     reason,
                 )
@@ -372,9 +372,9 @@ class Subscriber:
             try:
                 self._listener.message(name, payload)
             except Exception:
-                # Whatever it was has not been dealt with, an invalidation perhaps: that is a gap.
-                logger.exception("a message could not be dealt with")
-                link.abort("a message could not be dealt with")
+                # It was not processed, and may have been an invalidation: that is a gap.
+                logger.exception("a message of the bus could not be processed: connecting anew")
+                link.abort("a message could not be processed")
             return
         if self._sent.pop(name, None) is None:
             return  # left already
@@ -385,7 +385,7 @@ class Subscriber:
         self._acked.discard(name)
         self._listener.gap(self, "a channel has moved", frozenset((name,)))
         self._listener.moved(self)
-        # It may have come back here, too, or never have left: a MOVED in answer tells.
+        # The slot may have come back here, or never have left: a MOVED in answer shows it.
         self._flush_soon(name)
 
     def __repr__(self) -> str:

@@ -79,11 +79,11 @@ class Topology(Protocol):
     # For the subscribers
 
     def primaries(self) -> Sequence[Primary]:
-        """All of them, as far as is known."""
+        """All of them, as of the last look."""
         ...
 
     def home(self, key: str) -> Primary | None:
-        """The primary that has ``key`` (or a channel), as far as is known; ``None`` while none has it."""
+        """The primary that has ``key`` (or a channel), as of the last look; ``None`` while none has it."""
         ...
 
     def tag_at(self, primary: Primary) -> str | None:
@@ -170,7 +170,7 @@ class OnePrimary(Routed):
 
     def _refused(self, word: str) -> None:
         if word == "READONLY":
-            # Demoted under our feet. Whoever is the primary now, it is not at the other end of this
+            # It was demoted: the primary is now another server than the one at the other end of this
             # connection.
             self.drop("the server is a replica now")
 

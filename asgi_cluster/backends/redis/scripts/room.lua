@@ -2,7 +2,7 @@
 
 -- Which line of history this server writes. It changes with a restart and with a promotion, which is when
 -- last writes can have been lost; the run id would not when an old primary takes over again. Asked here and
--- not told by the caller, who may not yet know that it talks to another server.
+-- not sent by the caller, which may not have noticed yet that this is another server.
 local function lineage()
   return string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)') or 'unknown'
 end

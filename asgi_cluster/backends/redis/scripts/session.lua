@@ -8,7 +8,7 @@ local function milliseconds()
 end
 
 -- What another command says of a key whose slot is moving away: not here any more. The caller tries again, as
--- it would have been told to if the key had been in KEYS.
+-- it would have been asked to if the key had been in KEYS.
 local function elsewhere(reply)
   if type(reply) == 'table' and reply.err and string.find(reply.err, 'non local', 1, true) then
     error({err = 'TRYAGAIN the slot of this session is moving'})
@@ -19,7 +19,7 @@ end
 -- A record: its meta fields as they are, `left` milliseconds to live from `now`. Nil and GONE when there is
 -- none, or its user was logged out everywhere: the epoch it was made under is not the user's any more. Nil
 -- and CORRUPT when it cannot be understood. A missing epoch means revoked, unless it is only missing here,
--- because the slot is moving and the epoch has not moved yet. A script cannot tell, the server can if the
+-- because the slot is moving and the epoch has not moved yet. A script cannot decide that, the server can if the
 -- epoch is in KEYS: nil and {UNSURE, user} asks the caller to come again with it.
 local function living(key, prefix, now)
   local found = elsewhere(redis.pcall('HMGET', key, '@secret', '@abs', '@idle', '@user', '@epoch', '@write'))
