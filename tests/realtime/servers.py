@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from asgi_cluster import CacheConfig, Cluster, SessionConfig
 from tests.realtime.site import Node as Site
@@ -55,6 +56,11 @@ ROWS = {
 }
 """The rows, and the server of each."""
 AT_ONCE = 4
+WAITING = "waits for its clients"
+LINGERS = "hypercorn" if sys.version_info >= (3, 12) else None
+"""Does not end while a client is connected (hypercorn issue 308). When that is mended, this and the sentence in
+``NOTES`` go.
+"""
 
 
 @dataclass
@@ -69,7 +75,7 @@ class Client:
         headers = {"cookie": self.cookie} if self.cookie else {}
         verify = self.trust or True
         async with httpx.AsyncClient(
-            base_url=self.node.url, timeout=20, headers=headers, verify=verify
+            base_url=self.node.url, timeout=60, headers=headers, verify=verify
         ) as http:
             return await http.get(path)
 
@@ -129,7 +135,7 @@ async def examine(name: str, url: str) -> Row:
         assert (await client.get("/visit")).json() == 2
         assert len(await observer.user("ada").sessions()) == 1
         close, writes, works = await use(client, observer)
-        stop = await end(client, observer)
+        stop = await end(client, observer, lingers=name == LINGERS)
         # Tracebacks of ours: hypercorn has its own when it cancels connections.
         for bad in (f"{ROOT}/asgi_cluster/", "never retrieved", "was destroyed", "never awaited"):
             assert bad not in node.log(), node.log()[-4000:]
@@ -182,7 +188,7 @@ async def ways(client: Client) -> str:
     return ", ".join(f"ASGI send: {way}" if way != "directly" else way for way in sorted(found))
 
 
-async def end(client: Client, observer: Cluster) -> str:
+async def end(client: Client, observer: Cluster, *, lingers: bool) -> str:
     """SIGTERM with twenty sockets."""
     node = client.node
     loop = asyncio.get_running_loop()
@@ -192,21 +198,28 @@ async def end(client: Client, observer: Cluster) -> str:
             assert await socket.ws.recv() == "ready"
 
         async def code_and_time(socket: Raw) -> tuple[int, float]:
-            code, _ = await socket.drained(timeout=20)
+            code, _ = await socket.drained(timeout=60)
             return code, loop.time()
 
-        async with asyncio.TaskGroup() as tasks:
-            watching = [tasks.create_task(code_and_time(socket)) for socket in crowd]
+        if lingers:
             node.signal(signal.SIGTERM)
-        codes = sorted({task.result()[0] for task in watching})
-        times = [task.result()[1] for task in watching]
+            with pytest.raises(TimeoutError):
+                await crowd[0].drained(timeout=5)
+            how = WAITING
+        else:
+            async with asyncio.TaskGroup() as tasks:
+                watching = [tasks.create_task(code_and_time(socket)) for socket in crowd]
+                node.signal(signal.SIGTERM)
+            codes = sorted({task.result()[0] for task in watching})
+            times = [task.result()[1] for task in watching]
+            drained = codes == [3001] and max(times) - min(times) > 0.3
+            how = f"{'one after another' if drained else 'at once'}, {listed(codes)}"
     assert node.process is not None
-    await asyncio.to_thread(node.process.wait, 20)
+    await asyncio.to_thread(node.process.wait, 60)
     gone = len(await observer.nodes()) == 1
     if not gone:
         await eventually(lambda: alone(observer), timeout=20, interval=0.2)
-    how = "one after another" if codes == [3001] and max(times) - min(times) > 0.3 else "at once"
-    return f"{how}, {listed(codes)}; signs off{'' if gone else ' after 4 s'}"
+    return f"{how}; signs off{'' if gone else ' after 4 s'}"
 
 
 def listed(codes: Iterable[int]) -> str:
@@ -233,7 +246,8 @@ NOTES = """\
   and bounded. On Daphne an app may close with 1000 and 3000 to 4999 only, so other codes become 1000.
 - *SIGTERM*: with `RealtimeConfig(drain=1.0)` and 20 open sockets. One after another with 3001 is a drain. Elsewhere the server closes all
   sockets in the same moment, in its own way, and an INFO or WARNING line at the start says so: call `await cluster.drain(seconds)` before you
-  stop it. A node that does not sign off is noticed after 4 s; until then logouts wait up to a second for it.
+  stop it. On Python 3.12 and newer, hypercorn with workers does not stop while a client is connected (its issue 308): drain first, or use
+  `--workers 0`. A node that does not sign off is noticed after 4 s; until then logouts wait up to a second for it.
 
 `drain` is 5 s by default, and at most 20 sockets are closed in a second as long as that fits: one socket costs 0.05 s, 1000 take the 5 s, and
 without sockets there is nothing to wait for. `drain=None` turns it off. Ctrl-C and `--reload` do not wait, and a second SIGTERM ends
