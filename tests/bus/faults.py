@@ -144,7 +144,8 @@ def our_objects() -> Counter[str]:
     """Objects of this package's classes, by name. But scripts: they are read once and stay."""
     gc.collect()
     kinds = [type(found) for found in gc.get_objects()]
-    ours = [kind for kind in kinds if kind.__module__.startswith("asgi_cluster.") and kind is not Script]
+    # Some classes of extension modules have a descriptor as ``__module__``, and not a name.
+    ours = [kind for kind in kinds if str(kind.__module__).startswith("asgi_cluster.") and kind is not Script]
     return Counter(kind.__qualname__ for kind in ours)
 
 
