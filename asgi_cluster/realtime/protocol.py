@@ -354,7 +354,7 @@ def _without_nulls(line: bytes) -> Any:
     A client chooses what is in the line, so this reads it once, whatever that is.
     """
     command = _nullable_decoder.decode(line)  # a null is None, and encoding leaves out fields that are None
-    if command.connect is not None:
+    if command is not None and command.connect is not None:  # a line that is null stays so, and is refused
         for values in (command.connect.headers, command.connect.subs):
             for name in [name for name, value in (values or {}).items() if value is None]:
                 del values[name]

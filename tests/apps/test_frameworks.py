@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
 
 import httpx
 import pytest
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
-from websockets.asyncio.client import connect
+from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Origin
 
 from asgi_cluster import Cluster, ClusterMiddleware, SessionConfig
 from tests.apps.kit import CHUNKS, MakeApp, Seen, make_cluster
-from tests.support.nodes import serve, several
+from tests.support.nodes import Node, serve, several
 from tests.support.waiting import eventually
+
+
+@asynccontextmanager
+async def in_the_room(node: Node, **options: Any) -> AsyncIterator[ClientConnection]:
+    """A socket that is in the room: the app reads after it has joined, and broadcasts what it reads."""
+    async with connect(f"{node.ws_url}/room", **options) as socket:
+        await socket.send("joined")
+        assert await socket.recv() == "joined"
+        yield socket
 
 
 async def test_framework_session_login_and_live_logout_on_two_nodes(
@@ -52,9 +64,10 @@ async def test_framework_session_login_and_live_logout_on_two_nodes(
         cookie = {"Cookie": f"session={browser.cookies['session']}"}
         async with (
             connect(f"{here.ws_url}/plain", additional_headers=cookie) as plain,
-            connect(f"{here.ws_url}/room", additional_headers=cookie) as member,
-            connect(f"{there.ws_url}/room") as guest,
+            in_the_room(here, additional_headers=cookie) as member,
+            in_the_room(there) as guest,
         ):
+            assert await member.recv() == "joined"  # the guest's
             await plain.send("echo")
             assert await plain.recv() == "echo"
             assert (await browser.get(f"{there.url}/background")).status_code == 200

@@ -14,7 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from tests.bus.traffic import DEADLINE, Traffic
 from tests.support.proxy import Proxy
 from tests.support.servers import Server, start_valkey
 from tests.support.topologies import RedisCluster, SentinelSet, start_redis_cluster, start_sentinel_set
+from tests.support.waiting import eventually
 
 KNOWN_WITHIN = 2.0
 TRUSTED_WITHIN = 1.0
@@ -102,24 +103,29 @@ async def play(
     row = Row(name)
     connections, objects = open_connections(), our_objects()
     row.left += await _scenario(row, fault, url, scene, calm, after)
-    # What is left over goes in the next ticks, or stays.
-    await asyncio.sleep(0.3)
-    if left := (open_connections() - connections).total():
-        row.left.append(f"{left} connections")
-    row.left += [f"{count} {kind}" for kind, count in (our_objects() - objects).items()]
+
+    def left() -> list[str]:
+        count = (open_connections() - connections).total()
+        kinds = [f"{count} {kind}" for kind, count in (our_objects() - objects).items()]
+        return [f"{count} connections", *kinds] if count else kinds
+
+    with suppress(AssertionError):  # what does not go in the next ticks stays, and is in the row
+        await eventually(lambda: not left(), timeout=2.0, interval=0.05)
+    row.left += left()
     return row
 
 
 async def _scenario(row: Row, fault: Fault, url: str, scene: Scene, calm: float, after: float) -> list[str]:
     async with Traffic(url, url if scene.proxy is None else scene.proxy.url) as traffic:
         reader = traffic.reader
-        await asyncio.sleep(calm)
+        await eventually(lambda: reader.live and traffic.hits)
+        await asyncio.sleep(calm)  # so much traffic before the fault
         began = time.monotonic()
         answers = await fault(scene)
         while not reader.live and time.monotonic() - answers < 10:
             await asyncio.sleep(0.005)
         row.trusted = time.monotonic() - answers if reader.live else None
-        await asyncio.sleep(after)
+        await asyncio.sleep(after)  # and so much after it, in which a stale entry would be read
         told = [event[3] for event in reader.receiver.of("gap") if event[3] >= began]
         row.known = told[0] - began if told else None
         await traffic.stop()
@@ -144,11 +150,17 @@ def our_objects() -> Counter[str]:
     """Objects of this package's classes, by name. But scripts: they are read once and stay."""
     gc.collect()
     kinds = [type(found) for found in gc.get_objects()]
-    ours = [kind for kind in kinds if kind.__module__.startswith("asgi_cluster.") and kind is not Script]
+    # Some classes of extension modules have a descriptor as ``__module__``, and not a name.
+    ours = [kind for kind in kinds if str(kind.__module__).startswith("asgi_cluster.") and kind is not Script]
     return Counter(kind.__qualname__ for kind in ours)
 
 
 # The faults
+
+
+async def lasts(seconds: float) -> None:
+    """The fault goes on for so long: a part of the scenario, and not a wait for something."""
+    await asyncio.sleep(seconds)
 
 
 async def _kill(scene: Scene, *, data: bool) -> float:
@@ -156,7 +168,7 @@ async def _kill(scene: Scene, *, data: bool) -> float:
         with scene.server.client() as client:
             client.save()
     scene.server.kill()
-    await asyncio.sleep(1.0)
+    await lasts(1.0)
     await asyncio.to_thread(scene.server.restart, data=data)
     return time.monotonic()
 
@@ -172,7 +184,7 @@ async def kill_with_data(scene: Scene) -> float:
 def stop(seconds: float) -> Fault:
     async def fault(scene: Scene) -> float:
         scene.server.pause()
-        await asyncio.sleep(seconds)
+        await lasts(seconds)
         scene.server.resume()
         return time.monotonic()
 
@@ -182,7 +194,7 @@ def stop(seconds: float) -> Fault:
 async def black_hole(scene: Scene) -> float:
     assert scene.proxy is not None
     scene.proxy.blackhole()
-    await asyncio.sleep(4.0)
+    await lasts(4.0)
     scene.proxy.heal()
     return time.monotonic()
 
@@ -190,7 +202,7 @@ async def black_hole(scene: Scene) -> float:
 async def deaf(scene: Scene) -> float:
     assert scene.proxy is not None
     scene.proxy.stall("down", only=b"SUBSCRIBE")
-    await asyncio.sleep(4.0)
+    await lasts(4.0)
     scene.proxy.heal()
     return time.monotonic()
 
@@ -198,16 +210,16 @@ async def deaf(scene: Scene) -> float:
 async def cut(scene: Scene) -> float:
     assert scene.proxy is not None
     scene.proxy.cut()
-    await asyncio.sleep(2.0)
+    await lasts(2.0)
     scene.proxy.heal()
     return time.monotonic()
 
 
-def command(*words: str, lasts: float = 0.0) -> Fault:
+def command(*words: str, seconds: float = 0.0) -> Fault:
     async def fault(scene: Scene) -> float:
         with scene.server.client() as client:
             client.execute_command(*words)
-        await asyncio.sleep(lasts)
+        await lasts(seconds)
         return time.monotonic()
 
     return fault
@@ -222,21 +234,22 @@ async def output_buffer(scene: Scene) -> float:
         await asyncio.to_thread(
             lambda: [client.publish(channel, encode(Changed("00." + "x" * 50_000, ""))) for _ in range(400)]
         )
-    await asyncio.sleep(0.2)
+        killed = "client_output_buffer_limit_disconnections"
+        await eventually(lambda: client.info("stats")[killed])
     scene.proxy.heal()
     return time.monotonic()
 
 
 async def nothing(scene: Scene) -> float:
     """To see whether the measurement would notice."""
-    await asyncio.sleep(1.0)
+    await lasts(1.0)
     return time.monotonic()
 
 
 async def full(scene: Scene) -> float:
     with scene.server.client() as client:
         client.config_set("maxmemory", "1mb")
-        await asyncio.sleep(3.0)
+        await lasts(3.0)
         client.config_set("maxmemory", "0")
     return time.monotonic()
 
@@ -291,7 +304,7 @@ async def cluster_links(scene: Scene) -> float:
 
     for _ in range(20):
         await asyncio.to_thread(kill)
-        await asyncio.sleep(0.05)
+        await lasts(0.05)  # about a second in all
     return time.monotonic()
 
 
@@ -305,7 +318,7 @@ SINGLE: dict[str, tuple[Fault, bool]] = {
     "the subscriber's connection alone is stalled for 4 s": (deaf, True),
     "connections cut and refused for 2 s": (cut, True),
     "CLIENT KILL of the subscribers": (command("CLIENT", "KILL", "TYPE", "pubsub"), False),
-    "CLIENT PAUSE for 3 s": (command("CLIENT", "PAUSE", "3000", "ALL", lasts=3.0), False),
+    "CLIENT PAUSE for 3 s": (command("CLIENT", "PAUSE", "3000", "ALL", seconds=3.0), False),
     "output-buffer kill of the subscriber": (output_buffer, True),
     "memory full for 3 s": (full, False),
     "FLUSHALL": (command("FLUSHALL"), False),

@@ -19,7 +19,8 @@ from tests.support.waiting import eventually
 LAGS = (None, 2)
 _BACK_WITHIN = 3.0  # a sentinel is tried again once a second, and asked then
 _MARGIN = 0.25  # seconds: a loop that shares two cores with the servers
-_HELD = 8.0  # seconds, from the election on
+_CALM = 1.0  # seconds of traffic before the partition
+_HELD = 8.0  # seconds that it lasts, from the election on
 _SOON = ("--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1")
 
 
@@ -116,7 +117,8 @@ async def partition(lag: int | None) -> Limit:
     options = () if lag is None else ("--min-replicas-to-write", "1", "--min-replicas-max-lag", str(lag))
     async with split_set(*options) as split, Traffic(split.servers.url, split.old_side) as traffic:
         replicas = split.servers.servers[1:]
-        await asyncio.sleep(1.0)
+        await eventually(lambda: traffic.reader.live and traffic.hits)
+        await asyncio.sleep(_CALM)
         began = time.monotonic()
         split.part()
         while not (new := [server for server in replicas if server.role() == "master"]):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.bus.faults import CLUSTER, SENTINEL, SINGLE, Scene, many, nothing, play, single
+from asgi_cluster.bus.lease import Echo, Lease
+from tests.bus.faults import CLUSTER, SENTINEL, SINGLE, Scene, many, nothing, our_objects, play, single
 from tests.bus.partition import LAGS, partition
 from tests.bus.traffic import CacheReceiver
 from tests.support.servers import start_valkey
@@ -39,3 +40,11 @@ async def test_a_partition_in_which_the_old_primary_answers(lag: int | None) -> 
     assert limit.met, " | ".join(limit.cells())
     assert limit.cached or limit.stored, "nothing was stale: there was no partition"
     assert (limit.refused is None) == (lag is None)
+
+
+def test_our_objects_are_counted_beside_a_class_without_a_module_name() -> None:
+    """An extension module that the whole suite imports has a class with a descriptor there."""
+    unnamed = type("Unnamed", (), {"__module__": property(lambda self: "extension")})()
+    before = our_objects()
+    echo = Echo(Lease(1.0))
+    assert our_objects() - before == {"Echo": 1, "Lease": 1}, (unnamed, echo)

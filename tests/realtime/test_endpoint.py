@@ -169,6 +169,7 @@ async def test_unknown_command(lone_site: Site) -> None:
         ("", 3501),
         ("nonsense", 3501),
         ("[]", 3501),
+        ("null", 3501),
         ('{"id": "x"}', 3501),
         ('{"id": 1, "subscribe": 3}', 3501),
         ('{"id": 0, "subscribe": {"channel": "a"}}', 3501),

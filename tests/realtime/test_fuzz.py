@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 import websockets
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket
@@ -39,6 +39,7 @@ commands = st.dictionaries(names, json_values | st.dictionaries(st.text(max_size
     st.binary(max_size=200)
     | st.lists(commands.map(json.dumps), max_size=3).map(lambda lines: "\n".join(lines).encode())
 )
+@example(b"null")
 @settings(max_examples=100, deadline=None)
 def test_decoder(frame: bytes) -> None:
     """Commands, or ``BadFrame``; nothing else, ever."""

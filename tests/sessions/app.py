@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, StreamingRespon
 from starlette.routing import Route
 
 from asgi_cluster import Cluster, ClusterMiddleware, SessionConfig, get_session
+from tests.support.waiting import eventually
 
 
 def describe(request: Request) -> dict[str, Any]:
@@ -157,3 +158,16 @@ async def nodes(
 
 def sessions(**options: Any) -> SessionConfig:
     return SessionConfig(**options)
+
+
+async def eventually_shows(client: httpx.AsyncClient, **expected: Any) -> None:
+    """``/show`` answers with these values, within the lease: until the message of a change on another node
+    has arrived, a node may serve what was there before. Not for a logout, which has been acknowledged.
+    """
+
+    async def shown() -> bool:
+        seen = (await client.get("/show")).json()
+        assert {key: seen[key] for key in expected} == expected
+        return True
+
+    await eventually(shown)
