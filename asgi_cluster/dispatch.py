@@ -98,7 +98,12 @@ class Dispatch:
                 for handle in ended:
                     self._tombstones.remember(handle, run_id)
                 closed = self._hub.end_user(
-                    message.user, keep=message.keep, ended=ended, code=message.code, reason=message.reason
+                    message.user,
+                    keep=message.keep,
+                    ended=ended,
+                    code=message.code,
+                    reason=message.reason,
+                    name=message.request,
                 )
                 # The others began after it, if this was long under way; or the store had lost sight of them,
                 # or they were too many to be named. The answer says that none of those that are over is open
