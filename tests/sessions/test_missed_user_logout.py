@@ -206,10 +206,11 @@ async def test_lost_message_on_every_backend(
     async with place(url, prefix, 2, realtime=RealtimeConfig(connect=token_is_user)) as here:
         ada, bob = [await connect(here.nodes[1], token=user) for user in ("ada", "bob")]
         near = here.clusters[1]
+        lost: list[bytes] = []
         with monkeypatch.context() as patch:
-            patch.setattr(near._dispatch, "session_message", lambda payload: None)
+            patch.setattr(near._dispatch, "session_message", lost.append)
             assert (await here.clusters[0].user("ada").logout(timeout=0)).sockets_closed == 0
-            await here.clusters[0].nodes()
+            await eventually(lambda: lost)
         near.verifier.wake()
         assert await code(ada) == 4501
         assert await answers(bob)
