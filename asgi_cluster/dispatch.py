@@ -97,7 +97,12 @@ class Dispatch:
                 for handle in ended:
                     self._tombstones.remember(handle, run_id)
                 closed = self._hub.end_user(
-                    message.user, keep=message.keep, ended=ended, code=message.code, reason=message.reason
+                    message.user,
+                    keep=message.keep,
+                    ended=ended,
+                    code=message.code,
+                    reason=message.reason,
+                    name=message.request,
                 )
                 # Sockets of sessions that the message does not name: they began after it, or the store's
                 # index had lost them, or they were too many to be named. They are checked before the

@@ -1,7 +1,10 @@
-"""Whether the sessions of open sockets still live.
+"""Whether the sessions of open sockets still live, and whether the users of the others were logged out.
 
 A logout closes sockets through the bus. What the bus may have lost is found here: after every gap, once a
-minute anyhow, and when a session's time is up, the store is asked again.
+minute anyhow, and when a session's time is up, the store is asked again. For a socket that acts as a user
+without a session of that user (``identify``, a connect hook, ``accept(user_id=)``) it is asked for the user's
+last logout: how long ago it was, against how long ago the socket began. So nothing is read for that when a
+socket connects.
 """
 
 from __future__ import annotations
@@ -9,17 +12,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from asgi_cluster.codes import CloseCode
 from asgi_cluster.exceptions import ClusterError, StoreUnavailable
-from asgi_cluster.ids import Handle
+from asgi_cluster.ids import Handle, UserId
 from asgi_cluster.realtime.socket import Socket
 from asgi_cluster.sessions.cached import CachedStore
+from asgi_cluster.sessions.store import UserLogout
 from asgi_cluster.tasks import spawn
 
-__all__ = ["SocketsBySession", "Verifier"]
+__all__ = ["OpenSockets", "Verifier"]
 
 logger = logging.getLogger("asgi_cluster.verification")
 
@@ -27,10 +31,11 @@ _PERIOD = 60.0
 _RETRY = 2.0
 _AT_ONCE = 256
 _LONGEST_TIMER = 3600.0
+_SOON = 0.1  # seconds that an answer may take which says how long ago a logout was
 
 
-class SocketsBySession(Protocol):
-    """This node's sockets, by session."""
+class OpenSockets(Protocol):
+    """This node's sockets, by session and by user."""
 
     def handles(self) -> Iterable[str]:
         """Sessions with at least one open socket here."""
@@ -38,6 +43,18 @@ class SocketsBySession(Protocol):
 
     def close_session(self, handle: str, code: int, reason: str) -> int:
         """Close the sockets of a session; how many there were."""
+        ...
+
+    def users(self) -> Sequence[str]:
+        """Users as whom at least one open socket here acts."""
+        ...
+
+    def acts_without_session(self, user: str) -> bool:
+        """Whether one of them acts as ``user`` and has no session of that user."""
+        ...
+
+    def close_logged_out(self, user: str, logout: UserLogout, *, now: float) -> None:
+        """Close those of them that are older than ``logout``, which was read just now."""
         ...
 
 
@@ -49,7 +66,7 @@ class Verifier:
     def __init__(
         self,
         store: CachedStore,
-        sockets: SocketsBySession,
+        sockets: OpenSockets,
         *,
         deadline: float,
         unverified_limit: float,
@@ -96,6 +113,8 @@ class Verifier:
                 pause = _PERIOD * random.uniform(0.75, 1.25)
                 if await self._close_ended(self._sockets.handles()) is not None:
                     verified_at = self._clock()
+                    if not await self._close_logged_out():
+                        pause = _RETRY * random.uniform(0.5, 1.0)
                 else:
                     pause = _RETRY * random.uniform(0.5, 1.0)
                     # Spread, so that the nodes' clients do not all come back in the same second.
@@ -161,6 +180,38 @@ class Verifier:
             return await self._store.read_fresh(handle, timeout=self._deadline) is None
         except StoreUnavailable:
             return None
+
+    async def _close_logged_out(self) -> bool:
+        """Close the sockets of users who were logged out, as far as they have no session that would say so.
+        False when the store did not answer.
+        """
+        users = self._sockets.users()
+        for start in range(0, len(users), _AT_ONCE):
+            some = [
+                UserId(user)
+                for user in users[start : start + _AT_ONCE]
+                if self._sockets.acts_without_session(user)
+            ]
+            if not some:
+                await asyncio.sleep(0)
+                continue
+            try:
+                found = await self._logouts(some)
+            except StoreUnavailable:
+                return False
+            now = self._clock()
+            for user, logout in found.items():
+                self._sockets.close_logged_out(user, logout, now=now)
+        return True
+
+    async def _logouts(self, users: Sequence[UserId]) -> Mapping[UserId, UserLogout]:
+        asked = self._clock()
+        found = await self._store.logouts(users, timeout=self._deadline)
+        if found and self._clock() - asked > _SOON:
+            # By as much a logout may seem later than it was. When the connection was waited for, the second
+            # answer comes at once.
+            found = await self._store.logouts(users, timeout=self._deadline)
+        return found
 
     def _give_up(self) -> None:
         handles = list(self._sockets.handles())

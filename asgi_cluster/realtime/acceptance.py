@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from asgi_cluster.bus.lease import boot_clock
 from asgi_cluster.realtime.connection import Connection
 from asgi_cluster.realtime.protocol import DisconnectCode
 from asgi_cluster.realtime.socket import Receive, Send
@@ -80,8 +81,8 @@ class Acceptance:
             await socket.finished()
             raise OriginRefused
         if self._user is not None:
-            cluster.hub.set_user(socket, self._user)
             # For a socket that was open before, there is no time at which the app began to decide.
+            cluster.hub.set_user(socket, self._user, since=socket.since if in_handshake else boot_clock())
             cluster.hub.close_if_logged_out(socket, since=socket.began, final=in_handshake)
         outbox = cluster.hub.outbox(socket, joins=False)
         connection = self._connection = socket.connection = Connection(socket, cluster, state.session, outbox)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import msgspec
 from msgspec import Raw
 
+from asgi_cluster.bus.lease import boot_clock
 from asgi_cluster.exceptions import ClusterError, NotPermitted, TokenExpired
 from asgi_cluster.ids import check_user
 from asgi_cluster.realtime.commands import COMMANDS, decoded, describe, subscribe_here
@@ -335,11 +336,11 @@ class Client(Connection):
 
     async def _connect(self, command_id: int, request: ConnectCommand) -> None:
         hub = self.cluster.hub
-        began = hub.logouts.last
+        began, since = hub.logouts.last, boot_clock()
         answer = await self._ask_connect(request.token, request.data, request.headers)
         user = self._named_by(answer)
         if user != self.user_id:
-            hub.set_user(self.socket, user)
+            hub.set_user(self.socket, user, since=since)
             hub.close_if_logged_out(self.socket, since=began)
         if self.socket.state != "open":
             return  # its user or its session was logged out while the hook waited

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 import weakref
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -28,12 +28,15 @@ from asgi_cluster.realtime.socket import Closes, Socket
 
 if TYPE_CHECKING:
     from asgi_cluster.realtime.connection import Connection
+    from asgi_cluster.sessions.store import UserLogout
 
 __all__ = ["Hub", "RealtimeStats", "Subscriptions", "Watcher"]
 
 S = TypeVar("S")
 
 logger = logging.getLogger("asgi_cluster.realtime")
+
+_UNCERTAIN = 1.0  # seconds by which an interval may differ between the store's clock and this node's
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,9 +152,10 @@ class Hub:
             _discard(self._by_handle, watcher.handle, watcher)
             _discard(self._by_owner, watcher.owner, watcher)
 
-    def set_user(self, socket: Socket, user: str | None) -> None:
-        """The socket acts as ``user`` from now on."""
+    def set_user(self, socket: Socket, user: str | None, *, since: float) -> None:
+        """The socket acts as ``user`` from now on; it was begun to decide that at ``since``."""
         with self._lock:
+            socket.since = since
             _discard(self._by_user, socket.user, socket)
             _discard(self._by_owner, socket.owner, socket)
             socket.user = user
@@ -197,19 +201,52 @@ class Hub:
         """Close the sockets that act as a user; how many there were."""
         return sum(socket.close(code, reason) for socket in tuple(self._by_user.get(user, ())))
 
-    def end_user(self, user: str, *, keep: str | None, ended: Container[str], code: int, reason: str) -> int:
+    def end_user(
+        self, user: str, *, keep: str | None, ended: Container[str], code: int, reason: str, name: str = ""
+    ) -> int:
         """A user was logged out and the sessions ``ended`` are over: close the sockets of these sessions,
         whatever user they act as, and the sockets that act as the user with another session than one of the
-        user's, or with none. How many there were. Those of the session ``keep`` stay.
+        user's, or with none. How many there were. Those of the session ``keep`` stay. ``name`` as in
+        ``RecentLogouts.record``.
         """
         # First: a socket that is given this user while the others are being closed finds the record.
-        self.logouts.record(user, keep)
+        self.logouts.record(user, keep, name)
         return sum(
             socket.close(code, reason)
             for socket in self._acting_as(user)
             if socket.handle is None
             or (socket.handle != keep and (socket.owner != user or socket.handle in ended))
         )
+
+    def users(self) -> Sequence[str]:
+        """Users as whom at least one open socket here acts."""
+        return tuple(self._by_user)
+
+    def acts_without_session(self, user: str) -> bool:
+        """Whether a socket here acts as ``user`` and has no session of that user."""
+        return any(socket.owner != user for socket in tuple(self._by_user.get(user, ())))
+
+    def close_logged_out(self, user: str, logout: UserLogout, *, now: float) -> None:
+        """Close the sockets that act as ``user`` without a session of that user and are older than
+        ``logout``, which the store gave at ``now`` and which this node has not processed.
+
+        With 4501. Those that are younger by less than the clocks may differ with 3011, so that the client
+        comes back and is decided anew.
+        """
+        processed = self.logouts.has(user, logout.id)
+        for socket in tuple(self._by_user.get(user, ())):
+            if socket.owner == user:
+                continue
+            if socket.handle is not None and socket.handle == logout.keep:
+                ago = logout.before
+            else:
+                ago = None if processed else logout.ago
+            if ago is None:
+                continue
+            if socket.since <= now - ago:
+                socket.close(CloseCode.SESSION_ENDED, "logged out")
+            elif socket.since <= now - ago + _UNCERTAIN:
+                socket.close(CloseCode.FORCE_RECONNECT, "the user may have been logged out meanwhile")
 
     def sockets_of(self, user: str, *, keep: str | None) -> tuple[Socket, ...]:
         """The open sockets of a user's sessions, but those of ``keep``. Their watchers look for

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 
+from asgi_cluster.bus.lease import boot_clock
 from asgi_cluster.ids import ConnectionId, new_token
 from asgi_cluster.realtime.server import (
     closes_in_task,
@@ -103,6 +104,7 @@ class Socket:
         "scope",
         "send",
         "server",
+        "since",
         "state",
         "tasks",
         "timer",
@@ -133,6 +135,8 @@ class Socket:
         """The user of its session, which may be another one than ``user``."""
         self.began = 0
         """The latest logout (``RecentLogouts.last``) when it began."""
+        self.since = boot_clock()
+        """When the decision began whom it acts as: a later logout of that user ends it."""
         self.state: Literal["connecting", "open", "closed"] = "connecting"
         self.close_code: int | None = None
         self.close_reason = ""

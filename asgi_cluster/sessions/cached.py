@@ -10,7 +10,15 @@ from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import Handle, UserId
 from asgi_cluster.sessions.cache import Entry, Flight, SessionCache
 from asgi_cluster.sessions.damage import Damage
-from asgi_cluster.sessions.store import Device, Draft, Ending, Record, SessionStore, WriteOutcome
+from asgi_cluster.sessions.store import (
+    Device,
+    Draft,
+    Ending,
+    Record,
+    SessionStore,
+    UserLogout,
+    WriteOutcome,
+)
 
 __all__ = ["CachedStore"]
 
@@ -172,6 +180,10 @@ class CachedStore:
             return await self._store.end_all(user, keep=keep, epoch=epoch, message=message, timeout=timeout)
         finally:
             self.cache.drop_user(user, keep=keep)
+
+    def logouts(self, users: Sequence[UserId], *, timeout: float) -> Awaitable[Mapping[UserId, UserLogout]]:
+        """Never cached. Raises as the store."""
+        return self._store.logouts(users, timeout=timeout)
 
     async def devices(self, user: UserId, *, timeout: float) -> Sequence[Device]:
         """Never cached. Raises as the store."""

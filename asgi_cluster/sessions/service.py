@@ -15,7 +15,7 @@ from asgi_cluster.bus.messages import Changed, Ended, UserEnded, encode
 from asgi_cluster.codes import CloseCode
 from asgi_cluster.config import SessionConfig
 from asgi_cluster.exceptions import StoreUnavailable
-from asgi_cluster.ids import Handle, NodeId, UserId, bucket_of, new_token
+from asgi_cluster.ids import Handle, NodeId, UserId, bucket_of
 from asgi_cluster.sessions.cached import CachedStore
 from asgi_cluster.sessions.cookies import Cookie
 from asgi_cluster.sessions.ended import SessionEnded
@@ -193,7 +193,7 @@ class SessionService:
             run_id = self.store.run_id(bucket_of(user))
             ending = await budget.spend(
                 lambda left: self.store.end_all(
-                    user, keep=keep, epoch=new_token(), message=message, timeout=left
+                    user, keep=keep, epoch=pending.id, message=message, timeout=left
                 )
             )
             self._remember(ending.handles, run_id)

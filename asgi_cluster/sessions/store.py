@@ -18,7 +18,17 @@ import msgspec
 
 from asgi_cluster.ids import Handle, UserId
 
-__all__ = ["UNKNOWN_NODES", "Device", "Draft", "Ending", "Record", "SessionStore", "WriteOutcome"]
+__all__ = [
+    "LOGOUT_KEPT",
+    "UNKNOWN_NODES",
+    "Device",
+    "Draft",
+    "Ending",
+    "Record",
+    "SessionStore",
+    "UserLogout",
+    "WriteOutcome",
+]
 
 WriteOutcome = Literal["written", "unchanged", "ended", "gone", "conflict"]
 """``unchanged``: the record holds these values already; version and write id are as before. ``ended``:
@@ -29,6 +39,9 @@ its user was logged out; nothing was written.
 UNKNOWN_NODES = "?"
 """In ``Ending.nodes``: the registry did not answer. No node has this id and none will acknowledge, so that
 a caller that waits for all of them waits for the lease."""
+
+LOGOUT_KEPT = 86400.0
+"""Seconds for which ``SessionStore.logouts`` finds a user's logout, at least."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,6 +120,20 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True):
     """Of ``end`` with ``expected``: the write id that the session has instead. Nothing was ended then."""
     fields: Mapping[str, bytes] = {}
     """Of an ``end`` that was overtaken: what the session holds."""
+
+
+class UserLogout(msgspec.Struct, frozen=True, kw_only=True):
+    """The last time that a user was logged out everywhere, as read at one moment."""
+
+    id: str
+    """The ``epoch`` that ``end_all`` was given."""
+    ago: float
+    """Seconds, by the store's clock, from then to the read."""
+    keep: Handle | None
+    """The session that it kept, when that is not one of the user's own; else ``None``."""
+    before: float | None
+    """Seconds since the last logout that did not keep ``keep``; ``None`` when there is none, or no ``keep``.
+    """
 
 
 class SessionStore(Protocol):
@@ -188,7 +215,13 @@ class SessionStore(Protocol):
         self, user: UserId, *, keep: Handle | None, epoch: str, message: bytes, timeout: float
     ) -> Ending:
         """Give the user a new epoch, so that every session but ``keep`` is dead at once, and remove their
-        records. ``messages.name_ended`` says which in the message.
+        records. ``messages.name_ended`` says which in the message. ``epoch`` also names this logout.
+        """
+        ...
+
+    async def logouts(self, users: Sequence[UserId], *, timeout: float) -> Mapping[UserId, UserLogout]:
+        """The last ``end_all`` of these users (at least one), of those who had one lately
+        (``LOGOUT_KEPT``).
         """
         ...
 

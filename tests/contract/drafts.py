@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from asgi_cluster.ids import Handle, UserId, new_handle, new_token
-from asgi_cluster.sessions.store import Draft, Ending, SessionStore, WriteOutcome
+from asgi_cluster.sessions.store import Draft, Ending, SessionStore, UserLogout, WriteOutcome
 from tests.contract.sites import TIMEOUT
 
 
@@ -67,11 +67,16 @@ async def end(store: SessionStore, handle: Handle) -> Ending:
     return await store.end(handle, message=b"ended", timeout=TIMEOUT)
 
 
-async def end_all(store: SessionStore, user: str, keep: Handle | None = None) -> Ending:
+async def end_all(store: SessionStore, user: str, keep: Handle | None = None, epoch: str = "") -> Ending:
     """Log a user out."""
     return await store.end_all(
-        UserId(user), keep=keep, epoch=new_token(), message=b"all ended", timeout=TIMEOUT
+        UserId(user), keep=keep, epoch=epoch or new_token(), message=b"all ended", timeout=TIMEOUT
     )
+
+
+async def last_logout(store: SessionStore, user: str) -> UserLogout | None:
+    """The user's last logout everywhere."""
+    return (await store.logouts([UserId(user)], timeout=TIMEOUT)).get(UserId(user))
 
 
 async def alive(store: SessionStore, handle: Handle) -> bool:

@@ -19,7 +19,7 @@ from asgi_cluster.backends.redis.store import RedisSessionStore
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import UserId, bucket_of, new_token
 from asgi_cluster.sessions.store import UNKNOWN_NODES, Draft
-from tests.contract.drafts import alive, create, end, end_all, rotate, write
+from tests.contract.drafts import alive, create, end, end_all, last_logout, rotate, write
 from tests.contract.sites import TIMEOUT
 from tests.support.machine import LOCAL
 from tests.support.servers import Server
@@ -121,6 +121,7 @@ OPERATIONS: dict[str, Callable[[RedisSessionStore, Draft], Any]] = {
     "end": lambda store, made: end(store, made.handle),
     "create": lambda store, made: create(store, "ann"),
     "end_all": lambda store, made: end_all(store, "ann"),
+    "logouts": lambda store, made: last_logout(store, "ann"),
     "devices": lambda store, made: store.devices(UserId("ann"), timeout=TIMEOUT),
 }
 

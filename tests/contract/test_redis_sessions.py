@@ -17,7 +17,8 @@ from asgi_cluster.backends.redis.store import RedisSessionStore
 from asgi_cluster.backends.redis.topology import single_server
 from asgi_cluster.backends.redis.urls import parse_target
 from asgi_cluster.exceptions import StoreUnavailable
-from asgi_cluster.ids import UserId, bucket_of
+from asgi_cluster.ids import UserId, bucket_of, new_handle
+from asgi_cluster.sessions.store import LOGOUT_KEPT
 from tests.contract.drafts import alive, create, end, end_all, rotate, write
 from tests.contract.sites import TIMEOUT, Member, Site
 from tests.support.servers import start_valkey
@@ -45,8 +46,8 @@ def key_of(site: Site, handle: str) -> str:
 
 
 async def test_keys_after_five_thousand_logins(server_site: Site, server: redis.Redis) -> None:
-    """Logins that end, that expire, and that are logged out everywhere leave nothing; what lives has one
-    record each.
+    """Logins that end and that expire leave nothing, those that are logged out everywhere the user's epoch
+    for a day; what lives has one record each.
     """
     store = (await server_site.node()).backend.store
     living = [await create(store, f"user-{n}", idle=90) for n in range(50)]
@@ -59,13 +60,13 @@ async def test_keys_after_five_thousand_logins(server_site: Site, server: redis.
     for n in range(50):
         await end_all(store, f"user-{n}", keep=living[n].handle)
 
-    await eventually(lambda: keys(server, server_site) == {"s": 50, "e": 50, "i": 50})
+    await eventually(lambda: keys(server, server_site) == {"s": 50, "e": 100, "i": 50})
     for n in range(50):
         bucket = f"{bucket_of(f'user-{n}'):02x}"
         assert server.zcard(f"{server_site.prefix}:{{{bucket}}}:i:user-{n}") == 1
     everything = list(server.scan_iter(f"{server_site.prefix}:{{??}}:*"))
-    assert len(everything) == 150
-    assert all(server.pttl(key) > 0 for key in everything)
+    assert len(everything) == 200
+    assert all(0 < server.pttl(key) <= LOGOUT_KEPT * 1000 for key in everything)
 
 
 async def test_index_of_a_user_whose_sessions_expire(server_site: Site, server: redis.Redis) -> None:
@@ -101,12 +102,48 @@ async def test_index_follows_the_idle_time(server_site: Site, server: redis.Redi
 async def test_epoch_outlives_the_longest_session(server_site: Site, server: redis.Redis) -> None:
     """A short session made after a long one does not shorten the life of the nonce that both need."""
     store = (await server_site.node()).backend.store
-    long = await create(store, "ann", idle=900, absolute=1000)
+    long = await create(store, "ann", idle=900, absolute=100_000)
     await create(store, "ann", idle=1, absolute=2)
     epoch = f"{server_site.prefix}:{{{bucket_of('ann'):02x}}}:e:ann"
-    assert server.pttl(epoch) > 990_000
+    assert server.pttl(epoch) > 99_990_000
     await end_all(store, "ann", keep=long.handle)
-    assert 990_000 < server.pttl(epoch) <= 1_000_000
+    assert 99_990_000 < server.pttl(epoch) <= 100_000_000
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+async def test_epoch_outlives_what_a_logout_is_looked_for(
+    server_site: Site, server: redis.Redis, keeps: bool
+) -> None:
+    """However short the session that was kept, and the next one."""
+    store = (await server_site.node()).backend.store
+    short = await create(store, "ann", idle=5, absolute=10)
+    epoch = f"{server_site.prefix}:{{{bucket_of('ann'):02x}}}:e:ann"
+    await end_all(store, "ann", keep=short.handle if keeps else None)
+    await create(store, "ann", idle=1, absolute=2)
+    assert 0 <= LOGOUT_KEPT * 1000 - server.pttl(epoch) < 10_000
+
+
+@pytest.mark.parametrize("how", ["no text", "no number", "no string", "clock set back"])
+async def test_epoch_that_was_tampered_with_is_no_logout(
+    server_site: Site, server: redis.Redis, how: str
+) -> None:
+    """Nor does it hide another user's; the next logout goes as ever."""
+    store = (await server_site.node()).backend.store
+    await end_all(store, "bob")
+    epoch = f"{server_site.prefix}:{{{bucket_of('ann'):02x}}}:e:ann"
+    match how:
+        case "no text":
+            server.set(epoch, b"\xff 1 a 1")
+        case "no number":
+            server.set(epoch, "id now  ")
+        case "no string":
+            server.rpush(epoch, "id 1  ")
+        case _:
+            server.set(epoch, f"id {(time.time() + 100) * 1000:.0f}  ")
+    users = [UserId("ann"), UserId("bob")]
+    assert set(await store.logouts(users, timeout=TIMEOUT)) == {"bob"}
+    await end_all(store, "ann", keep=new_handle(None))
+    assert set(await store.logouts(users, timeout=TIMEOUT)) == {"ann", "bob"}
 
 
 async def test_session_whose_epoch_is_missing(server_site: Site, server: redis.Redis) -> None:
@@ -214,6 +251,7 @@ async def test_commands_per_operation(server_site: Site, server: redis.Redis) ->
         "lock": lambda: store.lock(made.handle, token="t", hold=10, timeout=TIMEOUT),
         "unlock": lambda: store.unlock(made.handle, token="t", timeout=TIMEOUT),
         "end_all": lambda: end_all(store, "ann", keep=made.handle),
+        "logouts": lambda: store.logouts([UserId("ann"), UserId("bob")], timeout=TIMEOUT),
         "end": lambda: end(store, made.handle),
     }
     for step in steps.values():
@@ -286,6 +324,8 @@ async def test_memory_that_is_full(stack: AsyncExitStack) -> None:
     assert (await end_all(store, "ann", keep=kept.handle)).sessions == 0
     assert await alive(store, kept.handle)
     assert (await end(store, kept.handle)).sessions == 1
+    assert (await end_all(store, "ann", epoch="last")).sessions == 0
+    assert (await store.logouts([UserId("ann")], timeout=TIMEOUT))[UserId("ann")].id == "last"
 
 
 async def test_replicas_that_confirm_a_logout(stack: AsyncExitStack) -> None:

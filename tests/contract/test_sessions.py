@@ -9,7 +9,7 @@ import pytest
 
 from asgi_cluster.ids import Handle, UserId, bucket_of, new_handle
 from asgi_cluster.sessions.store import Draft, Ending
-from tests.contract.drafts import alive, create, draft, end, end_all, rotate, write
+from tests.contract.drafts import alive, create, draft, end, end_all, last_logout, rotate, write
 from tests.contract.sites import TIMEOUT, Site
 from tests.support.waiting import eventually
 
@@ -386,6 +386,75 @@ async def test_end_all_but_a_session_that_is_not_the_users(site: Site, whose: st
     assert (await end_all(store, "ann", keep=keep.handle)).sessions == 1
     assert not await alive(store, mine.handle)
     assert await alive(store, keep.handle) == (whose != "one that is over")
+
+
+async def test_last_logout_of_a_user(site: Site) -> None:
+    """Found by its name and its age, for several users at once, on another node too; a login is none, and
+    leaves the last one where it is.
+    """
+    a, b = [(await site.node()).backend.store for _ in range(2)]
+    users = [UserId(name) for name in ("ann", "bob", "eve", *(f"user-{n}" for n in range(20)))]
+    await create(a, "ann")
+    await create(a, "eve")
+    assert dict(await b.logouts(users, timeout=TIMEOUT)) == {}
+    began = time.monotonic()
+    await end_all(a, "ann", epoch="first")
+    await end_all(a, "bob", epoch="second")
+    await create(a, "ann")
+    found = await b.logouts(users, timeout=TIMEOUT)
+    assert {user: logout.id for user, logout in found.items()} == {"ann": "first", "bob": "second"}
+    for logout in found.values():
+        # The clocks are two, and the store's may have milliseconds.
+        assert -0.01 <= logout.ago <= time.monotonic() - began + 0.01
+        assert (logout.keep, logout.before) == (None, None)
+    ago = found[UserId("bob")].ago
+
+    async def grows() -> bool:
+        last = await last_logout(b, "bob")
+        return last is not None and last.ago > ago
+
+    await eventually(grows)
+    await end_all(b, "ann", epoch="third")
+    assert (last := await last_logout(a, "ann")) is not None
+    assert last.id == "third"
+    assert last.ago < (await a.logouts(users, timeout=TIMEOUT))[UserId("bob")].ago
+
+
+async def test_last_logout_and_the_session_that_it_kept(site: Site) -> None:
+    """One of the user's own needs no mention. Of another's, or nobody's, it says when the last logout was
+    that did not keep it.
+    """
+    store = (await site.node()).backend.store
+    own, guest, other = await create(store, "ann"), await create(store), await create(store, "bob")
+
+    async def logout(keep: Handle) -> tuple[Handle | None, bool, bool]:
+        await end_all(store, "ann", keep=keep)
+        last = await last_logout(store, "ann")
+        assert last is not None
+        return last.keep, last.before is not None, last.before is not None and last.before > last.ago
+
+    async def a_moment() -> None:
+        last = await last_logout(store, "ann")
+        assert last is not None
+
+        async def older() -> bool:
+            now = await last_logout(store, "ann")
+            return now is not None and now.ago > last.ago
+
+        await eventually(older)
+
+    assert await logout(guest.handle) == (guest.handle, False, False)
+    assert await logout(guest.handle) == (guest.handle, False, False)
+    await a_moment()
+    assert await logout(other.handle) == (other.handle, True, True)
+    assert await logout(other.handle) == (other.handle, True, True)
+    own = await create(store, "ann")
+    assert await logout(own.handle) == (None, False, False)
+    assert await alive(store, own.handle)
+    assert await write(store, own.handle) == "written"
+    await a_moment()
+    assert await logout(guest.handle) == (guest.handle, True, True)
+    assert not await alive(store, own.handle)
 
 
 async def test_lock_of_a_session(site: Site) -> None:

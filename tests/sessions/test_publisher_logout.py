@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack
 import pytest
 
 from asgi_cluster import Cluster
+from asgi_cluster.ids import bucket_of
 from tests.sessions.test_live_logout import Place, closed, cookies, place, sign_in
 from tests.sessions.test_user_logout import connect
 from tests.support.proxy import Proxy
@@ -73,8 +74,10 @@ async def test_publisher_that_never_logs_out_has_no_subscriber(valkey: Server, p
             # The logout waits for it for half of the deadline at most.
             await eventually(lambda: subscribers() == before + 1)
         await eventually(lambda: subscribers() == before)
-        # What the broadcast has read of the rooms' rules is every publisher's, and none of the logout's.
-        assert [key for key in client.keys(f"{prefix}:*") if b"{rooms}" not in key] == []
+        # What the broadcast has read of the rooms' rules is every publisher's, and none of the logout's. The
+        # user's epoch is every logout's.
+        left = [key for key in client.keys(f"{prefix}:*") if b"{rooms}" not in key]
+        assert left == [f"{prefix}:{{{bucket_of('ada'):02x}}}:e:ada".encode()]
 
 
 async def test_publisher_whose_connection_was_cut(valkey: Server, prefix: str) -> None:

@@ -316,11 +316,14 @@ def test_recent_logouts_are_bounded_and_know_what_they_forgot() -> None:
     more users were logged out than are remembered, the answer is "not known".
     """
     recent = RecentLogouts(limit=2)
-    recent.record("ada", None)
+    recent.record("ada", None, "one")
     began = recent.last
     assert recent.since(0, "ada", None) is True
     assert recent.since(began, "ada", None) is False
     recent.record("ada", "kept")
+    assert recent.has("ada", "one")
+    assert not recent.has("ada", "two")
+    assert not recent.has("zoe", "one")
     assert recent.since(began, "ada", "kept") is False
     assert recent.since(began, "ada", "other") is True
     assert recent.since(0, "ada", "kept") is True

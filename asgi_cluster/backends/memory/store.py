@@ -10,7 +10,15 @@ from asgi_cluster.backends.memory.expiring import Expiring
 from asgi_cluster.backends.memory.world import World
 from asgi_cluster.bus.messages import name_ended
 from asgi_cluster.ids import Handle, UserId
-from asgi_cluster.sessions.store import Device, Draft, Ending, Record, WriteOutcome
+from asgi_cluster.sessions.store import (
+    LOGOUT_KEPT,
+    Device,
+    Draft,
+    Ending,
+    Record,
+    UserLogout,
+    WriteOutcome,
+)
 
 __all__ = ["MemorySessionStore"]
 
@@ -32,6 +40,13 @@ class _Stored(msgspec.Struct, kw_only=True):
     previous_until: float = 0.0
 
 
+class _Logout(msgspec.Struct, kw_only=True):
+    id: str
+    at: float
+    keep: Handle | None
+    before: float | None
+
+
 class _Sessions:
     """All records, and which of them belong to whom."""
 
@@ -39,6 +54,7 @@ class _Sessions:
         self.records: Expiring[Handle, _Stored] = Expiring(world.clock, on_expired=self.forget)
         self.of_user: dict[UserId, set[Handle]] = {}
         self.locks: Expiring[Handle, str] = Expiring(world.clock)
+        self.logouts: Expiring[UserId, _Logout] = Expiring(world.clock)
 
     def forget(self, handle: Handle, stored: _Stored) -> None:
         """Take a record that is gone out of its user's index."""
@@ -233,10 +249,33 @@ class MemorySessionStore:
         """
         with self._world.lock:
             nodes = [seat.node for seat in self._world.living()]
-            ended = sorted(self._sessions.of_user.get(user, set()) - {keep})
+            mine = self._sessions.of_user.get(user, set())
+            ended = sorted(mine - {keep})
+            self._logged_out(user, epoch, None if keep in mine else keep)
             self._world.tell_sessions(name_ended(message, [handle[3:] for handle in ended]))
             count = sum(self._sessions.remove(handle) for handle in ended)
             return Ending(sessions=count, nodes=nodes, handles=ended)
+
+    def _logged_out(self, user: UserId, name: str, keep: Handle | None) -> None:
+        logouts, now = self._sessions.logouts, self._world.clock()
+        last = logouts.get(user)
+        before = None if keep is None or last is None else last.before if last.keep == keep else last.at
+        logouts.set(user, _Logout(id=name, at=now, keep=keep, before=before), now + LOGOUT_KEPT)
+
+    async def logouts(self, users: Sequence[UserId], *, timeout: float) -> Mapping[UserId, UserLogout]:
+        """See ``SessionStore.logouts``."""
+        with self._world.lock:
+            now = self._world.clock()
+            return {
+                user: UserLogout(
+                    id=last.id,
+                    ago=now - last.at,
+                    keep=last.keep,
+                    before=None if last.before is None else now - last.before,
+                )
+                for user in users
+                if (last := self._sessions.logouts.get(user)) is not None
+            }
 
     async def lock(self, handle: Handle, *, token: str, hold: float, timeout: float) -> bool:
         """See ``SessionStore.lock``."""

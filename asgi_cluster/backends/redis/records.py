@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from asgi_cluster.ids import Handle, UserId
-from asgi_cluster.sessions.store import Record
+from asgi_cluster.sessions.store import Record, UserLogout
 
-__all__ = ["decode_fields", "decode_record", "field_pairs", "milliseconds"]
+__all__ = ["decode_fields", "decode_logout", "decode_record", "field_pairs", "milliseconds"]
 
 _LONGEST = 100 * 365 * 24 * 3600
 """Seconds. Redis refuses expiry times that overflow; a hundred years are as good as for ever."""
@@ -68,3 +68,20 @@ def decode_record(handle: Handle, now: int, ttl: int, lengths: bytes, items: byt
         persistent=meta.get(b"@persistent") == b"1",
         fields=fields,
     )
+
+
+def decode_logout(epoch: bytes, now: int) -> UserLogout | None:
+    """The logout that made a user's epoch (``session_end_all.lua``); ``None`` when a login made it, and when
+    it cannot be understood: it was tampered with, or the server's clock was set back.
+    """
+    try:
+        name, at, keep, before = epoch.decode().split(" ")
+        logout = UserLogout(
+            id=name,
+            ago=(now - int(at)) / 1000,
+            keep=Handle(keep) if keep else None,
+            before=(now - int(before)) / 1000 if before else None,
+        )
+    except ValueError:
+        return None
+    return logout if logout.ago >= 0 else None

@@ -10,13 +10,28 @@ from typing import Any
 import msgspec
 
 from asgi_cluster.backends.redis.names import Names
-from asgi_cluster.backends.redis.records import decode_fields, decode_record, field_pairs, milliseconds
+from asgi_cluster.backends.redis.records import (
+    decode_fields,
+    decode_logout,
+    decode_record,
+    field_pairs,
+    milliseconds,
+)
 from asgi_cluster.backends.redis.scripts import load
 from asgi_cluster.backends.redis.topology import Topology
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import Handle, UserId, bucket_of
 from asgi_cluster.sessions.damage import Damage
-from asgi_cluster.sessions.store import UNKNOWN_NODES, Device, Draft, Ending, Record, WriteOutcome
+from asgi_cluster.sessions.store import (
+    LOGOUT_KEPT,
+    UNKNOWN_NODES,
+    Device,
+    Draft,
+    Ending,
+    Record,
+    UserLogout,
+    WriteOutcome,
+)
 
 __all__ = ["RedisSessionStore"]
 
@@ -205,6 +220,8 @@ class RedisSessionStore:
             message,
             epoch,
             self._registry(),
+            keep or "",
+            milliseconds(LOGOUT_KEPT),
         ]
         clock = asyncio.get_running_loop().time
         deadline = clock() + timeout
@@ -213,6 +230,26 @@ class RedisSessionStore:
         ending = await self._ending(keys[0], [len(tokens), nodes], deadline - clock())
         handles = [Handle(f"{bucket}.{_text(token)}") for token in tokens]
         return msgspec.structs.replace(ending, handles=handles)
+
+    async def logouts(self, users: Sequence[UserId], *, timeout: float) -> Mapping[UserId, UserLogout]:
+        """See ``SessionStore.logouts``. On a Cluster one script for each user: those of several do not share
+        a slot.
+        """
+        script = load("user_logouts")
+        parts = [[user] for user in users] if self._topology.sharded else [users]
+        replies = await asyncio.gather(
+            *(
+                self._topology.run(script, [self._of_user(user)[1][0] for user in part], [], timeout=timeout)
+                for part in parts
+            )
+        )
+        found: dict[UserId, UserLogout] = {}
+        for part, (now, *epochs) in zip(parts, replies, strict=True):
+            for user, epoch in zip(part, epochs, strict=True):
+                logout = None if epoch is None else decode_logout(epoch, now)
+                if logout is not None:
+                    found[user] = logout
+        return found
 
     async def lock(self, handle: Handle, *, token: str, hold: float, timeout: float) -> bool:
         """See ``SessionStore.lock`` (SET NX PX, given back by compare and delete: the pattern of the Redis

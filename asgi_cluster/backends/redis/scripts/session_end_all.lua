@@ -1,6 +1,7 @@
 --! session
 -- KEYS: epoch, index; ARGV: prefix, user, kept token ('' none), publish command, channel, message, new epoch,
--- registry key ('' elsewhere). Reply: {tokens that were ended, nodes}.
+-- registry key ('' elsewhere), kept handle ('' none), how long the logout is to be found. Reply: {tokens that
+-- were ended, nodes}.
 local now = milliseconds()
 local kept_key, kept = ARGV[1] .. 's:' .. ARGV[3], nil
 if ARGV[3] ~= '' then kept = living(kept_key, ARGV[1], now) end
@@ -23,14 +24,24 @@ if string.byte(message, -1) == 0x90 then
   local told = #ended > 1000 and {unpack(ended, #ended - 999)} or ended
   message = string.sub(message, 1, -2) .. cmsgpack.pack(told)
 end
+-- The new epoch says that a logout made it, when, and whom it spared: user_logouts reads that. A session of the
+-- user needs no mention, and of any other one the last logout that did not spare it counts: that of the epoch
+-- before, unless it spared the same one.
+local spared = kept and '' or ARGV[9]
+local epoch, before = ARGV[7] .. ' ' .. string.format('%.0f', now) .. ' ' .. spared .. ' ', ''
+if spared ~= '' then
+  local old = redis.pcall('GET', KEYS[1])
+  local at, last, earlier = string.match(type(old) == 'string' and old or '', ' (%d+) (%S*) (%d*)$')
+  before = at and (last == spared and earlier or at) or ''
+end
+epoch = epoch .. before
 redis.call(ARGV[4], ARGV[5], message)
 for _, key in ipairs(keys) do elsewhere(redis.pcall('DEL', key)) end
--- First what passes when memory is full. Missing means revoked, so that without a session left no nonce is
--- needed; and a session that the index has lost is dead as well.
+-- First what passes when memory is full. A session that the index has lost is dead as well.
 redis.call('DEL', KEYS[1], KEYS[2])
+redis.call('SET', KEYS[1], epoch, 'PX', math.max(tonumber(ARGV[10]), kept and kept.absolute - now or 0))
 if kept then
-  redis.call('SET', KEYS[1], ARGV[7], 'PX', kept.absolute - now)
-  redis.call('HSET', kept_key, '@epoch', ARGV[7])
+  redis.call('HSET', kept_key, '@epoch', epoch)
   redis.call('ZADD', KEYS[2], now + kept.left, ARGV[3])
   redis.call('PEXPIRE', KEYS[2], kept.absolute - now)
 end
