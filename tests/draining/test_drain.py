@@ -13,8 +13,10 @@ from typing import Any
 import psutil
 import pytest
 import websockets
+from starlette.applications import Starlette
 
 from asgi_cluster import Cluster, ClusterMiddleware, CookieConfig, RealtimeConfig, RoomRule, SessionConfig
+from tests.sessions.app import Gate
 from tests.support.nodes import Node, serve, serve_process
 from tests.support.waiting import eventually
 
@@ -141,6 +143,23 @@ async def test_drain_from_code(cluster_url: str, prefix: str) -> None:
         assert not cluster.ready
         assert {(await code_and_time(socket))[0] for socket in sockets} == {3001}
         await eventually(lambda: cluster.stats().realtime.connections == 0)
+
+
+async def test_handshake_that_a_drain_overtakes(cluster_url: str, prefix: str) -> None:
+    """A socket whose user is still being looked up when the drain begins is closed with 3001 as well."""
+    gate = Gate()
+
+    async def identify(scope: Any) -> str:
+        await gate.pass_through()
+        return "ada"
+
+    cluster = Cluster(cluster_url, prefix=prefix, identify=identify)
+    async with serve(ClusterMiddleware(Starlette(), cluster)) as node:
+        opening = asyncio.create_task(connected_or_code(node))
+        await gate.reached.wait()
+        await cluster.drain(0)
+        gate.open.set()
+        assert await asyncio.wait_for(opening, 10) == 3001
 
 
 def test_drain_needs_no_handler_of_its_own() -> None:
