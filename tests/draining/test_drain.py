@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 import signal
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from time import monotonic
 from typing import Any
 
@@ -294,4 +294,35 @@ async def test_sigterm_that_is_held_back_is_raised_again(
                 assert taken == []
         assert taken == [signal.SIGTERM]
     finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+async def test_signals_with_two_clusters_in_one_process(prefix: str) -> None:
+    """Other signals reach the loop's handlers once, whichever cluster served a socket last or has stopped;
+    SIGTERM reaches the server once.
+    """
+    taken: list[int] = []
+    loop = asyncio.get_running_loop()
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: taken.append(number))
+    loop.add_signal_handler(signal.SIGUSR1, taken.append, signal.SIGUSR1)
+    try:
+        async with AsyncExitStack() as stack:
+            first = AsyncExitStack()
+            nodes = []
+            for number, owner in enumerate((first, stack)):
+                app = ClusterMiddleware(Starlette(), Cluster(f"memory://{prefix}{number}"))
+                nodes.append(await owner.enter_async_context(serve(app)))
+            for node in (*nodes, *nodes):
+                await (await connected(node)).close()
+                signal.raise_signal(signal.SIGUSR1)
+                await eventually(lambda: taken == [signal.SIGUSR1])
+                taken.clear()
+            await first.aclose()
+            await (await connected(nodes[1])).close()
+            signal.raise_signal(signal.SIGUSR1)
+            await eventually(lambda: taken == [signal.SIGUSR1])
+            signal.raise_signal(signal.SIGTERM)
+            await eventually(lambda: taken == [signal.SIGUSR1, signal.SIGTERM])
+    finally:
+        loop.remove_signal_handler(signal.SIGUSR1)
         signal.signal(signal.SIGTERM, previous)
