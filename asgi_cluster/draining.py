@@ -24,6 +24,11 @@ __all__ = ["Drainer", "draining_on_sigterm"]
 
 logger = logging.getLogger("asgi_cluster.draining")
 
+_drainers: dict[int, Drainer] = {}
+"""Of this process, by the file descriptor that each one writes to. Several clusters in one process make a
+chain: the latest one is in front, and passes on to the one before.
+"""
+
 
 @contextmanager
 def draining_on_sigterm(
@@ -76,7 +81,10 @@ class Drainer:
         self._reader.setblocking(False)
         self._writer.setblocking(False)
         self._fd = -1
-        """The loop's own wakeup file descriptor; -1 when the loop handles no signals."""
+        """What was there before: the loop's own wakeup file descriptor, or that of another drainer; -1 when
+        the loop handles no signals.
+        """
+        _drainers[self._writer.fileno()] = self
 
     def take(self) -> None:
         """Stand in front of the handlers, again if need be: uvloop takes the file descriptor back each time
@@ -89,6 +97,9 @@ class Drainer:
         fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         if fd == -1:
             signal.set_wakeup_fd(-1)
+        elif fd in _drainers and self._fd != -1:
+            # It passes on to this one. To stand in front of it again would send every signal in a circle.
+            signal.set_wakeup_fd(fd, warn_on_full_buffer=False)
         elif fd != self._writer.fileno():
             if self._fd == -1:
                 self._loop.add_reader(self._reader, self._pass_on)
@@ -139,6 +150,9 @@ class Drainer:
                 signal.set_wakeup_fd(fd, warn_on_full_buffer=False)  # the loop has taken it back already
             self._loop.remove_reader(self._reader)
             self._pass_on()
+            for other in _drainers.values():
+                if other._fd == self._writer.fileno():
+                    other._fd = self._fd
 
     def close(self) -> None:
         """Give everything back. A stop in another way does not wait for the rest of a drain; a signal that is
@@ -149,6 +163,7 @@ class Drainer:
         held_back = self._begun and not self._over
         if not self._over:
             self._restore()
+        del _drainers[self._writer.fileno()]
         self._reader.close()
         self._writer.close()
         if held_back:

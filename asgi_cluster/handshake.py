@@ -65,7 +65,7 @@ class Handshake:
     async def _accept(self, message: Message) -> None:
         cluster, session, socket = self._state.cluster, self._state.session, self.socket
         self._headers.adopt(self._scope, session)
-        code = CloseCode.SHUTDOWN if cluster.draining else None
+        code: CloseCode | None = None
         try:
             await session.commit()
             record = session.stored
@@ -91,6 +91,9 @@ class Handshake:
                     cluster.verifier.watch(socket, alive)
         except StoreUnavailable:
             code = CloseCode.STORE_UNAVAILABLE
+        if code is None and cluster.draining:
+            # Asked after it was registered: a drain that began before did not find it.
+            code = CloseCode.SHUTDOWN
         self.answered = True
         await self._send(self._headers.with_cookie(self._scope, session, message))
         # A close that came during the handshake goes out now: browsers see no code on a refused handshake.

@@ -1,7 +1,8 @@
 """A start without ASGI lifespan: at the first call, once, on the loop that serves it.
 
-Daphne has no lifespan, and other servers can turn it off. There the first request or WebSocket starts the
-cluster, all that come meanwhile wait for the same start, and the exit of the process stops it.
+Daphne has no lifespan, other servers can turn it off, and gunicorn's own ASGI worker serves although the
+start in it has failed. There the first request or WebSocket starts the cluster, all that come meanwhile wait
+for the same start, and the exit of the process stops it.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class LazyStart:
             self._pause, self._failure = 0.0, ""
             self._stop_at_exit(asyncio.get_running_loop())
             logger.info(
-                "started by the first request: this server runs no ASGI lifespan, which would have started it"
+                "started by the first request: ASGI lifespan has not run, or the start in it has failed"
             )
         finally:
             self._starting = None

@@ -65,7 +65,6 @@ class ClusterMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
         if kind == "lifespan":
-            self.cluster.lazy = None
             await Lifespan(self.app, self.cluster)(scope, receive, send)
             return
         if kind not in ("http", "websocket") or SCOPE_KEY in scope:

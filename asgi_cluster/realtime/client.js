@@ -237,7 +237,12 @@ export class Subscription extends Emitter {
     if (error.code === ErrorCode.CONNECTION_LOST) return; // the next connection starts it again
     if (!this._emit("error", error)) this.#client._report(error, this.room);
     if (error.code === ErrorCode.UNRECOVERABLE_POSITION) this.#position = null;
-    const again = [ErrorCode.TIMEOUT, ErrorCode.TOKEN_EXPIRED, ErrorCode.UNRECOVERABLE_POSITION];
+    if (error.code === ErrorCode.TIMEOUT) {
+      // A slow rule of the app may permit it yet: a second subscribe on this connection would then be refused for good (105).
+      if (this.#state === "subscribing") this.#client._startOver("no reply to a subscribe in time");
+      return;
+    }
+    const again = [ErrorCode.TOKEN_EXPIRED, ErrorCode.UNRECOVERABLE_POSITION];
     if (error.temporary || again.includes(error.code)) {
       this.#retry();
     } else {
@@ -748,6 +753,11 @@ export class ClusterClient extends Emitter {
         this._emit(push.join ? "join" : "leave", { room: push.channel, info: (push.join ?? push.leave).info ?? {} });
       }
     }
+  }
+
+  /** This connection is given up, and another one made. */
+  _startOver(reason) {
+    this.#lose(this.#attempt, 0, reason);
   }
 
   /** This connection is over: come back, or not. */

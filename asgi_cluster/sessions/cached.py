@@ -137,9 +137,10 @@ class CachedStore:
             )
 
     async def touch(self, handle: Handle, *, timeout: float) -> bool:
-        """Raises as the store."""
-        with self._changing(handle):
-            return await self._store.touch(handle, timeout=timeout)
+        """Raises as the store; what is cached then stays, since only the time until the end has changed."""
+        alive = await self._store.touch(handle, timeout=timeout)
+        self.cache.drop(handle)
+        return alive
 
     async def rotate(
         self,

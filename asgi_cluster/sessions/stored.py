@@ -614,8 +614,16 @@ class StoredSession(SessionData):
     async def _touch_when_due(self, record: Record) -> bool:
         if not self._touch_due(record):
             return True
+        store = self._service.store
         sent_at = boot_clock()
-        if not await self._spend(lambda left: self._service.store.touch(record.handle, timeout=left)):
+        try:
+            alive = await self._allowance().spend(lambda left: store.touch(record.handle, timeout=left))
+        except StoreUnavailable as error:
+            # Nothing of the app's is lost, and a request that only reads is answered without the store for as
+            # long as the cache may be. The next one tries again.
+            logger.debug("the idle time of session %s was not extended: %s", record.handle, error.reason)
+            return True
+        if not alive:
             self._lose()
             return False
         self._set_expiry(sent_at + min(record.idle, record.absolute_in), record)

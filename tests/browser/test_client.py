@@ -211,6 +211,21 @@ async def test_command_without_reply_times_out(page: Page, fake: Fake) -> None:
     assert await page.evaluate(code) == ["timeout", True, "connected"]
 
 
+async def test_subscribe_without_reply_in_time_is_made_anew(page: Page, fake: Fake) -> None:
+    """By another connection: on this one the server may be at it still, and would refuse a second one."""
+    peer = await connected(page, fake, options={"timeout": 300})
+    await page.evaluate(SUBSCRIBE)
+    await peer.next("subscribe")
+    again = await fake.peer()
+    assert peer.commands.empty()
+    await again.welcome()
+    await again.say({"id": (await again.next("subscribe"))["id"], "subscribe": {}})
+    await page.evaluate("room.ready()")
+    events = [event for event, _ in await seen(page)]
+    assert events.count("error") == 1
+    assert "unsubscribed" not in events
+
+
 async def test_error_reply_is_typed(page: Page, fake: Fake) -> None:
     """Code, message and whether another try makes sense."""
     peer = await connected(page, fake)

@@ -42,6 +42,8 @@ CHANNELS: dict[str, Callable[[Names, str, str], str]] = {
     "node": lambda names, one, two: names.node_channel(one),
     "room": lambda names, one, two: names.room_channel(one),
 }
+APART = ("nodes", "beat", "side beat", "node")
+"""What a node has once more where the rooms are, with ``rooms_url``; that may be the same server."""
 NAMELESS = ("nodes", "rules", "views", "rooms' epoch", "sessions")
 
 places = st.tuples(prefixes, st.sampled_from([0, 1, 5]), texts, texts)
@@ -71,9 +73,11 @@ def test_names_are_disjoint(
         kinds: dict[str, Callable[[Names, str, str], str]], place: tuple[str, int, str, str], *, db: bool
     ) -> Iterator[tuple[str, tuple[object, ...]]]:
         prefix, number, one, two = place
-        names = Names(prefix, db=0 if sharded else number, sharded=sharded)
-        for kind, make in kinds.items():
-            yield make(names, one, two), meaning(kind, place, db=db and not sharded)
+        for apart in (False, True):
+            names = Names(prefix, db=0 if sharded else number, sharded=sharded, apart=apart)
+            for kind, make in kinds.items():
+                if not apart or kind in APART:
+                    yield make(names, one, two), (apart, *meaning(kind, place, db=db and not sharded))
 
     for kinds, db in ((KEYS, False), (CHANNELS, True)):
         known: dict[str, tuple[object, ...]] = {}

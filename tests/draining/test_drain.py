@@ -6,15 +6,17 @@ import asyncio
 import json
 import random
 import signal
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from time import monotonic
 from typing import Any
 
 import psutil
 import pytest
 import websockets
+from starlette.applications import Starlette
 
 from asgi_cluster import Cluster, ClusterMiddleware, CookieConfig, RealtimeConfig, RoomRule, SessionConfig
+from tests.sessions.app import Gate
 from tests.support.nodes import Node, serve, serve_process
 from tests.support.waiting import eventually
 
@@ -141,6 +143,23 @@ async def test_drain_from_code(cluster_url: str, prefix: str) -> None:
         assert not cluster.ready
         assert {(await code_and_time(socket))[0] for socket in sockets} == {3001}
         await eventually(lambda: cluster.stats().realtime.connections == 0)
+
+
+async def test_handshake_that_a_drain_overtakes(cluster_url: str, prefix: str) -> None:
+    """A socket whose user is still being looked up when the drain begins is closed with 3001 as well."""
+    gate = Gate()
+
+    async def identify(scope: Any) -> str:
+        await gate.pass_through()
+        return "ada"
+
+    cluster = Cluster(cluster_url, prefix=prefix, identify=identify)
+    async with serve(ClusterMiddleware(Starlette(), cluster)) as node:
+        opening = asyncio.create_task(connected_or_code(node))
+        await gate.reached.wait()
+        await cluster.drain(0)
+        gate.open.set()
+        assert await asyncio.wait_for(opening, 10) == 3001
 
 
 def test_drain_needs_no_handler_of_its_own() -> None:
@@ -275,4 +294,35 @@ async def test_sigterm_that_is_held_back_is_raised_again(
                 assert taken == []
         assert taken == [signal.SIGTERM]
     finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+async def test_signals_with_two_clusters_in_one_process(prefix: str) -> None:
+    """Other signals reach the loop's handlers once, whichever cluster served a socket last or has stopped;
+    SIGTERM reaches the server once.
+    """
+    taken: list[int] = []
+    loop = asyncio.get_running_loop()
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: taken.append(number))
+    loop.add_signal_handler(signal.SIGUSR1, taken.append, signal.SIGUSR1)
+    try:
+        async with AsyncExitStack() as stack:
+            first = AsyncExitStack()
+            nodes = []
+            for number, owner in enumerate((first, stack)):
+                app = ClusterMiddleware(Starlette(), Cluster(f"memory://{prefix}{number}"))
+                nodes.append(await owner.enter_async_context(serve(app)))
+            for node in (*nodes, *nodes):
+                await (await connected(node)).close()
+                signal.raise_signal(signal.SIGUSR1)
+                await eventually(lambda: taken == [signal.SIGUSR1])
+                taken.clear()
+            await first.aclose()
+            await (await connected(nodes[1])).close()
+            signal.raise_signal(signal.SIGUSR1)
+            await eventually(lambda: taken == [signal.SIGUSR1])
+            signal.raise_signal(signal.SIGTERM)
+            await eventually(lambda: taken == [signal.SIGUSR1, signal.SIGTERM])
+    finally:
+        loop.remove_signal_handler(signal.SIGUSR1)
         signal.signal(signal.SIGTERM, previous)

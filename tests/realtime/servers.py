@@ -239,7 +239,8 @@ users start it, with Redis.
 
 NOTES = """\
 - *Starts*: with ASGI lifespan, or with the first request or WebSocket where the server has none. A start that fails ends the server, or
-  answers 503 with `Retry-After` and is tried again.
+  answers 503 with `Retry-After` and is tried again. gunicorn's own ASGI worker goes on without the app's own startup then, unless
+  `--asgi-lifespan on` is given.
 - *Session, rooms, live logout*: a session that is read and written, a room with a message from another node, and a logout that closes a
   client of the built-in endpoint, a socket of `cluster.accept` and one of the app's own. The receipt counts all three.
 - *Messages*: ready frames to the server's transport, or through ASGI `send`, and why; one INFO line says the same. Both are in order

@@ -11,7 +11,8 @@ import pytest
 from asgi_cluster import Cluster
 from tests.realtime.servers import APP, DOCUMENT, LINGERS, ROWS, WAITING, Client, Row, document, examine_all
 from tests.support.asgi import running
-from tests.support.servers import Server
+from tests.support.machine import LOCAL, free_port
+from tests.support.servers import Server, start_valkey
 from tests.support.waiting import eventually
 
 
@@ -42,6 +43,28 @@ async def test_ctrl_c_without_lifespan(server: str, redis_url: str, prefix: str)
         assert len(await observer.nodes()) == 1
         for bad in ("Traceback", "never retrieved", "was destroyed", "never awaited"):
             assert bad not in node.log(), node.log()
+
+
+async def test_server_that_serves_although_its_start_has_failed(prefix: str) -> None:
+    """gunicorn's own worker does. Requests are 503 until Redis is there, and start the cluster then."""
+    port = free_port()
+    env = {"ASGI_CLUSTER_URL": f"redis://{LOCAL}:{port}/0", "PREFIX": prefix}
+    async with running("gunicorn, own ASGI worker", APP, env=env) as node:
+        client = Client(node)
+        refused = await client.get("/visit")
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        with start_valkey(port=port) as server:
+
+            async def visits() -> bool:
+                return (await client.get("/visit")).status_code == 200
+
+            await eventually(visits, timeout=20, interval=0.2)
+            node.signal(signal.SIGTERM)
+            assert node.process is not None
+            await asyncio.to_thread(node.process.wait, 20)
+            with server.client() as redis:
+                assert redis.hlen(f"{prefix}:{{nodes}}:all") == 0
+        assert "Traceback" not in node.log(), node.log()
 
 
 WORKERS = {

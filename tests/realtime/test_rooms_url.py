@@ -1,4 +1,6 @@
-"""Everything that rooms offer, with the rooms on a server of their own: plain, and with TLS and users."""
+"""Everything that rooms offer, with the rooms on a server of their own: plain, with TLS and users, and when
+it is the server of the sessions after all.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +42,13 @@ def plain() -> Iterator[Apart]:
 
 
 @pytest.fixture(scope="module")
+def same() -> Iterator[Apart]:
+    """One server, as ``url`` and as ``rooms_url``."""
+    with start_valkey() as server, server.client() as client:
+        yield Apart((server.url, server.url), {}, client)
+
+
+@pytest.fixture(scope="module")
 def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Apart]:
     """Debian's redis-server, TLS only, and the user ``worker`` (the embedded Valkey is built without TLS)."""
     directory = tmp_path_factory.mktemp("tls")
@@ -65,7 +74,7 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Apart]:
         yield Apart((urls[0], urls[1]), options, rooms)
 
 
-@pytest.fixture(params=["plain", "secured"])
+@pytest.fixture(params=["plain", "secured", "same"])
 async def apart(request: pytest.FixtureRequest) -> Apart:
     found: Apart = request.getfixturevalue(request.param)
 
@@ -193,6 +202,17 @@ async def test_publisher_with_rooms_apart(apart: Apart, apart_site: Site) -> Non
             assert (await client.push())["pub"]["data"] == "from a worker"
             assert [member.user_id for member in await worker.room("kept:a").presence()] == ["ada"]
             assert len((await worker.room("kept:a").history()).publications) == 1
+
+
+async def test_logout_counts_each_socket_once_with_rooms_apart(apart: Apart, apart_site: Site) -> None:
+    """Each node acknowledges once, whichever server the rooms are on, and is registered once for logouts."""
+    one, two = await start(apart_site, apart, rules=[KEPT]), await start(apart_site, apart, rules=[KEPT])
+    async with one.client(await sign_in(one, "ada")) as client:
+        receipt = await two.cluster.user("ada").logout(timeout=20)
+        assert (receipt.sockets_closed, receipt.complete) == (1, True)
+        assert {*receipt.nodes_acked} == {one.cluster.node, two.cluster.node}
+        assert [node.serves_for for node in await one.cluster.nodes()] == [2.0, 2.0]
+        assert await client.closed() == (4501, "logged out everywhere")
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ from asgi_cluster import (
     SessionConflict,
     StoreUnavailable,
 )
+from asgi_cluster.bus.lease import boot_clock
+from asgi_cluster.sessions import stored
 from tests.sessions.app import client_for, make_app, nodes
 from tests.sessions.test_security import grant, url_for
 from tests.support.nodes import serve
@@ -155,6 +157,30 @@ async def test_stale_on_store_error(own: Server, prefix: str) -> None:
                 return (await client.get("/show")).status_code == 503
 
             await eventually(refused, timeout=8)
+        finally:
+            own.resume()
+
+
+async def test_stale_session_whose_idle_time_is_to_be_extended(
+    own: Server, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That cannot be done in an outage, and is no reason to refuse a request that only reads. A change is
+    refused.
+    """
+    options = SessionConfig(on_store_error="stale", stale_for=60.0)
+    async with (
+        nodes(own.url, 1, prefix=prefix, sessions=options) as (cluster,),
+        client_for(cluster) as client,
+    ):
+        await client.post("/login?user=ada")
+        await client.get("/show")
+        own.pause()
+        try:
+            await eventually(lambda: cluster.stats().bus.lease_remaining == 0, timeout=6)
+            monkeypatch.setattr(stored, "boot_clock", lambda: boot_clock() + 1000)
+            for path in ("/nothing", "/show"):
+                assert (await client.get(path)).status_code == 200
+            assert (await client.post("/put", json={"a": 1})).status_code == 503
         finally:
             own.resume()
 

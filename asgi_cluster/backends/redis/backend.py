@@ -66,7 +66,7 @@ class RedisBackend:
         rooms_topology, rooms_names, rooms = self._topology, names, None
         if rooms_target is not None:
             rooms_topology = make_topology(rooms_target)
-            rooms_names = Names(prefix, db=rooms_target.db, sharded=rooms_topology.sharded)
+            rooms_names = Names(prefix, db=rooms_target.db, sharded=rooms_topology.sharded, apart=True)
             rooms = (rooms_topology, rooms_names)
             self._topologies.append(rooms_topology)
         self.bus = RedisBus(

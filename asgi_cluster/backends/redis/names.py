@@ -15,12 +15,16 @@ __all__ = ["Names"]
 
 
 class Names:
-    """Names for one prefix and database. ``sharded``: Redis Cluster, channels live in slots."""
+    """Names for one prefix and database. ``sharded``: Redis Cluster, channels live in slots. ``apart``: where
+    the rooms are, when they have a URL of their own. A node is registered there as well, under other names:
+    both URLs may lead to one server.
+    """
 
-    __slots__ = ("_channels", "_prefix", "publish", "sharded")
+    __slots__ = ("_apart", "_channels", "_prefix", "publish", "sharded")
 
-    def __init__(self, prefix: str, *, db: int = 0, sharded: bool = False) -> None:
+    def __init__(self, prefix: str, *, db: int = 0, sharded: bool = False, apart: bool = False) -> None:
         self._prefix = prefix
+        self._apart = "rooms-" if apart else ""
         self._channels = f"{prefix.replace(':', '%3A')}:{db}"
         self.sharded = sharded
         self.publish = "SPUBLISH" if sharded else "PUBLISH"
@@ -46,10 +50,10 @@ class Names:
     # Nodes
 
     def nodes(self) -> str:
-        return f"{self._prefix}:{{nodes}}:all"
+        return f"{self._prefix}:{{nodes}}:{self._apart}all"
 
     def beat(self, node: str, tag: str = "nodes") -> str:
-        return f"{self._prefix}:{{{tag}}}:beat:{node}"
+        return f"{self._prefix}:{{{tag}}}:{self._apart}beat:{node}"
 
     # Rooms
 
@@ -86,8 +90,8 @@ class Names:
 
     def node_channel(self, node: str) -> str:
         if self.sharded:
-            return f"{self._prefix}:{{node:{node}}}:inbox"
-        return f"{self._channels}:node:{node}"
+            return f"{self._prefix}:{{node:{node}}}:{self._apart}inbox"
+        return f"{self._channels}:{self._apart}node:{node}"
 
     def room_channel(self, room: str) -> str:
         if self.sharded:
