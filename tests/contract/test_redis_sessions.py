@@ -123,7 +123,7 @@ async def test_epoch_outlives_what_a_logout_is_looked_for(
     assert 0 <= LOGOUT_KEPT * 1000 - server.pttl(epoch) < 10_000
 
 
-@pytest.mark.parametrize("how", ["no text", "no number", "no string", "clock set back"])
+@pytest.mark.parametrize("how", ["no text", "no number", "too long", "no string", "clock set back"])
 async def test_epoch_that_was_tampered_with_is_no_logout(
     server_site: Site, server: redis.Redis, how: str
 ) -> None:
@@ -136,6 +136,8 @@ async def test_epoch_that_was_tampered_with_is_no_logout(
             server.set(epoch, b"\xff 1 a 1")
         case "no number":
             server.set(epoch, "id now  ")
+        case "too long":
+            server.set(epoch, f"id {'9' * 400}  ")
         case "no string":
             server.rpush(epoch, "id 1  ")
         case _:
@@ -144,6 +146,16 @@ async def test_epoch_that_was_tampered_with_is_no_logout(
     assert set(await store.logouts(users, timeout=TIMEOUT)) == {"bob"}
     await end_all(store, "ann", keep=new_handle(None))
     assert set(await store.logouts(users, timeout=TIMEOUT)) == {"ann", "bob"}
+
+
+async def test_clock_set_back_between_two_logouts(server_site: Site, server: redis.Redis) -> None:
+    """The earlier one seems to lie ahead: it closes no socket of the session that the last one has kept."""
+    store = (await server_site.node()).backend.store
+    epoch = f"{server_site.prefix}:{{{bucket_of('ann'):02x}}}:e:ann"
+    now, kept = int(time.time() * 1000), new_handle(None)
+    server.set(epoch, f"id {now - 1000} {kept} {now + 100_000}")
+    logout = (await store.logouts([UserId("ann")], timeout=TIMEOUT))[UserId("ann")]
+    assert (logout.keep, logout.before) == (kept, None)
 
 
 async def test_session_whose_epoch_is_missing(server_site: Site, server: redis.Redis) -> None:
@@ -185,6 +197,7 @@ DAMAGE = {
     "no version": lambda server, key: server.hdel(key, "@ver"),
     "no absolute timeout": lambda server, key: server.hdel(key, "@abs"),
     "a word for a number": lambda server, key: server.hset(key, "@idle", "soon"),
+    "a number that is too long": lambda server, key: server.hset(key, "@created", "9" * 400),
     "a broken creation time": lambda server, key: server.hset(key, "@created", "x"),
     "a write id that is no text": lambda server, key: server.hset(key, "@write", b"\xff\xfe"),
     "a field name that is no text": lambda server, key: server.hset(key, b".\xff\xfe", "x"),

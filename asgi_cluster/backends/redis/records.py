@@ -48,7 +48,8 @@ def decode_record(handle: Handle, now: int, ttl: int, lengths: bytes, items: byt
     """The reply of ``session_read.lua``.
 
     Raises:
-        KeyError, ValueError: the record is corrupt: a field is missing, no number, or no UTF-8.
+        KeyError, ValueError, OverflowError: the record is corrupt: a field is missing, no number, or no
+            UTF-8.
     """
     meta, fields = decode_fields(lengths, items)
     previous_for = (int(meta[b"@prev_until"]) - now) / 1000 if b"@prev_until" in meta else 0.0
@@ -76,12 +77,17 @@ def decode_logout(epoch: bytes, now: int) -> UserLogout | None:
     """
     try:
         name, at, keep, before = epoch.decode().split(" ")
-        logout = UserLogout(
-            id=name,
-            ago=(now - int(at)) / 1000,
-            keep=Handle(keep) if keep else None,
-            before=(now - int(before)) / 1000 if before else None,
-        )
     except ValueError:
         return None
-    return logout if logout.ago >= 0 else None
+    ago = _ago(at, now)
+    if ago is None:
+        return None
+    return UserLogout(id=name, ago=ago, keep=Handle(keep) if keep else None, before=_ago(before, now))
+
+
+def _ago(at: str, now: int) -> float | None:
+    try:
+        ago = (now - int(at)) / 1000
+    except (ValueError, OverflowError):
+        return None
+    return ago if ago >= 0 else None

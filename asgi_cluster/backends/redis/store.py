@@ -86,7 +86,8 @@ class RedisSessionStore:
             return None
         try:
             return decode_record(handle, *reply)
-        except (KeyError, ValueError):  # of the decoder: a field is missing, no number, or no UTF-8
+        except (KeyError, ValueError, OverflowError):
+            # Of the decoder: a field is missing, no number, or no UTF-8.
             self._corrupted(handle)
             return None
 
