@@ -235,11 +235,13 @@ export class Subscription extends Emitter {
 
   #refused(error) {
     if (error.code === ErrorCode.CONNECTION_LOST) return; // the next connection starts it again
+    const generation = this.#generation;
     if (!this._emit("error", error)) this.#client._report(error, this.room);
     if (error.code === ErrorCode.UNRECOVERABLE_POSITION) this.#position = null;
     if (error.code === ErrorCode.TIMEOUT) {
       // A slow rule of the app may permit it yet: a second subscribe on this connection would then be refused for good (105).
-      if (this.#state === "subscribing") this.#client._startOver("no reply to a subscribe in time");
+      // A listener may have unsubscribed or disconnected.
+      if (generation === this.#generation) this.#client._startOver("no reply to a subscribe in time");
       return;
     }
     const again = [ErrorCode.TOKEN_EXPIRED, ErrorCode.UNRECOVERABLE_POSITION];

@@ -226,6 +226,22 @@ async def test_subscribe_without_reply_in_time_is_made_anew(page: Page, fake: Fa
     assert "unsubscribed" not in events
 
 
+@pytest.mark.parametrize("listens", ["room", "client"])
+async def test_disconnect_when_a_subscribe_got_no_reply(page: Page, fake: Fake, listens: str) -> None:
+    """A listener for the error that disconnects has the last word."""
+    peer = await connected(page, fake, options={"timeout": 300})
+    code = """listens => new Promise(resolve => {
+        const room = client.subscribe("r");
+        (listens === "room" ? room : client).on("error", () => {
+            client.disconnect();
+            queueMicrotask(() => resolve([client.state, room.state]));
+        });
+    })"""
+    assert await page.evaluate(code, listens) == ["disconnected", "subscribing"]
+    await peer.next("subscribe")
+    assert peer.commands.empty()
+
+
 async def test_error_reply_is_typed(page: Page, fake: Fake) -> None:
     """Code, message and whether another try makes sense."""
     peer = await connected(page, fake)
