@@ -76,7 +76,7 @@ class Cluster:
         deadline: seconds, or a ``timedelta``, of Redis work per operation, in all; at most
             ``sessions.cache.lease``. A request until its response starts is one operation; after that, and on
             a WebSocket, each call is one.
-        rooms_url: a Redis of its own for rooms; ``None``: the same one.
+        rooms_url: a Redis of its own for rooms, the same on all nodes; ``None``: that of ``url``.
         identify: ``(scope) -> str | None``, sync or async: names the user of a socket when the session does
             not.
         sessions: see ``SessionConfig``; ``None``: its defaults.

@@ -29,7 +29,7 @@ logger = logging.getLogger("asgi_cluster.verification")
 
 _PERIOD = 60.0
 _RETRY = 2.0
-_AT_ONCE = 256
+_AT_ONCE = 64  # sessions or users asked for together: a few milliseconds of the event loop
 _LONGEST_TIMER = 3600.0
 _SOON = 0.1  # seconds that an answer may take which says how long ago a logout was
 
