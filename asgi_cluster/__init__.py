@@ -1,5 +1,6 @@
 """One ASGI middleware: sessions, logouts and live rooms that stay one across every node."""
 
+from asgi_cluster.asgi.middleware import ClusterMiddleware
 from asgi_cluster.bus.bus import BusStats, NodeInfo
 from asgi_cluster.cluster import Cluster, get_session
 from asgi_cluster.codes import CloseCode
@@ -13,17 +14,16 @@ from asgi_cluster.exceptions import (
     StoreUnavailable,
     TokenExpired,
 )
-from asgi_cluster.middleware import ClusterMiddleware
-from asgi_cluster.realtime.connection import Connection
-from asgi_cluster.realtime.history import Position
-from asgi_cluster.realtime.hub import RealtimeStats
-from asgi_cluster.realtime.room import Publication, Room, RoomHistory, RoomMember
-from asgi_cluster.realtime.rules import Connected, ConnectRequest, RoomRequest, RoomRule
 from asgi_cluster.remote import RemoteSession, RemoteUser, SessionInfo
+from asgi_cluster.rooms.connection import Connection
+from asgi_cluster.rooms.history import Position
+from asgi_cluster.rooms.room import Publication, Room, RoomHistory, RoomMember
+from asgi_cluster.rooms.rules import Connected, ConnectRequest, RoomRequest, RoomRule
 from asgi_cluster.sessions.cache import CacheStats
 from asgi_cluster.sessions.ended import SessionEnded
 from asgi_cluster.sessions.receipts import LogoutReceipt
 from asgi_cluster.sessions.session import Session
+from asgi_cluster.sockets.hub import RealtimeStats
 from asgi_cluster.stats import ClusterStats
 
 __version__ = "0.2.0"

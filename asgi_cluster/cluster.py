@@ -21,30 +21,30 @@ from starlette.requests import HTTPConnection
 
 from asgi_cluster.arguments import described, expect, expect_callable
 from asgi_cluster.arguments import seconds as in_seconds
+from asgi_cluster.asgi.draining import Drainer, draining_on_sigterm, reloads
+from asgi_cluster.asgi.first_request import LazyStart
+from asgi_cluster.asgi.origin import Origins
 from asgi_cluster.backends.choose import open_backend
 from asgi_cluster.bus.bus import NodeInfo
 from asgi_cluster.bus.lease import boot_clock
+from asgi_cluster.centrifuge.endpoint import Endpoint
 from asgi_cluster.config import DEFAULT_DRAIN, CacheConfig, CookieConfig, RealtimeConfig, SessionConfig
 from asgi_cluster.dispatch import Dispatch
-from asgi_cluster.draining import Drainer, draining_on_sigterm, reloads
 from asgi_cluster.exceptions import ClusterError, NotStarted
 from asgi_cluster.ids import NodeId, check_user
-from asgi_cluster.lazy import LazyStart
-from asgi_cluster.realtime.acceptance import Acceptance
-from asgi_cluster.realtime.endpoint import Endpoint
-from asgi_cluster.realtime.hub import Hub
-from asgi_cluster.realtime.origin import Origins
-from asgi_cluster.realtime.payload import encode_payload
-from asgi_cluster.realtime.rooms import Room, Rooms
 from asgi_cluster.remote import Reach, RemoteSession, RemoteUser, check_handle
+from asgi_cluster.rooms.acceptance import Acceptance
+from asgi_cluster.rooms.payload import encode_payload
+from asgi_cluster.rooms.rooms import Room, Rooms
 from asgi_cluster.scope import ScopeState
 from asgi_cluster.sessions.cache import SessionCache
-from asgi_cluster.sessions.cached import CachedStore
+from asgi_cluster.sessions.reads import CachedStore
+from asgi_cluster.sessions.revalidation import Verifier
 from asgi_cluster.sessions.service import SessionService
 from asgi_cluster.sessions.session import Session
+from asgi_cluster.sockets.hub import Hub
 from asgi_cluster.stats import ClusterStats
 from asgi_cluster.tasks import Failing, check_loop, keep_running, running_asyncio_loop
-from asgi_cluster.verification import Verifier
 
 __all__ = ["Cluster", "get_session"]
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from asgi_cluster.arguments import Seconds, described, expect, expect_callable, seconds
 
 if TYPE_CHECKING:
-    from asgi_cluster.realtime.connection import Connection
-    from asgi_cluster.realtime.rooms import ConnectRequest, RoomRule
+    from asgi_cluster.rooms.connection import Connection
+    from asgi_cluster.rooms.rooms import ConnectRequest, RoomRule
 
 __all__ = ["DEFAULT_DRAIN", "CacheConfig", "CookieConfig", "RealtimeConfig", "SessionConfig"]
 

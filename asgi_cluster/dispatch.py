@@ -20,12 +20,12 @@ from asgi_cluster.bus.messages import (
     encode,
 )
 from asgi_cluster.ids import Handle, NodeId, UserId, bucket_of
-from asgi_cluster.realtime.hub import Hub
-from asgi_cluster.realtime.rooms import Rooms
-from asgi_cluster.realtime.socket import Socket
+from asgi_cluster.rooms.rooms import Rooms
 from asgi_cluster.sessions.cache import SessionCache
 from asgi_cluster.sessions.receipts import Acknowledgements
 from asgi_cluster.sessions.tombstones import Tombstones
+from asgi_cluster.sockets.hub import Hub
+from asgi_cluster.sockets.socket import Socket
 from asgi_cluster.tasks import spawn
 
 __all__ = ["Dispatch"]

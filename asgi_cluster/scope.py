@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from asgi_cluster.cluster import Cluster
-    from asgi_cluster.realtime.socket import Socket
     from asgi_cluster.sessions.session import Session
+    from asgi_cluster.sockets.socket import Socket
 
 __all__ = ["SCOPE_KEY", "ScopeState"]
 

@@ -60,12 +60,10 @@ INTERNALS: dict[type, str] = {
 
 LEAVES = {"arguments", "ids", "codes", "exceptions", "tasks", "scope", "config"}
 """Known to everybody; they know at most each other."""
-PORTS = {"sessions.store", "sessions.damage", "realtime.history", "realtime.presence"}
+PORTS = {"sessions.store", "sessions.damage", "rooms.history", "rooms.presence"}
 """With all of ``bus``, what the halves and the backends meet at."""
-COMPOSERS = {
-    "cluster", "dispatch", "draining", "handshake", "headers", "lazy", "lifespan", "middleware", "remote",
-    "response", "stats", "verification",
-}  # fmt: skip
+COMPOSERS = {"cluster", "dispatch", "remote", "stats"}
+REALTIME = {"sockets", "rooms", "centrifuge"}
 
 
 def tree(module: str) -> ast.Module:
@@ -95,14 +93,18 @@ def allowed(module: str, other: str) -> bool:
     if other in LEAVES or other.startswith("bus."):
         return module not in LEAVES or other in LEAVES
     area = module.split(".")[0]
-    if area in ("sessions", "realtime"):
+    if area in REALTIME:
+        return other.split(".")[0] in REALTIME
+    if module == "sessions.revalidation":
+        return other.split(".")[0] in ("sessions", "sockets")
+    if area == "sessions":
         return other.split(".")[0] == area
     if area == "backends":
         if module == "backends.choose":
             return other.startswith("backends.")
         own = ".".join(module.split(".")[:2]) + "."
         return other in PORTS or other == "backends.port" or other.startswith(own)
-    return module in COMPOSERS or module == ""
+    return module in COMPOSERS or area == "asgi" or module == ""
 
 
 def calls(module: str) -> Iterator[tuple[str, str, int]]:
@@ -161,7 +163,9 @@ def test_source_keeps_to_the_rules_that_were_paid_for(module: str) -> None:
         assert name not in ("pubsub", "ensure_future"), f"{where}: {name}"
         if name == "create_task" and ("loop" in receiver or receiver in ("", "asyncio")):
             # The supervisor owns the group of all the others, and a start that a request makes begins it.
-            assert module in ("asgi_cluster.cluster", "asgi_cluster.lazy"), f"{where}: a task without a group"
+            assert module in ("asgi_cluster.cluster", "asgi_cluster.asgi.first_request"), (
+                f"{where}: a task without a group"
+            )
     for node in ast.walk(tree(module)):
         where = f"{MODULES[module].name}:{getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.ExceptHandler):
@@ -261,5 +265,5 @@ def test_repository_names_no_machine() -> None:
 def test_package_data_is_in_the_tree() -> None:
     """What the wheel has to carry besides Python."""
     assert (PACKAGE / "py.typed").exists()
-    assert (PACKAGE / "realtime/client.js").exists()
-    assert list(Path(PACKAGE / "backends/redis/scripts").glob("*.lua"))
+    assert (PACKAGE / "centrifuge/js/client.js").exists()
+    assert list(Path(PACKAGE / "backends/redis/lua").glob("*.lua"))

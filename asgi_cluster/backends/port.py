@@ -7,8 +7,8 @@ from typing import Protocol
 
 from asgi_cluster.bus.bus import Bus, Receiver
 from asgi_cluster.ids import NodeId
-from asgi_cluster.realtime.history import HistoryStore
-from asgi_cluster.realtime.presence import PresenceStore
+from asgi_cluster.rooms.history import HistoryStore
+from asgi_cluster.rooms.presence import PresenceStore
 from asgi_cluster.sessions.store import SessionStore
 from asgi_cluster.tasks import Failing
 

@@ -16,9 +16,9 @@ from asgi_cluster.codes import CloseCode
 from asgi_cluster.config import SessionConfig
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import Handle, NodeId, UserId, bucket_of
-from asgi_cluster.sessions.cached import CachedStore
 from asgi_cluster.sessions.cookies import Cookie
 from asgi_cluster.sessions.ended import SessionEnded
+from asgi_cluster.sessions.reads import CachedStore
 from asgi_cluster.sessions.receipts import Acknowledgements, LogoutReceipt, PendingAck
 from asgi_cluster.sessions.store import UNKNOWN_NODES, Ending, Record
 from asgi_cluster.sessions.tombstones import Tombstones

@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import Handle
-from asgi_cluster.sessions.cached import CachedStore
+from asgi_cluster.sessions.reads import CachedStore
 
 __all__ = ["Tombstones"]
 

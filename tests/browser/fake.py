@@ -21,7 +21,7 @@ from tests.support.machine import LOCAL, ROOT
 
 _FILES = {
     "/": (b"<!doctype html><title>fake</title>", "text/html"),
-    "/realtime/client.js": ((ROOT / "asgi_cluster/realtime/client.js").read_bytes(), "text/javascript"),
+    "/realtime/client.js": ((ROOT / "asgi_cluster/centrifuge/js/client.js").read_bytes(), "text/javascript"),
     "/state.js": ((ROOT / "demo/static/state.js").read_bytes(), "text/javascript"),
 }
 

@@ -37,7 +37,7 @@ async def page(request: Request) -> HTMLResponse:
 
 async def copy(request: Request) -> FileResponse:
     """The file of the package, as a bundler or a static directory serves it."""
-    return FileResponse(ROOT / "asgi_cluster/realtime/client.js", media_type="text/javascript")
+    return FileResponse(ROOT / "asgi_cluster/centrifuge/js/client.js", media_type="text/javascript")
 
 
 def app_with(path: str, *, root: str = "") -> Any:
@@ -91,7 +91,7 @@ async def test_default_url_of_a_mounted_endpoint_is_below_the_mount(visitor: Bro
 async def test_default_url_without_an_origin_is_refused(visitor: BrowserContext) -> None:
     """A page of no origin, as ``about:blank`` or a file: there the URL has to be given."""
     opened = await visitor.new_page()
-    source = (ROOT / "asgi_cluster/realtime/client.js").read_text()
+    source = (ROOT / "asgi_cluster/centrifuge/js/client.js").read_text()
     message = await opened.evaluate(
         """async (source) => {
           const file = new Blob([source], { type: "text/javascript" });
@@ -107,5 +107,5 @@ def test_bundler_finds_no_asset_to_resolve() -> None:
     """webpack and Vite read ``new URL("…", import.meta.url)`` as the name of a file to bundle, and fail when
     there is none.
     """
-    source = (ROOT / "asgi_cluster/realtime/client.js").read_text()
+    source = (ROOT / "asgi_cluster/centrifuge/js/client.js").read_text()
     assert "import.meta.url)" not in source.replace(" ", "")

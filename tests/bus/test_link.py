@@ -12,8 +12,8 @@ from redis._parsers import _AsyncHiredisParser, _AsyncRESP3Parser
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ResponseError
 
+from asgi_cluster.backends.redis.connection import Link, OnPush
 from asgi_cluster.backends.redis.errors import LinkBroken, first_word
-from asgi_cluster.backends.redis.link import Link, OnPush
 from asgi_cluster.backends.redis.urls import Address
 from tests.bus.fake import FakeServer, bulk, push
 from tests.support.proxy import Proxy
@@ -168,7 +168,7 @@ async def test_the_number_of_waiting_commands_is_bounded(monkeypatch: pytest.Mon
     """A server that does not answer gets no more than so many, and the next caller gets an error that says
     that nothing was sent.
     """
-    monkeypatch.setattr("asgi_cluster.backends.redis.link._MAX_PENDING", 10)
+    monkeypatch.setattr("asgi_cluster.backends.redis.connection._MAX_PENDING", 10)
     async with FakeServer({b"GET": b""}) as server, linked(server.url) as link:
         for _ in range(10):
             link.post("GET", "x")

@@ -12,7 +12,7 @@ import websockets
 
 from asgi_cluster import Cluster, ClusterMiddleware, CookieConfig, SessionConfig, StoreUnavailable
 from asgi_cluster.ids import Handle, new_handle
-from asgi_cluster.sessions.cached import CachedStore
+from asgi_cluster.sessions.reads import CachedStore
 from asgi_cluster.sessions.store import Ending
 from asgi_cluster.sessions.tombstones import Tombstones
 from tests.bus.nodes import opened

@@ -10,7 +10,7 @@ import pytest
 from asgi_cluster import Cluster
 from asgi_cluster.backends.redis.quorum import Standing, common_ground
 from asgi_cluster.ids import Handle
-from asgi_cluster.sessions.cached import CachedStore
+from asgi_cluster.sessions.reads import CachedStore
 from tests.contract.drafts import create
 from tests.support.machine import LOCAL
 from tests.support.servers import Server

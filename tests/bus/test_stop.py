@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from asgi_cluster.backends.redis.link import Link
+from asgi_cluster.backends.redis.connection import Link
 from tests.bus.nodes import opened, our_tasks
 from tests.support.topologies import SentinelSet
 

@@ -15,7 +15,7 @@ import websockets
 from asgi_cluster import BusUnavailable, Cluster, ClusterMiddleware, RoomRule, StoreUnavailable
 from asgi_cluster.backends.redis.scripts import load
 from asgi_cluster.ids import UserId, new_token
-from asgi_cluster.realtime.history import Position
+from asgi_cluster.rooms.history import Position
 from asgi_cluster.sessions.store import Draft
 from tests.bus.nodes import Node, opened
 from tests.bus.test_lost_logouts import Visitor, node

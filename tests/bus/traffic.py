@@ -16,7 +16,7 @@ from asgi_cluster.bus.messages import Changed, MalformedMessage, decode, encode
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import Handle, new_token
 from asgi_cluster.sessions.cache import SessionCache
-from asgi_cluster.sessions.cached import CachedStore
+from asgi_cluster.sessions.reads import CachedStore
 from tests.bus.nodes import LEASE, Node, Receiver, opened
 from tests.contract.drafts import create
 

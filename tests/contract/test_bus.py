@@ -8,7 +8,7 @@ import time
 import pytest
 
 from asgi_cluster.ids import NodeId
-from asgi_cluster.realtime.history import seal_envelope
+from asgi_cluster.rooms.history import seal_envelope
 from tests.contract.sites import LEASE, TIMEOUT, Site
 from tests.support.waiting import eventually
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from asgi_cluster.ids import new_token
-from asgi_cluster.realtime.history import JUMP, HistoryStore, Page, Position, open_envelope
+from asgi_cluster.rooms.history import JUMP, HistoryStore, Page, Position, open_envelope
 from tests.contract.sites import TIMEOUT, Site
 from tests.support.waiting import eventually
 

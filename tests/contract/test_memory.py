@@ -14,7 +14,7 @@ from asgi_cluster.backends.memory.backend import MemoryBackend
 from asgi_cluster.backends.memory.expiring import Expiring
 from asgi_cluster.bus.bus import Receiver
 from asgi_cluster.ids import NodeId, UserId, new_token
-from asgi_cluster.realtime.history import seal_envelope
+from asgi_cluster.rooms.history import seal_envelope
 from tests.contract.drafts import alive, create, end, write
 from tests.contract.sites import TIMEOUT, Recorder
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from asgi_cluster.ids import Handle, UserId, bucket_of, new_token
-from asgi_cluster.realtime.history import Entry, Page, Position, open_envelope
+from asgi_cluster.rooms.history import Entry, Page, Position, open_envelope
 from asgi_cluster.sessions.store import Draft
 from tests.contract.drafts import end, end_all, write
 from tests.contract.sites import TIMEOUT, Member, Site

@@ -9,7 +9,7 @@ import pytest
 import redis
 
 from asgi_cluster.exceptions import BusUnavailable
-from asgi_cluster.realtime.history import JUMP, Position, open_envelope
+from asgi_cluster.rooms.history import JUMP, Position, open_envelope
 from tests.contract.sites import TIMEOUT, Site
 from tests.contract.test_history import payloads, publish, read
 from tests.support.servers import start_valkey

@@ -13,8 +13,8 @@ import pytest
 import redis
 
 from asgi_cluster.backends.redis.names import Names
+from asgi_cluster.backends.redis.single import single_server
 from asgi_cluster.backends.redis.store import RedisSessionStore
-from asgi_cluster.backends.redis.topology import single_server
 from asgi_cluster.backends.redis.urls import parse_target
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import UserId, bucket_of, new_handle

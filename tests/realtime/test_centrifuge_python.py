@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from asgi_cluster import ConnectRequest, NotPermitted, RoomRule, TokenExpired
-from asgi_cluster.realtime.rules import Connected
+from asgi_cluster.rooms.rules import Connected
 from tests.realtime.conftest import sign_in
 from tests.realtime.site import Node, Site
 from tests.support.waiting import eventually

@@ -12,7 +12,7 @@ import pytest
 import websockets
 
 from asgi_cluster import ConnectRequest, NotPermitted, Position, RoomRequest, RoomRule, TokenExpired
-from asgi_cluster.realtime.rules import Connected
+from asgi_cluster.rooms.rules import Connected
 from tests.realtime.conftest import sign_in
 from tests.realtime.site import Site
 from tests.realtime.test_connection import UVICORN

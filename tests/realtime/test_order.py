@@ -8,14 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from asgi_cluster.realtime import flusher as flushing
 from websockets.protocol import State
 
-from asgi_cluster.realtime import flusher as flushing
-from asgi_cluster.realtime.audience import Audience
-from asgi_cluster.realtime.flusher import Flusher
-from asgi_cluster.realtime.outbox import Counters, Outbox
-from asgi_cluster.realtime.packet import Packet
-from asgi_cluster.realtime.socket import Socket
+from asgi_cluster.rooms.local_room import Audience
+from asgi_cluster.sockets.batches import Flusher
+from asgi_cluster.sockets.outbox import Counters, Outbox
+from asgi_cluster.sockets.prepared import Packet
+from asgi_cluster.sockets.socket import Socket
 
 _SOCKETS = 50
 _ROOMS = 3

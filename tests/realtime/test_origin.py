@@ -16,7 +16,7 @@ from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket
 
 from asgi_cluster import Cluster, ClusterMiddleware, CookieConfig, SessionConfig
-from asgi_cluster.realtime.origin import Origins
+from asgi_cluster.asgi.origin import Origins
 from tests.realtime.conftest import sign_in
 from tests.realtime.site import Node, Site
 from tests.realtime.test_connection import UVICORN, cluster_of

@@ -14,9 +14,9 @@ from starlette.websockets import WebSocket
 from websockets.exceptions import ConnectionClosed
 
 from asgi_cluster import Connection, RoomRule
-from asgi_cluster.realtime.flusher import Flusher
-from asgi_cluster.realtime.packet import Packet
 from asgi_cluster.scope import ScopeState
+from asgi_cluster.sockets.batches import Flusher
+from asgi_cluster.sockets.prepared import Packet
 from tests.realtime.site import Node, Site
 from tests.support.waiting import eventually
 

@@ -11,7 +11,7 @@ import pytest
 import redis
 
 from asgi_cluster import BusUnavailable, Cluster, RealtimeConfig, RoomRule
-from asgi_cluster.realtime import retention
+from asgi_cluster.rooms import retention
 from tests.realtime.site import Node, Raw, Site
 from tests.support.proxy import Proxy
 from tests.support.servers import start_valkey

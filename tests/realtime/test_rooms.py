@@ -12,8 +12,8 @@ import websockets
 
 from asgi_cluster import Cluster, RealtimeConfig, RoomRule
 from asgi_cluster.exceptions import BusUnavailable
-from asgi_cluster.realtime.hub import Hub
-from asgi_cluster.realtime.rooms import Connected
+from asgi_cluster.rooms.rooms import Connected
+from asgi_cluster.sockets.hub import Hub
 from tests.realtime.conftest import sign_in
 from tests.realtime.site import Raw, Site
 from tests.support.waiting import eventually

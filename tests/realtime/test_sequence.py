@@ -10,8 +10,8 @@ import pytest
 
 from asgi_cluster.bus.lease import Lease
 from asgi_cluster.exceptions import BusUnavailable
-from asgi_cluster.realtime.history import Entry, Page, Position
-from asgi_cluster.realtime.sequence import Sequence
+from asgi_cluster.rooms.history import Entry, Page, Position
+from asgi_cluster.rooms.stream import Sequence
 
 
 class Log:

@@ -26,7 +26,7 @@ from asgi_cluster import (
     SessionConfig,
     get_session,
 )
-from asgi_cluster.realtime.server import DIRECT
+from asgi_cluster.sockets.server import DIRECT
 from tests.realtime.site import Node, Site
 from tests.realtime.test_connection import handler
 from tests.support.machine import LOCAL, free_port
@@ -173,7 +173,7 @@ async def test_a_close_that_fails_is_not_counted(
 
 
 CURE = (
-    "uvicorn has changed: adapt asgi_cluster/realtime/server.py (DIRECT) and what uses it in outbox.py. "
+    "uvicorn has changed: adapt asgi_cluster/sockets/server.py (DIRECT) and what uses it in outbox.py. "
     "Until then sockets work, through ASGI send"
 )
 

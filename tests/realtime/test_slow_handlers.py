@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from asgi_cluster import Connection, ConnectRequest, RoomRequest, RoomRule
-from asgi_cluster.realtime.rules import Connected
+from asgi_cluster.rooms.rules import Connected
 from tests.realtime.site import Site
 from tests.support.waiting import eventually
 

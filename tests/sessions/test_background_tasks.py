@@ -14,12 +14,12 @@ import pytest
 import websockets
 
 from asgi_cluster import Cluster, CookieConfig, SessionConfig
-from asgi_cluster.backends.redis.commands import CommandLink
-from asgi_cluster.backends.redis.feed import Feed
+from asgi_cluster.backends.redis.client import CommandLink
 from asgi_cluster.backends.redis.registry import Registry
 from asgi_cluster.backends.redis.subscriber import Subscriber
-from asgi_cluster.realtime.hub import Hub
+from asgi_cluster.backends.redis.subscribers import Feed
 from asgi_cluster.sessions.tombstones import Tombstones
+from asgi_cluster.sockets.hub import Hub
 from asgi_cluster.tasks import Failing, keep_running, spawn
 from tests.sessions.app import Gate, client_for
 from tests.sessions.test_live_logout import cookies, place, sign_in

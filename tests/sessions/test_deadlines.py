@@ -30,7 +30,7 @@ from asgi_cluster import (
     get_session,
 )
 from asgi_cluster.backends.redis.scripts import load
-from asgi_cluster.sessions.cached import CachedStore
+from asgi_cluster.sessions.reads import CachedStore
 from tests.sessions.app import client_for, nodes
 from tests.sessions.requests import Browser, attempt
 from tests.support.nodes import serve

@@ -222,7 +222,7 @@ def test_the_lists_can_be_found() -> None:
 
 def test_every_command_of_a_script_is_in_the_lists() -> None:
     """Also one that is called with a variable: each upper-case word in the place of a command counts."""
-    scripts = sorted((ROOT / "asgi_cluster" / "backends" / "redis" / "scripts").glob("*.lua"))
+    scripts = sorted((ROOT / "asgi_cluster" / "backends" / "redis" / "lua").glob("*.lua"))
     called: dict[str, set[str]] = {}
     for script in scripts:
         code = re.sub(r"--.*", "", script.read_text())

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from asgi_cluster.codes import CloseCode
-from asgi_cluster.realtime.socket import Socket
+from asgi_cluster.sockets.socket import Socket
 from tests.sessions.app import nodes
 from tests.sessions.test_users import login, many
 from tests.support.servers import start_valkey

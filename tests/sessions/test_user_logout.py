@@ -16,7 +16,7 @@ from starlette.routing import Mount, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from asgi_cluster import Cluster, ClusterMiddleware, ConnectRequest, RealtimeConfig
-from asgi_cluster.realtime.logouts import RecentLogouts
+from asgi_cluster.sockets.logouts import RecentLogouts
 from tests.sessions.app import Gate
 from tests.sessions.test_live_logout import SESSIONS, Place, closed, cookies, place, sign_in
 from tests.support.nodes import Node, serve

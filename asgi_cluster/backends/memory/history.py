@@ -11,7 +11,7 @@ import msgspec
 from asgi_cluster.backends.memory.expiring import Expiring
 from asgi_cluster.backends.memory.world import World
 from asgi_cluster.ids import new_token
-from asgi_cluster.realtime.history import (
+from asgi_cluster.rooms.history import (
     EPOCH_LASTS,
     JUMP,
     NUMBERING_OUTLIVES,
@@ -41,7 +41,7 @@ class _Logs:
 
 
 class MemoryHistory:
-    """``realtime.history.HistoryStore`` for ``memory://``."""
+    """``rooms.history.HistoryStore`` for ``memory://``."""
 
     def __init__(self, world: World) -> None:
         self._world = world

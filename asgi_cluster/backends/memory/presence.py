@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from asgi_cluster.backends.memory.world import Seat, World
-from asgi_cluster.realtime.presence import count_people
+from asgi_cluster.rooms.presence import count_people
 
 __all__ = ["MemoryPresence"]
 
@@ -32,7 +32,7 @@ class _Rooms:
 
 
 class MemoryPresence:
-    """``realtime.presence.PresenceStore`` for one node of a world. ``incarnation()`` is that node's own."""
+    """``rooms.presence.PresenceStore`` for one node of a world. ``incarnation()`` is that node's own."""
 
     def __init__(self, world: World, incarnation: Callable[[], str]) -> None:
         self._world = world

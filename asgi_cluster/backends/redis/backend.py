@@ -8,13 +8,13 @@ from ssl import SSLContext
 from typing import Any
 
 from asgi_cluster.backends.redis.bus import RedisBus
-from asgi_cluster.backends.redis.cluster import ClusterTopology
 from asgi_cluster.backends.redis.history import RedisHistory
 from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.presence import RedisPresence
 from asgi_cluster.backends.redis.sentinel import SentinelTopology
+from asgi_cluster.backends.redis.sharded import ClusterTopology
+from asgi_cluster.backends.redis.single import Topology, single_server
 from asgi_cluster.backends.redis.store import RedisSessionStore
-from asgi_cluster.backends.redis.topology import Topology, single_server
 from asgi_cluster.backends.redis.urls import Target, parse_targets
 from asgi_cluster.bus.bus import Receiver
 from asgi_cluster.ids import Handle, NodeId

@@ -10,11 +10,11 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
-from asgi_cluster.backends.redis.feed import Feed
 from asgi_cluster.backends.redis.lifetime import background
 from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.registry import Registry
-from asgi_cluster.backends.redis.topology import Topology
+from asgi_cluster.backends.redis.single import Topology
+from asgi_cluster.backends.redis.subscribers import Feed
 from asgi_cluster.bus.bus import BusStats, NodeInfo, Receiver
 from asgi_cluster.bus.lease import Lease
 from asgi_cluster.bus.messages import Ack, encode

@@ -7,10 +7,10 @@ from typing import Any
 
 from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.scripts import load
-from asgi_cluster.backends.redis.topology import Topology
+from asgi_cluster.backends.redis.single import Topology
 from asgi_cluster.exceptions import BusUnavailable, StoreUnavailable
 from asgi_cluster.ids import new_token
-from asgi_cluster.realtime.history import (
+from asgi_cluster.rooms.history import (
     EPOCH_LASTS,
     JUMP,
     NUMBERING_OUTLIVES,
@@ -28,7 +28,7 @@ _DECLARED = 7 * 24 * 3600.0
 
 
 class RedisHistory:
-    """``realtime.history.HistoryStore`` on Redis streams.
+    """``rooms.history.HistoryStore`` on Redis streams.
 
     An entry's id is its offset, and it carries the offset of the entry before. One can go on from a position
     if it is the top, or if the first entry after it names it as the one before: that covers trimming, jumps

@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.scripts import load
-from asgi_cluster.backends.redis.topology import Topology
+from asgi_cluster.backends.redis.single import Topology
 from asgi_cluster.bus.bus import NodeInfo
 from asgi_cluster.exceptions import BusUnavailable, StoreUnavailable
 from asgi_cluster.ids import NodeId
-from asgi_cluster.realtime.presence import count_people
+from asgi_cluster.rooms.presence import count_people
 
 __all__ = ["RedisPresence", "Registered"]
 
@@ -44,7 +44,7 @@ class Registered(Protocol):
 
 
 class RedisPresence:
-    """``realtime.presence.PresenceStore``. An entry is ``<node> <incarnation>`` and, after a newline, the
+    """``rooms.presence.PresenceStore``. An entry is ``<node> <incarnation>`` and, after a newline, the
     client info.
 
     What a dead node left behind is not shown; it is removed by ``reap``, else when the room

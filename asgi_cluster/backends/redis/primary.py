@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable
 
 from redis.exceptions import ResponseError
 
+from asgi_cluster.backends.redis.connection import Link, OnPush
 from asgi_cluster.backends.redis.errors import LinkBroken
-from asgi_cluster.backends.redis.link import Link, OnPush
 
 __all__ = ["Dial", "Primary"]
 

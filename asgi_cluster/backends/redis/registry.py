@@ -22,7 +22,7 @@ from asgi_cluster.backends.redis.errors import NOT_EXECUTED, first_word
 from asgi_cluster.backends.redis.listener import Command
 from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.scripts import load
-from asgi_cluster.backends.redis.topology import Topology
+from asgi_cluster.backends.redis.single import Topology
 from asgi_cluster.bus.bus import NodeInfo
 from asgi_cluster.bus.lease import Lease
 from asgi_cluster.bus.messages import Ack, encode

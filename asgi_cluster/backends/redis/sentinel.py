@@ -16,11 +16,11 @@ from weakref import WeakKeyDictionary
 
 from redis.exceptions import RedisError
 
+from asgi_cluster.backends.redis.connection import Link, OnPush
 from asgi_cluster.backends.redis.errors import LinkBroken, first_of, reason_of
 from asgi_cluster.backends.redis.lifetime import background
-from asgi_cluster.backends.redis.link import Link, OnPush
 from asgi_cluster.backends.redis.primary import Primary
-from asgi_cluster.backends.redis.topology import OnePrimary
+from asgi_cluster.backends.redis.single import OnePrimary
 from asgi_cluster.backends.redis.urls import Address, Target
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.tasks import Failing, stop_if_cancelled

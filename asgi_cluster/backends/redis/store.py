@@ -18,7 +18,7 @@ from asgi_cluster.backends.redis.records import (
     milliseconds,
 )
 from asgi_cluster.backends.redis.scripts import load
-from asgi_cluster.backends.redis.topology import Topology
+from asgi_cluster.backends.redis.single import Topology
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import Handle, UserId, bucket_of
 from asgi_cluster.sessions.damage import Damage

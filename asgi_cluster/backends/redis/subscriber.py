@@ -17,6 +17,7 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
+from asgi_cluster.backends.redis.connection import Link, Refusals
 from asgi_cluster.backends.redis.errors import (
     PATIENCE_AT_START,
     LinkBroken,
@@ -25,7 +26,6 @@ from asgi_cluster.backends.redis.errors import (
     is_timeout,
     reason_of,
 )
-from asgi_cluster.backends.redis.link import Link, Refusals
 from asgi_cluster.backends.redis.listener import Heartbeat, Listener
 from asgi_cluster.backends.redis.primary import Primary
 from asgi_cluster.backends.redis.quorum import HeldEcho, Standing

@@ -30,7 +30,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.maint_notifications import MaintNotificationsConfig
 
-from asgi_cluster.backends.redis.link import Link, OnPush
+from asgi_cluster.backends.redis.connection import Link, OnPush
 
 __all__ = ["Address", "Target", "parse_target", "parse_targets"]
 

@@ -1,0 +1,153 @@
+"""What the bus brings for rooms, handed to their members here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from asgi_cluster.bus.messages import Disconnect, Joined, Left, MalformedMessage, Published, decode
+from asgi_cluster.centrifuge.protocol import encode_push
+from asgi_cluster.rooms.history import open_envelope
+from asgi_cluster.rooms.local_room import Audience
+from asgi_cluster.rooms.publications import encode_publication
+from asgi_cluster.sockets.hub import Hub
+from asgi_cluster.sockets.prepared import Packet
+
+if TYPE_CHECKING:
+    from asgi_cluster.rooms.connection import Connection
+
+__all__ = ["Reception"]
+
+logger = logging.getLogger("asgi_cluster.realtime")
+
+_IDS_KEPT = 1024
+_SLICE = 0.01  # seconds that may hold the loop
+
+
+class Reception:
+    """From bytes to deliveries. Synchronous."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._local_ids: OrderedDict[str, None] = OrderedDict()
+        self._followed: dict[str, bool] = {}
+        self._complained: set[str] = set()
+
+    def follow(self, message_id: str) -> None:
+        """Note whether the bus brings this message, until ``followed`` asks: its publisher may get none."""
+        self._followed[message_id] = False
+
+    def followed(self, message_id: str) -> bool:
+        """Whether it came. It is not followed any longer."""
+        return self._followed.pop(message_id, False)
+
+    def receive(self, room: str, payload: bytes) -> None:
+        """What the bus brought for a room. Raises nothing: the bus's reader goes on."""
+        audience = self._hub.audience(room)
+        if audience is not None:
+            try:
+                self._receive(audience, payload)
+            except Exception:
+                logger.exception("a room message could not be delivered")
+
+    def _receive(self, audience: Audience, payload: bytes) -> None:
+        try:
+            position, previous, body = open_envelope(payload)
+        except ValueError:
+            self._complain("a room message without envelope arrived (another version?)")
+            return
+        if position is None:
+            self.deliver(audience, body)
+        elif audience.sequence is None:
+            if not any(True for _ in self._hub.members(audience)):
+                return  # a member is about to enter, and reads history after this
+            self._complain("a room has history on another node and none here: the nodes' rules differ")
+            self.deliver(audience, body)
+        else:
+            audience.sequence.receive(position, previous, body)
+
+    def _complain(self, what: str) -> None:
+        if what not in self._complained:
+            self._complained.add(what)
+            logger.warning("%s", what)
+
+    def deliver(self, audience: Audience, body: bytes, offset: int | None = None) -> None:
+        """Hand one encoded message, of whatever kind, to the members here."""
+        try:
+            message = decode(body)
+        except MalformedMessage:
+            self._complain("a room message could not be decoded (another version?)")
+            return
+        match message:
+            case Published():
+                if message.id in self._followed:
+                    self._followed[message.id] = True
+                if message.id in self._local_ids:
+                    del self._local_ids[message.id]
+                    return
+                self._deliver_published(audience, message, offset)
+            case Joined() | Left():
+                name = "join" if isinstance(message, Joined) else "leave"
+                push = Packet(encode_push(name, {"info": msgspec.Raw(message.info)}, channel=audience.name))
+                audience.deliver(None, push)
+            case Disconnect():
+                self._for_each(
+                    (
+                        member
+                        for member in self._hub.members(audience)
+                        if message.user is None or member.user_id == message.user
+                    ),
+                    lambda member: member._expelled(audience.name, message.code, message.reason),
+                )
+            case _:
+                self._complain("a message arrived in a room that does not belong in one")
+
+    def _deliver_published(
+        self, audience: Audience, message: Published, offset: int | None, *, local: bool = False
+    ) -> None:
+        bare = Packet(message.data, binary=message.kind == "b") if audience.bare else None
+        encoded = encode_publication(audience.name, message, offset, local=local) if audience.pushed else None
+        push = None if encoded is None else Packet(encoded)
+        audience.deliver(bare, push, key=message.key, exclude=message.exclude)
+
+    def deliver_here(self, room: str, message: Published) -> None:
+        """What could not be handed to the bus, for the members here (``on_bus_error="local"``)."""
+        # It may have reached the bus after all, and must not be delivered twice.
+        self._local_ids[message.id] = None
+        if len(self._local_ids) > _IDS_KEPT:
+            self._local_ids.popitem(last=False)
+        audience = self._hub.audience(room)
+        if audience is not None:
+            self._deliver_published(audience, message, None, local=True)
+
+    def lost(self, audience: Audience) -> None:
+        """Publications are lost for the members here: their membership ends, and clients come back for what
+        there is.
+        """
+        # All are taken out at once, and get the message in slices: what comes after the loss must not reach a
+        # member that has not got the message, because it would go on from there.
+        members = self._hub.members(audience)
+        audience.clear()
+        logger.warning(
+            "publications of a room were lost for its %d members here: they are unsubscribed or closed",
+            len(members),
+        )
+        self._for_each(iter(members), lambda member: member._lost(audience.name))
+
+    def _for_each(self, members: Iterator[Connection], act: Callable[[Connection], None]) -> None:
+        """Each on its own loop, in slices: a room of ten thousand must not hold this one."""
+        until = perf_counter() + _SLICE
+        for member in members:
+            try:
+                member.socket.call(act, member)
+            except Exception:
+                logger.exception("a member could not be taken out of a room")  # the others still are
+            if perf_counter() > until:
+                asyncio.get_running_loop().call_soon(self._for_each, members, act)
+                return

@@ -1,0 +1,440 @@
+"""Rooms across the cluster: broadcast, history, presence; and what the bus brings for the members here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
+
+import msgspec
+
+from asgi_cluster.bus.bus import Bus
+from asgi_cluster.bus.messages import (
+    Disconnect,
+    Joined,
+    Left,
+    Message,
+    NodeDied,
+    PayloadKind,
+    Published,
+    encode,
+)
+from asgi_cluster.centrifuge.protocol import ClientInfo, UnsubscribeCode
+from asgi_cluster.config import RealtimeConfig
+from asgi_cluster.exceptions import BusUnavailable, ClusterError
+from asgi_cluster.ids import NodeId, new_token
+from asgi_cluster.rooms.connection import Connection
+from asgi_cluster.rooms.delivery import Reception
+from asgi_cluster.rooms.history import Entry, HistoryStore, Page, Position, seal_envelope
+from asgi_cluster.rooms.local_room import Audience
+from asgi_cluster.rooms.payload import encode_payload
+from asgi_cluster.rooms.presence import PresenceStore, read_info
+from asgi_cluster.rooms.presence_tracker import Attendance
+from asgi_cluster.rooms.retention import Kept, Retention
+from asgi_cluster.rooms.room import Publication, Room, RoomHistory, RoomMember
+from asgi_cluster.rooms.rules import (
+    Connected,
+    ConnectRequest,
+    RoomRequest,
+    RoomRule,
+    check_room,
+    find_rule,
+)
+from asgi_cluster.rooms.stream import Sequence as RoomSequence
+from asgi_cluster.sockets.hub import Hub
+from asgi_cluster.tasks import spawn
+
+__all__ = [
+    "ConnectRequest",
+    "Connected",
+    "Entered",
+    "Publication",
+    "Room",
+    "RoomHistory",
+    "RoomMember",
+    "RoomRequest",
+    "RoomRule",
+    "Rooms",
+    "encode_payload",
+]
+
+logger = logging.getLogger("asgi_cluster.realtime")
+
+_HIGHEST = 1 << 53
+"""Above every offset: the last integer up to which the numbers of a Redis script are exact."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entered:
+    """How a connection entered a room: the room's position (``None``: no history), and what was missed
+    (``None``: the history does not have all of it).
+    """
+
+    position: Position | None
+    missed: Sequence[Entry] | None
+
+
+class Rooms:
+    """All rooms of one cluster object."""
+
+    def __init__(
+        self,
+        *,
+        bus: Bus,
+        history: HistoryStore,
+        presence: PresenceStore,
+        hub: Hub,
+        config: RealtimeConfig,
+        node: Callable[[], NodeId],
+        deadline: float,
+        listens: bool,
+        ensure_started: Callable[[str], None],
+        tasks: Callable[[], asyncio.TaskGroup | None],
+    ) -> None:
+        self._bus = bus
+        self._history = history
+        self._attendance = Attendance(presence, bus, info=self.client_info, timeout=deadline)
+        self._hub = hub
+        self._config = config
+        self._node = node
+        self._deadline = deadline
+        self._ensure_started = ensure_started
+        self._tasks = tasks
+        self._reception = Reception(hub)
+        self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
+        self.retention = Retention(config.rules, history, node=node, declares=listens, timeout=deadline)
+        bus.on_dead = self.report_dead
+
+    def room(self, name: str) -> Room:
+        """See ``Cluster.room``."""
+        return Room(self, check_room(name))
+
+    def rule(self, room: str) -> tuple[RoomRule, dict[str, str]] | None:
+        """The rule for a room, and what its pattern's names stand for."""
+        return find_rule(self._config.rules, room)
+
+    # Publishing
+
+    async def publish(
+        self,
+        room: str,
+        kind: PayloadKind,
+        data: bytes,
+        *,
+        exclude: str | None = None,
+        key: str | None = None,
+        idempotency_key: str | None = None,
+        client: str | None = None,
+        info: bytes | None = None,
+    ) -> Position | None:
+        """Hand an encoded payload to the bus. As ``Room.broadcast``."""
+        self._ensure_started("broadcasting")
+        if len(data) > self._config.max_broadcast_bytes:
+            raise ValueError(
+                f"a broadcast of {len(data)} bytes: max_broadcast_bytes is {self._config.max_broadcast_bytes}"
+            )
+        message = Published(
+            kind,
+            data,
+            idempotency_key or new_token(),
+            self._node(),
+            exclude=exclude,
+            key=key,
+            client=client,
+            info=info,
+        )
+        payload = encode(message)
+        local = self._config.on_bus_error == "local"
+        if local:
+            self._reception.follow(message.id)
+        try:
+            timeout = await self.retention.refresh(self._deadline)
+            kept = self.retention.of(room)
+            if kept is None:
+                if idempotency_key is not None:
+                    raise ValueError(
+                        f"idempotency_key needs a room with history, and no rule gives one to {room!r}"
+                    )
+                await self._bus.publish_room(room, seal_envelope(None, 0, payload), timeout=timeout)
+                return None
+            return await self._history.publish(
+                room,
+                payload,
+                size=kept.size,
+                ttl=kept.ttl,
+                idempotency_key=idempotency_key,
+                epoch=self.retention.epoch,
+                timeout=timeout,
+            )
+        except BusUnavailable:
+            if not local:
+                raise
+            if not self._reception.followed(message.id):
+                self._reception.deliver_here(room, message)
+            return None
+        finally:
+            if local:
+                self._reception.followed(message.id)
+
+    async def read(
+        self, room: str, *, limit: int | None, since: Position | None, reverse: bool = False
+    ) -> Page:
+        """A page of history. As ``Room.history``."""
+        self._ensure_started("reading history")
+        timeout = await self.retention.refresh(self._deadline)
+        kept = self.retention.of(room)
+        if kept is None:
+            raise ValueError(f"no rule gives {room!r} a history, neither here nor on any node")
+        # Redis fails on numbers of more than 64 bits, and no room has so many publications.
+        if limit is not None:
+            limit = min(limit, _HIGHEST)
+        if since is not None and since.offset > _HIGHEST:
+            since = Position(_HIGHEST, since.epoch)
+        return await self._history.read(
+            room,
+            since=since,
+            limit=limit,
+            reverse=reverse,
+            epoch=self.retention.epoch,
+            ttl=kept.ttl,
+            timeout=timeout,
+        )
+
+    async def present(self, room: str) -> Mapping[str, bytes]:
+        """Connection ids, with their client info as JSON. As ``Room.presence``."""
+        self._check_presence(room)
+        found = await self._attendance.members(room)
+        # Entries go to clients as they are, so one that is malformed is left out.
+        return {client: info for client, info in found.items() if read_info(info) is not None}
+
+    async def presence_stats(self, room: str) -> tuple[int, int]:
+        """Connections and distinct users. Raises as ``Room.presence``."""
+        self._check_presence(room)
+        return await self._attendance.stats(room)
+
+    def _check_presence(self, room: str) -> None:
+        self._ensure_started("presence")
+        found = self.rule(room)
+        if found is None or not found[0].presence:
+            raise ValueError(f"no rule gives {room!r} presence")
+
+    async def count_in(self, room: str, connection: Connection, limit: int) -> bool:
+        """Enter a counting room (presence, and nothing else) if fewer than ``limit`` are in it. Raises
+        ``BusUnavailable``.
+        """
+        return await self._attendance.appear(connection, room, limit=limit)
+
+    async def count_out(self, connection: Connection) -> None:
+        """Leave the counting rooms."""
+        counting = [room for room in connection._present if room not in connection.rooms]
+        await self._attendance.vanish_everywhere(connection, counting)
+
+    async def expel(self, room: str, user: str | None) -> None:
+        """As ``Room.disconnect``."""
+        message = Disconnect(user, None, room, UnsubscribeCode.SERVER, "server unsubscribe", self._node())
+        await self._send(room, message)
+
+    async def _send(self, room: str, message: Message) -> None:
+        self._ensure_started("sending to a room")
+        await self._bus.publish_room(room, seal_envelope(None, 0, encode(message)), timeout=self._deadline)
+
+    # Members
+
+    async def enter(self, connection: Connection, room: str, *, since: Position | None = None) -> Entered:
+        """Make ``connection`` a member. Nothing is delivered to it before the return, and nothing missed
+        after it. A connection whose outbox is closed, or is closed meanwhile, is in no room afterwards.
+
+        Raises:
+            BusUnavailable, StoreUnavailable: not entered.
+        """
+        self._ensure_started("joining a room")
+        async with self._turn(connection, room):
+            already = connection.rooms.get(room)
+            if already is not None:
+                return Entered(None if already.sequence is None else already.sequence.last, None)
+            if connection._over:
+                return Entered(None, None)
+            return await self._enter(connection, room, since)
+
+    async def _enter(self, connection: Connection, room: str, since: Position | None) -> Entered:
+        found = self.rule(room)
+        rule = None if found is None else found[0]
+        try:
+            await self.retention.refresh(self._deadline)
+        except BusUnavailable:
+            # Entering publishes nothing, and a room without history can be entered while the bus is down.
+            logger.debug("a room is entered by the rules that were read last")
+        kept = self.retention.of(room)
+        audience = await self._hub.hold(room)
+        try:
+            if rule is not None and rule.presence:
+                await self._attendance.appear(connection, room)
+            missed: Sequence[Entry] | None = None
+            position: Position | None = None
+            if kept is not None:
+                missed, position = await self._sequence(audience, kept).recover(since)
+        except BaseException:
+            self._release(audience)
+            await self._attendance.vanish(connection, room)
+            raise
+        if connection._over:
+            self._release(audience)
+            # ``leave_all`` may have run while the entry was on its way to the store: withdraw it again.
+            connection._present[room] = None
+            await self._attendance.vanish(connection, room)
+            return Entered(None, None)
+        # No await from here to the return: what is delivered after this goes to this member too.
+        if rule is not None:
+            # In a room with history no message may be dropped for a slow member, whatever the rule here says.
+            audience.slow = rule.slow if kept is None else "disconnect"
+        connection.rooms[room] = audience
+        audience.attach(connection)
+        if rule is not None and rule.join_leave:
+            connection._announced[room] = None
+            self._tell(connection, room, Joined(connection.id, self.client_info(connection)))
+        return Entered(position, missed)
+
+    async def leave(self, connection: Connection, room: str) -> bool:
+        """End a membership; False when there was none. Waits for an ``enter`` that began before."""
+        async with self._turn(connection, room):
+            left = self._drop(connection, room)
+            await self._attendance.vanish(connection, room)
+            return left
+
+    def _turn(self, connection: Connection, room: str) -> asyncio.Lock:
+        """One change of a membership at a time, in the order of the calls: presence and membership agree
+        after each.
+        """
+        return self._turns.setdefault((connection.id, room), asyncio.Lock())
+
+    async def leave_all(self, connection: Connection) -> None:
+        """The connection is over."""
+        for room in {*connection.rooms, *connection._announced}:
+            self._drop(connection, room)
+        await self._attendance.vanish_everywhere(connection, tuple(connection._present))
+
+    def _drop(self, connection: Connection, room: str) -> bool:
+        if room in connection._announced:
+            # Also when the hub has taken the connection out already: whoever got the join gets the
+            # leave.
+            connection._announced.pop(room, None)
+            self._tell(connection, room, Left(connection.id, self.client_info(connection)))
+        audience = connection.rooms.pop(room, None)
+        if audience is None:
+            return False
+        audience.detach(connection)
+        self._release(audience)
+        return True
+
+    def _release(self, audience: Audience) -> None:
+        self._hub.release(audience)
+        if audience.holds == 0 and audience.sequence is not None:
+            audience.sequence.close()
+
+    def _tell(self, connection: Connection, room: str, message: Message) -> None:
+        async def tell() -> None:
+            try:
+                await self._send(room, message)
+            except ClusterError as error:
+                logger.debug("a join or leave was not published (%s)", type(error).__name__)
+
+        try:
+            spawn(connection.socket.tasks, tell(), name="asgi-cluster join or leave")
+        except RuntimeError:
+            return  # the node is stopping: another node removes its presence and publishes the leave
+
+    def client_info(self, connection: Connection) -> bytes:
+        """What other clients see of a connection, as JSON."""
+        info = ClientInfo(user=connection.user_id or "", client=connection.id)
+        if connection._info is not None:
+            info = msgspec.structs.replace(info, conn_info=msgspec.Raw(msgspec.json.encode(connection._info)))
+        return msgspec.json.encode(info)
+
+    def _sequence(self, audience: Audience, kept: Kept) -> RoomSequence:
+        if audience.sequence is None:
+            room = audience.name
+
+            def start(work: Coroutine[Any, Any, None]) -> None:
+                self._start(audience, work)
+
+            audience.sequence = RoomSequence(
+                room,
+                history=self._history,
+                size=kept.size,
+                ttl=kept.ttl,
+                timeout=self._deadline,
+                epoch=lambda: self.retention.epoch,
+                lease=lambda: self._bus.room_lease(room),
+                deliver=lambda entry: self._reception.deliver(audience, entry.payload, entry.offset),
+                lost=lambda: self._reception.lost(audience),
+                spawn=start,
+            )
+        return audience.sequence
+
+    def _start(self, audience: Audience | None, work: Coroutine[Any, Any, None]) -> None:
+        """Run ``work`` in the cluster's task group; where there is none, in that of a member's socket."""
+        tasks = self._tasks()
+        if tasks is not None:
+            _spawn(tasks, work)
+            return
+        for found in self._hub.audiences() if audience is None else (audience,):
+            for member in self._hub.members(found):
+                member.socket.call(_spawn, member.socket.tasks, work)
+                return
+        work.close()  # no member is here
+
+    # Receiving
+
+    def receive(self, room: str, payload: bytes) -> None:
+        """What the bus brought for a room. Raises nothing: the bus's reader has others to serve."""
+        self._reception.receive(room, payload)
+
+    def gap(self, rooms: frozenset[str] | None) -> None:
+        """Publications may have been missed."""
+        for audience in self._hub.audiences():
+            if audience.sequence is not None and (rooms is None or audience.name in rooms):
+                audience.sequence.gap()
+
+    def restored(self, rooms: frozenset[str] | None) -> None:
+        """What was missed can be read now."""
+        for audience in self._hub.audiences():
+            if audience.sequence is not None and (rooms is None or audience.name in rooms):
+                audience.sequence.restored()
+        self._start(None, self._attendance.restore(self._hub.connections))
+
+    def node_died(self, node: str, incarnation: str) -> None:
+        """A node is dead, as the registry found: take its members out of the rooms that have members here."""
+        for audience in self._hub.audiences():
+            found = self.rule(audience.name)
+            if found is not None and found[0].presence:
+                work = self._reap(audience.name, node, incarnation, found[0].join_leave)
+                self._start(audience, work)
+
+    async def _reap(self, room: str, node: str, incarnation: str, tell: bool) -> None:
+        try:
+            # Every node with members here asks; the one that removed an entry publishes the leave.
+            for client, info in (await self._attendance.reap(room, node, incarnation)).items():
+                if tell:
+                    await self._send(room, Left(client, info))
+        except ClusterError as error:
+            logger.info("a dead node's presence could not be removed (%s)", type(error).__name__)
+
+    def report_dead(self, node: str, incarnation: str) -> None:
+        """This node's registry removed a dead node: every node gets a message, because each has rooms of its
+        own.
+        """
+        payload = encode(NodeDied(node, incarnation, self._node()))
+        self._start(None, self._bus.publish_bucket(0, payload, timeout=self._deadline))
+
+    def __repr__(self) -> str:
+        return f"<Rooms, {len(self._hub.audiences())} with members here>"
+
+
+def _spawn(tasks: asyncio.TaskGroup, work: Coroutine[Any, Any, None]) -> None:
+    try:
+        spawn(tasks, work, name="asgi-cluster rooms")
+    except RuntimeError:
+        return  # the node is stopping

@@ -1,0 +1,445 @@
+"""This node's sockets: by session, by user, by room; what arrives for them is fanned out here, and nowhere
+else.
+
+Everything here is local. ``room.broadcast`` goes over the bus and comes back to every hub, this one included.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import weakref
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from asgi_cluster.bus.messages import PersonalMessage
+from asgi_cluster.centrifuge.protocol import DisconnectCode, encode_push, to_json
+from asgi_cluster.codes import CloseCode
+from asgi_cluster.config import RealtimeConfig
+from asgi_cluster.rooms.local_room import Audience
+from asgi_cluster.sockets.batches import Flusher
+from asgi_cluster.sockets.logouts import RecentLogouts
+from asgi_cluster.sockets.outbox import Counters, Outbox
+from asgi_cluster.sockets.prepared import Packet
+from asgi_cluster.sockets.server import reloads
+from asgi_cluster.sockets.socket import Closes, Socket
+
+if TYPE_CHECKING:
+    from asgi_cluster.rooms.connection import Connection
+    from asgi_cluster.sessions.store import UserLogout
+
+__all__ = ["Hub", "RealtimeStats", "Subscriptions", "Watcher"]
+
+S = TypeVar("S")
+
+logger = logging.getLogger("asgi_cluster.realtime")
+
+_UNCERTAIN = 1.0  # seconds by which an interval may differ between the store's clock and this node's
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RealtimeStats:
+    """What this node's sockets did, counted since the hub was made."""
+
+    connections: int
+    """Open sockets, the wrapped app's own among them."""
+    rooms: int
+    """Rooms with a member here."""
+    sent: int
+    """Messages handed to a server or a transport."""
+    dropped: int
+    """Messages not sent because of ``slow="drop"``, or replaced because of ``slow="latest"``."""
+    slow: int
+    """Sockets closed with 3008 because they did not read."""
+    direct: int
+    """Open sockets that are written to directly."""
+    fallback: Mapping[str, int]
+    """Open sockets that go through ASGI ``send``, by reason."""
+
+
+class Watcher(Protocol):
+    """Something that ends with a session as a socket does, and is none."""
+
+    @property
+    def handle(self) -> str: ...
+    @property
+    def owner(self) -> str | None: ...
+
+    def close(self, code: int, reason: str) -> bool:
+        """The session has ended. False: it does not count as a socket."""
+        ...
+
+    def doubt(self) -> None:
+        """The session may have ended."""
+        ...
+
+
+class Subscriptions(Protocol):
+    """The part of the bus that a hub needs."""
+
+    async def subscribe(self, room: str) -> None:
+        """Returns when the room's messages will arrive."""
+        ...
+
+    def unsubscribe(self, room: str) -> None:
+        """No more of them."""
+        ...
+
+
+class Hub:
+    """Local fan-out. ``subscriptions``, the bus, has a subscription for each room with a member here."""
+
+    def __init__(self, *, subscriptions: Subscriptions, config: RealtimeConfig) -> None:
+        self._subscriptions = subscriptions
+        self._config = config
+        self._sockets: set[Socket] = set()
+        self._by_handle: dict[str, set[Socket | Watcher]] = {}
+        self._by_user: dict[str, set[Socket]] = {}
+        # Watchers, and sockets that act as another user than their session's: by the session's user.
+        self._by_owner: dict[str, set[Socket | Watcher]] = {}
+        self.logouts = RecentLogouts()
+        self._rooms: dict[str, Audience] = {}
+        self._flushers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Flusher] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._counters = Counters()
+        self.closes = Closes()
+        # memory:// joins loops in several threads; elsewhere it is never contended.
+        self._lock = threading.RLock()
+
+    # Sockets
+
+    def register(self, socket: Socket) -> None:
+        """From now on the socket is found by its session and its user."""
+        with self._lock:
+            self._sockets.add(socket)
+            if socket.handle is not None:
+                self._by_handle.setdefault(socket.handle, set()).add(socket)
+            self._index_user(socket)
+
+    def _index_user(self, socket: Socket) -> None:
+        if socket.user is not None:
+            self._by_user.setdefault(socket.user, set()).add(socket)
+        if socket.owner is not None and socket.owner != socket.user:
+            self._by_owner.setdefault(socket.owner, set()).add(socket)
+
+    def unregister(self, socket: Socket) -> None:
+        """It is found no more, and leaves its rooms. Harmless when it was never registered."""
+        with self._lock:
+            self._sockets.discard(socket)
+            _discard(self._by_handle, socket.handle, socket)
+            _discard(self._by_user, socket.user, socket)
+            _discard(self._by_owner, socket.owner, socket)
+        connection = socket.connection
+        if connection is not None:
+            for name in list(connection.rooms):
+                self.leave(connection, name)
+        if socket.outbox is not None:
+            socket.outbox.close()
+
+    def watch(self, watcher: Watcher) -> None:
+        """From now on ``watcher`` ends with its session."""
+        with self._lock:
+            self._by_handle.setdefault(watcher.handle, set()).add(watcher)
+            if watcher.owner is not None:
+                self._by_owner.setdefault(watcher.owner, set()).add(watcher)
+
+    def unwatch(self, watcher: Watcher) -> None:
+        """It does not any more. Harmless when it never did."""
+        with self._lock:
+            _discard(self._by_handle, watcher.handle, watcher)
+            _discard(self._by_owner, watcher.owner, watcher)
+
+    def set_user(self, socket: Socket, user: str | None, *, since: float) -> None:
+        """The socket acts as ``user`` from now on; it was begun to decide that at ``since``."""
+        with self._lock:
+            socket.since = since
+            _discard(self._by_user, socket.user, socket)
+            _discard(self._by_owner, socket.owner, socket)
+            socket.user = user
+            if socket in self._sockets:
+                self._index_user(socket)
+
+    def close_if_logged_out(self, socket: Socket, *, since: int, final: bool = True) -> None:
+        """Close a socket whose user was named just now, if that user was logged out after ``since`` (a
+        reading of ``logouts.last``).
+
+        With 4501; with 3011, so that the client comes back and is decided anew, when ``final`` is false or
+        the record of logouts does not reach back so far. The socket is in the index already: a logout that is
+        not in the record yet finds the socket.
+        """
+        if socket.user is None:
+            return
+        ended = self.logouts.since(since, socket.user, socket.handle)
+        if ended and final:
+            socket.close(CloseCode.SESSION_ENDED, "logged out")
+        elif ended is not False:
+            socket.close(CloseCode.FORCE_RECONNECT, "the user may have been logged out meanwhile")
+
+    def outbox(self, socket: Socket, *, joins: bool) -> Outbox:
+        """The outbox of a socket of ours; ``joins`` as there."""
+        if socket.outbox is None:
+            flusher = self._flushers.get(socket.loop)
+            if flusher is None:
+                flusher = self._flushers[socket.loop] = Flusher(socket.loop)
+            socket.outbox = Outbox(
+                socket, flusher, self._counters, limit=self._config.outbox_bytes, joins=joins
+            )
+        return socket.outbox
+
+    def handles(self) -> Iterable[str]:
+        """Sessions with an open socket, or a watcher, here."""
+        return tuple(self._by_handle)
+
+    def close_session(self, handle: str, code: int, reason: str) -> int:
+        """Close a session's sockets and watchers; how many sockets there were."""
+        return sum(socket.close(code, reason) for socket in tuple(self._by_handle.get(handle, ())))
+
+    def close_user(self, user: str, code: int, reason: str) -> int:
+        """Close the sockets that act as a user; how many there were."""
+        return sum(socket.close(code, reason) for socket in tuple(self._by_user.get(user, ())))
+
+    def end_user(
+        self, user: str, *, keep: str | None, ended: Container[str], code: int, reason: str, name: str = ""
+    ) -> int:
+        """A user was logged out and the sessions ``ended`` are over: close the sockets of these sessions,
+        whatever user they act as, and the sockets that act as the user with another session than one of the
+        user's, or with none. How many there were. Those of the session ``keep`` stay. ``name`` as in
+        ``RecentLogouts.record``.
+        """
+        # First: a socket that is given this user while the others are being closed finds the record.
+        self.logouts.record(user, keep, name)
+        return sum(
+            socket.close(code, reason)
+            for socket in self._acting_as(user)
+            if socket.handle is None
+            or (socket.handle != keep and (socket.owner != user or socket.handle in ended))
+        )
+
+    def users(self) -> Sequence[str]:
+        """Users as whom at least one open socket here acts."""
+        return tuple(self._by_user)
+
+    def acts_without_session(self, user: str) -> bool:
+        """Whether a socket here acts as ``user`` and has no session of that user."""
+        return any(socket.owner != user for socket in tuple(self._by_user.get(user, ())))
+
+    def close_logged_out(self, user: str, logout: UserLogout, *, now: float) -> None:
+        """Close the sockets that act as ``user`` without a session of that user and are older than
+        ``logout``, which the store gave at ``now`` and which this node has not processed.
+
+        With 4501. Those that are younger by less than the clocks may differ with 3011, so that the client
+        comes back and is decided anew.
+        """
+        processed = self.logouts.has(user, logout.id)
+        for socket in tuple(self._by_user.get(user, ())):
+            if socket.owner == user:
+                continue
+            if socket.handle is not None and socket.handle == logout.keep:
+                ago = logout.before
+            else:
+                ago = None if processed else logout.ago
+            if ago is None:
+                continue
+            if socket.since <= now - ago:
+                socket.close(CloseCode.SESSION_ENDED, "logged out")
+            elif socket.since <= now - ago + _UNCERTAIN:
+                socket.close(CloseCode.FORCE_RECONNECT, "the user may have been logged out meanwhile")
+
+    def sockets_of(self, user: str, *, keep: str | None) -> tuple[Socket, ...]:
+        """The open sockets of a user's sessions, but those of ``keep``. Their watchers look for
+        themselves.
+        """
+        found = []
+        for each in self._acting_as(user):
+            if each.owner != user or each.handle == keep:
+                continue
+            if not isinstance(each, Socket):
+                each.doubt()
+            elif each.close_code is None:
+                found.append(each)
+        return tuple(found)
+
+    def _acting_as(self, user: str) -> tuple[Socket | Watcher, ...]:
+        return (*tuple(self._by_user.get(user, ())), *tuple(self._by_owner.get(user, ())))
+
+    def send_session(self, handle: str, message: PersonalMessage) -> int:
+        """Send to a session's sockets that the cluster serves; to how many."""
+        found = self._by_handle.get(handle, ())
+        return _send_to([each for each in tuple(found) if isinstance(each, Socket)], message)
+
+    def send_user(self, user: str, message: PersonalMessage) -> int:
+        """Send to a user's sockets that the cluster serves; to how many."""
+        return _send_to(self._by_user.get(user, ()), message)
+
+    async def failed_closes(self, since: float) -> int:
+        """How many closes, begun and counted here, have failed after ``since`` (``time.monotonic``)."""
+        return await self.closes.failed(since) if self.closes else 0
+
+    async def drain(self, seconds: float) -> None:
+        """Close every socket with 3001, spread over ``seconds``, so that the clients do not all come back at
+        once.
+        """
+        sockets = tuple(self._sockets)
+        steps = min(len(sockets), max(1, round(seconds * 20)))
+        for step in range(steps):
+            for socket in sockets[step::steps]:
+                socket.close(DisconnectCode.SHUTDOWN, DisconnectCode.SHUTDOWN.text)
+            await asyncio.sleep(seconds / steps)
+
+    def reloads(self) -> bool:
+        """Whether the server of a socket here restarts when a file changes."""
+        return any(reloads(socket.server) for socket in tuple(self._sockets))
+
+    async def shutdown(self, *, timeout: float) -> None:
+        """Close every socket with 3001 and wait until they are gone; what is left after ``timeout`` seconds
+        is cut off.
+        """
+        for socket in tuple(self._sockets):
+            socket.close(DisconnectCode.SHUTDOWN, DisconnectCode.SHUTDOWN.text)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + timeout
+        while self._sockets and loop.time() < until:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)  # once, at the end, and sockets may go on other loops
+        for socket in tuple(self._sockets):
+            socket.abort()
+            self.unregister(socket)
+            socket.detach()
+
+    # Rooms
+
+    async def hold(self, room: str) -> Audience:
+        """Count one more for ``room``; returns when its messages arrive here. ``release`` once for each
+        ``hold``.
+
+        Raises:
+            BusUnavailable: the server refuses the channel. Nothing is held then, nor after a cancellation.
+        """
+        with self._lock:
+            audience = self._rooms.get(room)
+            if audience is None:
+                audience = self._rooms[room] = Audience(room)
+            audience.holds += 1
+        try:
+            if not audience.subscribed:
+                # Each caller before the acknowledgement waits for it separately (the port is idempotent): the
+                # cancellation of one does not cancel the others.
+                await self._subscriptions.subscribe(room)
+                audience.subscribed = True
+        except BaseException:
+            self.release(audience)
+            raise
+        return audience
+
+    def release(self, audience: Audience) -> None:
+        """One less; the last one unsubscribes."""
+        with self._lock:
+            audience.holds -= 1
+            if audience.holds == 0 and self._rooms.get(audience.name) is audience:
+                del self._rooms[audience.name]
+                # Here, under the lock: a join that comes after this subscribes after this.
+                self._subscriptions.unsubscribe(audience.name)
+
+    async def join(self, connection: Connection, room: str) -> Audience:
+        """Make ``connection`` a member of ``room``. Idempotent. Raises as ``hold``."""
+        if room in connection.rooms:
+            return connection.rooms[room]
+        audience = await self.hold(room)
+        if room in connection.rooms or connection.outbox.closed:
+            # Joined twice at once, or gone meanwhile.
+            self.release(audience)
+        else:
+            connection.rooms[room] = audience
+            audience.attach(connection)
+        return audience
+
+    def leave(self, connection: Connection, room: str) -> bool:
+        """End a membership; False when there was none."""
+        audience = connection.rooms.pop(room, None)
+        if audience is None:
+            return False
+        audience.detach(connection)
+        self.release(audience)
+        return True
+
+    def audience(self, room: str) -> Audience | None:
+        """The members of ``room`` here; ``None`` when there are none."""
+        return self._rooms.get(room)
+
+    def audiences(self) -> tuple[Audience, ...]:
+        """Every room with a member here."""
+        return tuple(self._rooms.values())
+
+    def connections(self) -> tuple[Connection, ...]:
+        """Every socket here that the cluster serves."""
+        found = (socket.connection for socket in tuple(self._sockets))
+        return tuple(connection for connection in found if connection is not None)
+
+    def members(self, audience: Audience) -> tuple[Connection, ...]:
+        """Every member of ``audience``."""
+        outboxes = (*tuple(audience.bare.values()), *tuple(audience.pushed.values()))
+        found = (outbox.socket.connection for outbox in outboxes)
+        return tuple(connection for connection in found if connection is not None)
+
+    # Observing
+
+    def load(self) -> tuple[int, int]:
+        """Sockets and rooms here."""
+        return len(self._sockets), len(self._rooms)
+
+    def stats(self) -> RealtimeStats:
+        """A snapshot; walks the sockets once."""
+        direct = 0
+        fallback: dict[str, int] = {}
+        for socket in tuple(self._sockets):
+            if not socket.why_not_direct:
+                direct += 1
+            else:
+                fallback[socket.why_not_direct] = fallback.get(socket.why_not_direct, 0) + 1
+        counters = self._counters
+        return RealtimeStats(
+            connections=len(self._sockets),
+            rooms=len(self._rooms),
+            sent=counters.sent,
+            dropped=counters.dropped,
+            slow=counters.slow,
+            direct=direct,
+            fallback=fallback,
+        )
+
+    def __repr__(self) -> str:
+        return f"<Hub {len(self._sockets)} sockets, {len(self._rooms)} rooms>"
+
+
+def _discard(index: dict[str, set[S]], key: str | None, found: S) -> None:
+    if key is None or key not in index:
+        return
+    index[key].discard(found)
+    if not index[key]:
+        del index[key]
+
+
+def _send_to(sockets: Iterable[Socket], message: PersonalMessage) -> int:
+    bare: Packet | None = None
+    push: Packet | None = None
+    count = 0
+    for socket in tuple(sockets):
+        connection = socket.connection
+        if connection is None:
+            continue
+        if connection._speaks_protocol:
+            if push is None:
+                push = Packet(encode_push("message", {"data": to_json(message.kind, message.data)}))
+            packet = push
+        else:
+            if bare is None:
+                bare = Packet(message.data, binary=message.kind == "b")
+            packet = bare
+        if socket.crosses_loops:
+            connection.outbox.push_threadsafe(packet)
+        else:
+            connection.outbox.push(packet)
+        count += 1
+    return count

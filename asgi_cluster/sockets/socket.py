@@ -1,0 +1,393 @@
+"""One WebSocket of this node, whoever serves it, and how it is closed from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Literal
+
+from asgi_cluster.bus.lease import boot_clock
+from asgi_cluster.ids import ConnectionId, new_token
+from asgi_cluster.scope import ScopeState
+from asgi_cluster.sockets.server import (
+    closes_in_task,
+    discard,
+    drive,
+    forget_handshake,
+    known_server,
+    refuse_handshake,
+    say_once,
+    unsent_bytes,
+    why_not_direct,
+)
+from asgi_cluster.tasks import spawn
+
+if TYPE_CHECKING:
+    from asgi_cluster.rooms.connection import Connection
+    from asgi_cluster.sockets.outbox import Outbox
+
+__all__ = ["Closes", "Socket"]
+
+logger = logging.getLogger("asgi_cluster.realtime")
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+_LONGEST_REASON = 123  # bytes: RFC 6455 section 5.5 allows 125 in a control frame, two of them are the code
+_CLOSE_IS_LATE = 0.25  # seconds that a receipt waits for closes under way
+
+
+class Closes:
+    """The closes that need a task of their own (servers other than uvicorn), and those that failed.
+
+    A receipt counts a close when it was begun; what fails afterwards is deducted.
+    """
+
+    __slots__ = ("_failures", "under_way")
+
+    def __init__(self) -> None:
+        self.under_way: set[Socket] = set()
+        self._failures: deque[float] = deque(maxlen=1000)
+
+    def finished(self, socket: Socket, *, failed: bool) -> None:
+        """The server has taken the close, or refused it."""
+        self.under_way.discard(socket)
+        if failed:
+            self._failures.append(monotonic())
+
+    def __bool__(self) -> bool:
+        return bool(self.under_way or self._failures)
+
+    @property
+    def tasks(self) -> asyncio.TaskGroup | None:
+        """Of this loop, where something is under way; ``None`` otherwise."""
+        loop = _running_loop()
+        return next((socket.tasks for socket in self.under_way if socket.loop is loop), None)
+
+    async def failed(self, since: float) -> int:
+        """How many have failed after ``since`` (``time.monotonic``). Waits for those under way, a quarter of
+        a second at most: one that takes longer waits for a client that does not read, and counts as failed.
+        """
+        loop = asyncio.get_running_loop()
+        waiting = [socket.closing for socket in self.under_way if socket.loop is loop]
+        late = (await asyncio.wait(waiting, timeout=_CLOSE_IS_LATE))[1] if waiting else ()
+        return len(late) + sum(moment >= since for moment in self._failures)
+
+
+class Socket:
+    """A WebSocket between handshake and end.
+
+    ``send`` is the server's own ASGI ``send``. ``state`` is ``connecting`` until the handshake is answered,
+    then ``open``, and ``closed`` when it was closed by us or is gone. ``close_code`` is the code of a close
+    that *we* began; ``None`` without one.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_closing",
+        "_receiving",
+        "began",
+        "close_code",
+        "close_reason",
+        "close_timeout",
+        "connection",
+        "crosses_loops",
+        "handle",
+        "id",
+        "loop",
+        "outbox",
+        "owner",
+        "scope",
+        "send",
+        "server",
+        "since",
+        "state",
+        "tasks",
+        "timer",
+        "user",
+        "why_not_direct",
+    )
+
+    def __init__(
+        self,
+        scope: Mapping[str, Any],
+        send: Send,
+        *,
+        tasks: asyncio.TaskGroup,
+        crosses_loops: bool,
+        close_timeout: float,
+    ) -> None:
+        self.id = ConnectionId(new_token())
+        self.scope = scope
+        self.send = send
+        self.tasks = tasks
+        self.crosses_loops = crosses_loops
+        self.close_timeout = close_timeout
+        self.loop = asyncio.get_running_loop()
+        self.handle: str | None = None
+        self.user: str | None = None
+        """The user that it acts as."""
+        self.owner: str | None = None
+        """The user of its session, which may be another one than ``user``."""
+        self.began = 0
+        """The latest logout (``RecentLogouts.last``) when it began."""
+        self.since = boot_clock()
+        """When the decision began whom it acts as: a later logout of that user ends it."""
+        self.state: Literal["connecting", "open", "closed"] = "connecting"
+        self.close_code: int | None = None
+        self.close_reason = ""
+        self.timer: asyncio.TimerHandle | None = None
+        self.connection: Connection | None = None
+        self.outbox: Outbox | None = None
+        self.server, self.why_not_direct = known_server(send)
+        self._closing: asyncio.Future[None] | None = None
+        self._receiving: asyncio.Future[Message] | None = None
+
+    # Closing
+
+    def close(self, code: int, reason: str) -> bool:
+        """Begin to close the socket, from any thread. False when it is closed or being closed
+        already, or when the server refused at once; what fails later is counted by ``hub.closes``.
+
+        Before the handshake is answered the close is kept, and goes out right after it: browsers see no
+        code on a handshake that is refused. A client that does not read is cut off after ``close_timeout``
+        seconds.
+        """
+        if self.close_code is not None or self.state == "closed":
+            return False
+        # A plain int: some servers (Daphne) and libraries refuse an IntEnum.
+        self.close_code = int(code)
+        self.close_reason = reason.encode()[:_LONGEST_REASON].decode(errors="ignore")
+        if self.crosses_loops and _running_loop() is not self.loop:
+            try:
+                self.loop.call_soon_threadsafe(self._close_now)
+            except RuntimeError:
+                return False  # its loop is closed, and so is the socket
+            return True
+        return self._close_now()
+
+    def opened(self) -> None:
+        """The handshake was answered: a close that came meanwhile goes out now."""
+        if self.state == "connecting":
+            self.state = "open"
+            if not self.why_not_direct:
+                self.why_not_direct = why_not_direct(self.server)
+            if self.why_not_direct:
+                say_once(self.why_not_direct)
+            else:
+                forget_handshake(self.server)
+            if self.close_code is not None:
+                self._close_now()
+
+    def refused(self) -> None:
+        """The handshake was answered with an HTTP response."""
+        self.state = "closed"
+        refuse_handshake(self.server)
+
+    def _close_now(self) -> bool:
+        """False when the server refused at once. A socket in its handshake is closed after it."""
+        if self.state != "open":
+            return self.state == "connecting"
+        outbox = self.outbox
+        if outbox is not None:
+            # What was sent before the close goes out before it, unless the client is slow.
+            outbox.spill()
+            outbox.flush()
+            outbox.close()
+        self.state = "closed"
+        rest: Awaitable[None] | None
+        if closes_in_task(self.server) or (outbox is not None and outbox.blocked):
+            # websockets' legacy protocol also fails when two sends wait for a client that does not read.
+            rest = self._send_close(outbox)
+        else:
+            # uvicorn writes at once unless its buffer is full, so a thousand closes are a thousand writes and
+            # no task.
+            try:
+                rest = drive(self._send_close(None))
+            except (OSError, RuntimeError):
+                return False  # closed by the app or the client in the same moment
+            except Exception:
+                # A caller that closes a thousand sockets must not stop at one.
+                logger.exception("a server failed to close a socket")
+                self.abort()
+                return False
+        if rest is None:
+            self._cut_later()
+            return True
+        if self._closing is None:
+            self._closing = self.loop.create_future()
+        closes = self._closes
+        try:
+            task = spawn(self.tasks, self._finish_close(rest), name="asgi-cluster close")
+            # Cancelled before its first step it has not even begun to await this.
+            task.add_done_callback(lambda _: discard(rest))
+        except RuntimeError:
+            discard(rest)
+            self._closing.set_result(None)
+            self.abort()  # the node is stopping and takes no more work
+            return False
+        if closes is not None:
+            closes.under_way.add(self)
+        return True
+
+    async def finished(self) -> None:
+        """Return when a close that we began has gone out, or was given up after ``close_timeout`` seconds."""
+        if self.close_code is not None and self._closing is not None and not self._closing.done():
+            await asyncio.wait((self._closing,))
+
+    async def _send_close(self, outbox: Outbox | None) -> None:
+        if outbox is not None:
+            await outbox.idle()
+        if self._receiving is not None and not self._receiving.done():
+            # granian sends nothing while a receive is pending. What the client says now is not read any more.
+            self._receiving.cancel()
+            await asyncio.sleep(0)
+        assert self.close_code is not None
+        close = {"type": "websocket.close", "code": self.close_code, "reason": self.close_reason}
+        try:
+            await self.send(close)
+        except (OSError, RuntimeError):
+            raise
+        except Exception:
+            # Daphne lets an app send 1000 and 3000 to 4999 only (autobahn's sendClose).
+            if not 1000 < self.close_code < 3000:
+                raise
+            await self.send({**close, "code": 1000})
+
+    async def _finish_close(self, rest: Awaitable[None]) -> None:
+        sent = False
+        try:
+            async with asyncio.timeout(self.close_timeout):
+                await rest
+            sent = True
+            self._cut_later()
+        except TimeoutError:
+            self.abort()
+        except (OSError, RuntimeError):
+            return  # closed by the app or the client in the same moment
+        finally:
+            if (closes := self._closes) is not None:
+                closes.finished(self, failed=not sent)
+            # Only now: an app that returns before the close went out makes some servers send another code.
+            if self._closing is not None and not self._closing.done():
+                self._closing.set_result(None)
+
+    def _cut_later(self) -> None:
+        # A peer that stopped reading never empties the buffer, and a transport that is closing waits for that
+        # for ever.
+        if self.transport is not None:
+            self.loop.call_later(self.close_timeout, self._cut_if_stuck)
+
+    def _cut_if_stuck(self) -> None:
+        transport = self.transport
+        if transport is not None and unsent_bytes(transport) > 0:
+            transport.abort()
+
+    def abort(self) -> None:
+        """Cut the connection, where the server's transport can be reached."""
+        if self.transport is not None:
+            self.transport.abort()
+
+    @property
+    def transport(self) -> asyncio.WriteTransport | None:
+        """The server's transport, if this package recognizes the server."""
+        transport = getattr(self.server, "transport", None)
+        return transport if hasattr(transport, "get_write_buffer_size") else None
+
+    @property
+    def closing(self) -> asyncio.Future[None]:
+        """Done when a close that we began has gone out or failed."""
+        assert self._closing is not None
+        return self._closing
+
+    @property
+    def _closes(self) -> Closes | None:
+        state = ScopeState.of(self.scope)
+        return None if state is None else state.cluster.hub.closes
+
+    def detach(self) -> None:
+        """The ASGI call is over: nothing may be sent any more, nothing is waited for."""
+        self.state = "closed"
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+        if self.outbox is not None:
+            self.outbox.close()
+        if self._receiving is not None and not self._receiving.cancel() and not self._receiving.cancelled():
+            self._receiving.exception()  # retrieved here: it is not awaited any more
+        if self._closing is not None and not self._closing.done():
+            self._closing.cancel()
+        if (closes := self._closes) is not None:
+            closes.under_way.discard(self)
+        # What is left refers to the app's scope and buffers, and a stored socket would keep them alive.
+        self.connection = None
+
+    def call(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Call something that belongs to this socket: at once, or on its own loop when we may be on
+        another.
+        """
+        if not self.crosses_loops:
+            function(*arguments)
+            return
+        try:
+            self.loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:
+            return  # its loop is closed, and so is the socket
+
+    # Receiving
+
+    def guard_receive(self, receive: Receive) -> Receive:
+        """``receive`` for the app: it ends with the close code when we close the socket.
+
+        uvicorn wakes a pending ``receive`` itself when ``websocket.close`` is sent, and gets its own
+        ``receive`` back. Other servers leave it waiting for the client.
+        """
+        if self.server is not None:
+            return receive
+        self._closing = self.loop.create_future()
+        return lambda: self._receive(receive)
+
+    async def _receive(self, receive: Receive) -> Message:
+        closing = self._closing
+        assert closing is not None
+        if not closing.done():
+            if self._receiving is None:
+                # Not cancelled with its waiter: a server's receive may lose a message when it is.
+                self._receiving = self.loop.create_future()
+                spawn(self.tasks, self._receive_into(self._receiving, receive), name="asgi-cluster receive")
+            await asyncio.wait((closing, self._receiving), return_when=asyncio.FIRST_COMPLETED)
+            received, self._receiving = self._receiving, None
+            if received.done() and not received.cancelled():
+                return received.result()
+            if not received.done():
+                self._receiving = received
+            elif not closing.done():
+                await asyncio.wait((closing,))
+        return {"type": "websocket.disconnect", "code": self.close_code or 1006, "reason": self.close_reason}
+
+    async def _receive_into(self, target: asyncio.Future[Message], receive: Receive) -> None:
+        reader = asyncio.current_task()
+        assert reader is not None
+        target.add_done_callback(lambda done: reader.cancel() if done.cancelled() else None)
+        try:
+            message = await receive()
+        except Exception as error:
+            if not target.done():
+                target.set_exception(error)
+        else:
+            if not target.done():
+                target.set_result(message)
+
+    def __repr__(self) -> str:
+        return f"<Socket {self.id} {self.state}>"
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
