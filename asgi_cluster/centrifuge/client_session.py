@@ -20,19 +20,18 @@ from asgi_cluster.centrifuge.protocol import (
     BadFrame,
     Command,
     ConnectCommand,
-    DisconnectCode,
     ErrorCode,
     RefreshCommand,
     ReplyError,
     Result,
     SendCommand,
-    UnsubscribeCode,
     decode_commands,
     encode_error,
     encode_push,
     encode_reply,
     to_json,
 )
+from asgi_cluster.codes import CloseCode, UnsubscribeCode
 from asgi_cluster.exceptions import ClusterError, NotPermitted, TokenExpired
 from asgi_cluster.ids import check_user
 from asgi_cluster.rooms.connection import Connection
@@ -137,7 +136,7 @@ class Client(Connection):
             await self.cluster.endpoint.limits.leave(self)
             await self._call_hook("on_disconnect", self.config.on_disconnect, self, code, reason)
 
-    def _end(self, code: DisconnectCode) -> None:
+    def _end(self, code: CloseCode) -> None:
         self.socket.close(code, code.text)
 
     # Frames
@@ -148,15 +147,15 @@ class Client(Connection):
         text = message.get("text")
         frame = message["bytes"] if text is None else text.encode(errors="surrogatepass")
         if len(frame) > self.config.max_message_bytes:
-            self._end(DisconnectCode.TOO_BIG)
+            self._end(CloseCode.TOO_BIG)
             return
         try:
             commands = decode_commands(frame)
         except BadFrame:
-            self._end(DisconnectCode.BAD_REQUEST)
+            self._end(CloseCode.BAD_REQUEST)
             return
         if not self._afford(len(commands)):
-            self._end(DisconnectCode.TOO_MANY_REQUESTS)
+            self._end(CloseCode.TOO_MANY_REQUESTS)
             return
         introduces = False
         for command in commands:
@@ -168,7 +167,7 @@ class Client(Connection):
             if self._connected or self._connecting is not None or command.connect is not None:
                 self._command(command)
             elif not introduces:
-                self._end(DisconnectCode.BAD_REQUEST)
+                self._end(CloseCode.BAD_REQUEST)
             # What came in one frame with a connect command that failed is dropped: the error is the answer.
 
     async def _room_for_more(self) -> None:
@@ -193,10 +192,10 @@ class Client(Connection):
             self._awaits_pong = False
             return
         if command.id < 0 or (command.id == 0 and (command.send is None or command.connect is not None)):
-            self._end(DisconnectCode.BAD_REQUEST)
+            self._end(CloseCode.BAD_REQUEST)
             return
         if command.connect is not None and (self._connected or self._refused or self._connecting):
-            self._end(DisconnectCode.BAD_REQUEST)
+            self._end(CloseCode.BAD_REQUEST)
             return
         name = "send"
         if command.id:
@@ -219,7 +218,7 @@ class Client(Connection):
             )
         except RuntimeError:
             discard(work)
-            self._end(DisconnectCode.SHUTDOWN)  # the node is stopping and takes no more work
+            self._end(CloseCode.SHUTDOWN)  # the node is stopping and takes no more work
             return
         self._pending.add(task, lanes, outlives=name in _OUTLIVE_CLIENT)
         task.add_done_callback(self._one_done)
@@ -295,7 +294,7 @@ class Client(Connection):
             case TokenExpired():
                 if name == "refresh":
                     # The SDKs take an error in the reply to a refresh as final.
-                    self._end(DisconnectCode.EXPIRED)
+                    self._end(CloseCode.EXPIRED)
                     return
                 code, text = ErrorCode.TOKEN_EXPIRED, ErrorCode.TOKEN_EXPIRED.text
             case _:
@@ -306,7 +305,7 @@ class Client(Connection):
         if name != "send":
             self.outbox.push(Packet(encode_error(command.id, code, text)))
         elif code is ErrorCode.BAD_REQUEST:
-            self._end(DisconnectCode.BAD_REQUEST)  # there is no reply in which to say it
+            self._end(CloseCode.BAD_REQUEST)  # there is no reply in which to say it
 
     def _log_failure(self, name: str, error: BaseException, request: Any = None) -> None:
         told = "" if name.startswith("on_") or name == "send" else ": the client was answered with error 100"
@@ -332,7 +331,7 @@ class Client(Connection):
         finally:
             self.outbox.release(None)  # where there was no reply, nothing that was held is for the client
         if self._connected and not await self._call_hook("on_connect", self.config.on_connect, self):
-            self._end(DisconnectCode.SERVER_ERROR)
+            self._end(CloseCode.SERVER_ERROR)
 
     async def _connect(self, command_id: int, request: ConnectCommand) -> None:
         hub = self.cluster.hub
@@ -372,7 +371,7 @@ class Client(Connection):
         because it is one too many. After an error it may be in some of the rooms.
         """
         if not await self.cluster.endpoint.limits.enter(self):
-            self._end(DisconnectCode.CONNECTION_LIMIT)
+            self._end(CloseCode.CONNECTION_LIMIT)
             return None
         result: dict[str, Any] = {"client": self.id, "version": "asgi-cluster", **_expiry(answer)}
         if answer.data is not None:
@@ -417,7 +416,7 @@ class Client(Connection):
             raise ReplyError(ErrorCode.NOT_AVAILABLE)
         answer = await self._ask_connect(request.token, Raw(), {})
         if self._named_by(answer) != self.user_id:
-            self._end(DisconnectCode.INVALID_TOKEN)  # as the reference server: a connection keeps its user
+            self._end(CloseCode.INVALID_TOKEN)  # as the reference server: a connection keeps its user
             return None
         self._expires(answer)
         return {"client": self.id, "version": "asgi-cluster", **_expiry(answer)}
@@ -428,10 +427,10 @@ class Client(Connection):
             self._expiry = None
         if answer.expires_in is not None:
             delay = answer.expires_in + min(_REFRESH_GRACE, answer.expires_in)
-            self._expiry = self.socket.loop.call_later(delay, self._end, DisconnectCode.EXPIRED)
+            self._expiry = self.socket.loop.call_later(delay, self._end, CloseCode.EXPIRED)
 
     def _stale(self) -> None:
-        self._end(DisconnectCode.STALE)
+        self._end(CloseCode.STALE)
 
     def _ping(self) -> None:
         self._awaits_pong = True
@@ -441,7 +440,7 @@ class Client(Connection):
 
     def _check_pong(self, rest: float) -> None:
         if self._awaits_pong and not self._full:
-            self._end(DisconnectCode.NO_PONG)
+            self._end(CloseCode.NO_PONG)
         else:
             self._timer = self.socket.loop.call_later(rest, self._ping)
 
@@ -472,7 +471,7 @@ class Client(Connection):
     def _lost(self, room: str) -> None:
         """Publications are lost: the client subscribes again and gets what there is."""
         if room in self.server_side:
-            self._end(DisconnectCode.INSUFFICIENT_STATE)
+            self._end(CloseCode.INSUFFICIENT_STATE)
         elif self.cluster.hub.leave(self, room):
             self._tell_unsubscribed(room, UnsubscribeCode.INSUFFICIENT_STATE, "insufficient state")
 
@@ -483,7 +482,7 @@ class Client(Connection):
     def _on_send(self, request: SendCommand) -> Any:
         if self.config.on_message is None:
             # There is no reply in which to say it.
-            self._end(DisconnectCode.NOT_AVAILABLE)
+            self._end(CloseCode.NOT_AVAILABLE)
             return None
         return self.config.on_message(self, decoded(request.data))
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from asgi_cluster.centrifuge.client_session import Client
 from asgi_cluster.centrifuge.limits import ConnectionLimits
-from asgi_cluster.centrifuge.protocol import DisconnectCode
+from asgi_cluster.codes import CloseCode
 from asgi_cluster.scope import ScopeState
 from asgi_cluster.sockets.socket import Receive, Send
 
@@ -112,7 +112,7 @@ class Endpoint:
         """Accepted with its own subprotocol, because SDKs get no code from a refused handshake and retry it
         for ever: 3506 is final for them, and they report the reason.
         """
-        code = DisconnectCode.INAPPROPRIATE_PROTOCOL
+        code = CloseCode.INAPPROPRIATE_PROTOCOL
         if not self._refused_protobuf:
             self._refused_protobuf = True
             logger.warning(

@@ -29,14 +29,12 @@ __all__ = [
     "BadFrame",
     "ClientInfo",
     "Command",
-    "DisconnectCode",
     "ErrorCode",
     "Pub",
     "ReplyError",
     "Result",
     "StreamPosition",
     "SubscribeResult",
-    "UnsubscribeCode",
     "decode_commands",
     "encode_error",
     "encode_push",
@@ -73,46 +71,6 @@ class ErrorCode(IntEnum):
     def temporary(self) -> bool:
         """Whether the client should try again."""
         return self in (ErrorCode.INTERNAL, ErrorCode.TOO_MANY_REQUESTS)
-
-
-class DisconnectCode(IntEnum):
-    """Close codes of the protocol (``disconnect.go``); ``codes.CloseCode`` has those of sessions.
-
-    3000-3499 and 4000-4499 ask the client to come back, 3500-3999 and 4500-4999 do not.
-    """
-
-    SHUTDOWN = 3001
-    SERVER_ERROR = 3004
-    EXPIRED = 3005
-    SLOW = 3008
-    INSUFFICIENT_STATE = 3010
-    FORCE_RECONNECT = 3011
-    NO_PONG = 3012
-    TOO_MANY_REQUESTS = 3013
-    INVALID_TOKEN = 3500
-    BAD_REQUEST = 3501
-    STALE = 3502
-    FORCE_DISCONNECT = 3503
-    CONNECTION_LIMIT = 3504
-    INAPPROPRIATE_PROTOCOL = 3506
-    NOT_AVAILABLE = 3508
-    TOO_BIG = 1009
-
-    @property
-    def text(self) -> str:
-        """The reason that goes with it."""
-        names = {
-            DisconnectCode.SERVER_ERROR: "internal server error",
-            DisconnectCode.EXPIRED: "connection expired",
-        }
-        return names.get(self, self.name.lower().replace("_", " "))
-
-
-class UnsubscribeCode(IntEnum):
-    """Why a subscription ended (``unsubscribe.go``); from 2500 on the client subscribes again."""
-
-    SERVER = 2000
-    INSUFFICIENT_STATE = 2500
 
 
 class BadFrame(ValueError):

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from asgi_cluster.bus.lease import boot_clock
-from asgi_cluster.centrifuge.protocol import DisconnectCode
+from asgi_cluster.codes import CloseCode
 from asgi_cluster.rooms.connection import Connection
 from asgi_cluster.scope import ScopeState
 from asgi_cluster.sockets.socket import Receive, Send
@@ -97,7 +97,7 @@ class Acceptance:
             return
         code, reason = 1000, ""
         if isinstance(error, asyncio.CancelledError):  # the server stops, and waits no longer
-            code, reason = int(DisconnectCode.SHUTDOWN), DisconnectCode.SHUTDOWN.text
+            code, reason = int(CloseCode.SHUTDOWN), CloseCode.SHUTDOWN.text
         elif error is not None and not isinstance(error, OSError):
             code, reason = 1011, "internal error"
         connection._stop_reading()

@@ -8,7 +8,7 @@ import asyncio
 from collections import deque
 from typing import TYPE_CHECKING, Any, Self
 
-from asgi_cluster.centrifuge.protocol import DisconnectCode
+from asgi_cluster.codes import CloseCode
 from asgi_cluster.ids import ConnectionId
 from asgi_cluster.rooms.payload import encode_payload
 from asgi_cluster.rooms.rules import check_room
@@ -133,7 +133,7 @@ class Connection:
         """Publications of ``room`` are lost: without a protocol there is only one sign for that, the close
         code 3010.
         """
-        self.socket.close(DisconnectCode.INSUFFICIENT_STATE, DisconnectCode.INSUFFICIENT_STATE.text)
+        self.socket.close(CloseCode.INSUFFICIENT_STATE, CloseCode.INSUFFICIENT_STATE.text)
 
     def _expelled(self, room: str, code: int, reason: str) -> None:
         """``Room.disconnect`` takes it out of ``room``."""

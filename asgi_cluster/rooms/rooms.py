@@ -22,7 +22,8 @@ from asgi_cluster.bus.messages import (
     Published,
     encode,
 )
-from asgi_cluster.centrifuge.protocol import ClientInfo, UnsubscribeCode
+from asgi_cluster.centrifuge.protocol import ClientInfo
+from asgi_cluster.codes import UnsubscribeCode
 from asgi_cluster.config import RealtimeConfig
 from asgi_cluster.exceptions import BusUnavailable, ClusterError
 from asgi_cluster.ids import NodeId, new_token

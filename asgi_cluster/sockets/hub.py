@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from asgi_cluster.bus.messages import PersonalMessage
-from asgi_cluster.centrifuge.protocol import DisconnectCode, encode_push, to_json
+from asgi_cluster.centrifuge.protocol import encode_push, to_json
 from asgi_cluster.codes import CloseCode
 from asgi_cluster.config import RealtimeConfig
 from asgi_cluster.rooms.local_room import Audience
@@ -286,7 +286,7 @@ class Hub:
         steps = min(len(sockets), max(1, round(seconds * 20)))
         for step in range(steps):
             for socket in sockets[step::steps]:
-                socket.close(DisconnectCode.SHUTDOWN, DisconnectCode.SHUTDOWN.text)
+                socket.close(CloseCode.SHUTDOWN, CloseCode.SHUTDOWN.text)
             await asyncio.sleep(seconds / steps)
 
     def reloads(self) -> bool:
@@ -298,7 +298,7 @@ class Hub:
         is cut off.
         """
         for socket in tuple(self._sockets):
-            socket.close(DisconnectCode.SHUTDOWN, DisconnectCode.SHUTDOWN.text)
+            socket.close(CloseCode.SHUTDOWN, CloseCode.SHUTDOWN.text)
         loop = asyncio.get_running_loop()
         until = loop.time() + timeout
         while self._sockets and loop.time() < until:  # noqa: ASYNC110

@@ -15,7 +15,7 @@ from typing import Any
 
 from websockets.protocol import State
 
-from asgi_cluster.centrifuge.protocol import DisconnectCode
+from asgi_cluster.codes import CloseCode
 from asgi_cluster.rooms.rules import SlowPolicy
 from asgi_cluster.sockets.batches import Flusher
 from asgi_cluster.sockets.prepared import Packet
@@ -134,7 +134,7 @@ class Outbox:
         if self._bytes + packet.size > self._limit and (self.blocked or self._bytes):
             if slow == "disconnect":
                 self._counters.slow += 1
-                self.socket.close(DisconnectCode.SLOW, DisconnectCode.SLOW.text)
+                self.socket.close(CloseCode.SLOW, CloseCode.SLOW.text)
             else:
                 self._counters.dropped += 1
             return
@@ -368,11 +368,11 @@ class Outbox:
         logger.error(
             "a message could not be written to the WebSocket of user %r: it is closed with code %d",
             self.socket.user,
-            DisconnectCode.SERVER_ERROR,
+            CloseCode.SERVER_ERROR,
             exc_info=error,
         )
         self.close()
-        self.socket.close(DisconnectCode.SERVER_ERROR, DisconnectCode.SERVER_ERROR.text)
+        self.socket.close(CloseCode.SERVER_ERROR, CloseCode.SERVER_ERROR.text)
 
     @property
     def waiting_bytes(self) -> int:

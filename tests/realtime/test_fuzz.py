@@ -19,12 +19,12 @@ from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket
 
 from asgi_cluster import RoomRule
-from asgi_cluster.centrifuge.protocol import BadFrame, Command, DisconnectCode, decode_commands
+from asgi_cluster.centrifuge.protocol import BadFrame, Command, decode_commands
 from asgi_cluster.codes import CloseCode
 from tests.realtime.site import Node, Site
 from tests.support.waiting import eventually
 
-DOCUMENTED = {int(code) for code in (*DisconnectCode, *CloseCode)} | {1000, 1007}
+DOCUMENTED = {int(code) for code in (*CloseCode, *CloseCode)} | {1000, 1007}
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -315,7 +315,7 @@ async def offend(node: Node, frames: list[bytes], *, text: bool, connects: bool)
                     break
         except websockets.ConnectionClosed:
             # Text that is no UTF-8 does not get as far as us: 1007, and from wsproto no close frame at all.
-            expected = (DisconnectCode.BAD_REQUEST, 1007, 1006) if text else (DisconnectCode.BAD_REQUEST,)
+            expected = (CloseCode.BAD_REQUEST, 1007, 1006) if text else (CloseCode.BAD_REQUEST,)
             assert client.ws.close_code in expected, (client.ws.close_code, frame)
         assert 100 not in [reply.get("error", {}).get("code") for reply in client.replies.values()], frame
 
