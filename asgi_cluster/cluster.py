@@ -1,60 +1,63 @@
-"""The cluster: composes store, cache, bus and hub, and owns their lifetime."""
+"""The public facade, and where the parts of a node are put together."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import multiprocessing
 import os
 import re
-import secrets
-import socket as sockets
-import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from ssl import SSLContext
 from typing import Any, Self
 
-from starlette.requests import HTTPConnection
-
-from asgi_cluster.arguments import described, expect, expect_callable
+from asgi_cluster.arguments import expect, expect_callable
 from asgi_cluster.arguments import seconds as in_seconds
-from asgi_cluster.asgi.draining import Drainer, draining_on_sigterm, reloads
-from asgi_cluster.asgi.first_request import LazyStart
-from asgi_cluster.asgi.origin import Origins
 from asgi_cluster.backends.choose import open_backend
+from asgi_cluster.backends.port import Backend
 from asgi_cluster.bus.bus import NodeInfo
-from asgi_cluster.bus.lease import boot_clock
 from asgi_cluster.centrifuge.endpoint import Endpoint
-from asgi_cluster.config import DEFAULT_DRAIN, CacheConfig, CookieConfig, RealtimeConfig, SessionConfig
+from asgi_cluster.config import CacheConfig, CookieConfig, RealtimeConfig, SessionConfig
 from asgi_cluster.dispatch import Dispatch
-from asgi_cluster.exceptions import ClusterError, NotStarted
 from asgi_cluster.ids import NodeId, check_user
-from asgi_cluster.remote import Reach, RemoteSession, RemoteUser, check_handle
+from asgi_cluster.node import Node
+from asgi_cluster.remote import RemoteSession, RemoteUser, check_handle
 from asgi_cluster.rooms.acceptance import Acceptance
-from asgi_cluster.rooms.payload import encode_payload
 from asgi_cluster.rooms.rooms import Room, Rooms
-from asgi_cluster.scope import ScopeState
 from asgi_cluster.sessions.cache import SessionCache
 from asgi_cluster.sessions.reads import CachedStore
 from asgi_cluster.sessions.revalidation import Verifier
 from asgi_cluster.sessions.service import SessionService
-from asgi_cluster.sessions.session import Session
 from asgi_cluster.sockets.hub import Hub
+from asgi_cluster.sockets.origin import Origins
 from asgi_cluster.stats import ClusterStats
-from asgi_cluster.tasks import Failing, check_loop, keep_running, running_asyncio_loop
+from asgi_cluster.supervisor import Supervisor
+from asgi_cluster.workers import LonelyMemory
 
-__all__ = ["Cluster", "get_session"]
-
-logger = logging.getLogger("asgi_cluster")
+__all__ = ["Cluster", "Parts"]
 
 _WRAPPED: Mapping[type, str] = {
     CookieConfig: ": write SessionConfig(cookie=CookieConfig(…))",
     CacheConfig: ": write SessionConfig(cache=CacheConfig(…))",
 }
-_DRAIN_EACH = 0.05  # seconds that a drain on SIGTERM takes for each socket, up to RealtimeConfig.drain in all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What a node is made of. For ``asgi_cluster.asgi`` alone: an app uses ``Cluster``."""
+
+    node: Node
+    backend: Backend
+    hub: Hub
+    service: SessionService
+    rooms: Rooms
+    revalidator: Verifier
+    dispatch: Dispatch
+    origins: Origins
+    endpoint: Endpoint
+    supervisor: Supervisor
+    realtime: RealtimeConfig
+    identify: Callable[[Mapping[str, Any]], str | Awaitable[str | None] | None] | None
 
 
 class Cluster:
@@ -120,7 +123,7 @@ class Cluster:
         expect("realtime", realtime, RealtimeConfig, None)
         deadline = in_seconds("deadline", deadline)
         sessions = sessions or SessionConfig()
-        self.realtime = realtime or RealtimeConfig()
+        realtime = realtime or RealtimeConfig()
         if not 0 < deadline <= sessions.cache.lease:
             raise ValueError(
                 f"deadline must be above 0, at most the lease {sessions.cache.lease:g}, not {deadline!r}: "
@@ -130,94 +133,88 @@ class Cluster:
             raise ValueError(f"prefix must be 1 to 64 of A-Z a-z 0-9 _ . : -, not {prefix!r}")
         if node_label is not None and not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", node_label):
             raise ValueError(f"node_label must be 1 to 64 of A-Z a-z 0-9 _ . -, not {node_label!r}")
-        self.identify = identify
-        self.listen = listen
-        self.deadline = deadline
-        self._label = node_label
-        self._node: NodeId | None = None
-        self._backend = open_backend(
-            url or os.environ.get("ASGI_CLUSTER_URL") or "memory://",
+        stale_for = sessions.stale_for if sessions.on_store_error == "stale" else 0.0
+        found = url or os.environ.get("ASGI_CLUSTER_URL")
+        backend = open_backend(
+            found or "memory://",
             prefix=prefix,
             lease_duration=sessions.cache.lease,
             rooms_url=rooms_url,
             ssl_context=ssl_context,
             credential_provider=credential_provider,
             wait_replicas=sessions.wait_replicas,
-            stale_for=sessions.stale_for if sessions.on_store_error == "stale" else 0.0,
+            stale_for=stale_for,
         )
-        self._alone = not url and not os.environ.get("ASGI_CLUSTER_URL")
-        self._warn_of_no_url()
-        self._warn_of_siblings()
-        bus = self._backend.bus
+        self._memory = LonelyMemory(without_url=not found, listens=listen)
+        node = Node(
+            label=node_label,
+            listens=listen,
+            deadline=deadline,
+            needs_start=backend.needs_start,
+            crosses_loops=backend.crosses_loops,
+            attach=self._attach,
+        )
         cache = SessionCache(
-            bus.lease,
+            backend.bus.lease,
             ttl=sessions.cache.ttl,
             max_entries=sessions.cache.max_entries,
-            stale_for=sessions.stale_for if sessions.on_store_error == "stale" else 0.0,
+            stale_for=stale_for,
         )
-        self.hub = Hub(subscriptions=bus, config=self.realtime)
-        self.service = SessionService(
-            CachedStore(self._backend.store, cache),
-            sessions,
-            deadline=deadline,
-            sockets=self.hub,
-            node=self._current_node,
-            listens=listen,
-            reachable=lambda timeout: bus.reachable(timeout=timeout),
-            nodes=lambda timeout: bus.nodes(timeout=timeout),
-            ensure_started=self._ensure_started,
+        hub = Hub(subscriptions=backend.bus, config=realtime)
+        service = SessionService(
+            CachedStore(backend.store, cache), sessions, node=node, bus=backend.bus, sockets=hub
         )
-        self.rooms = Rooms(
-            bus=bus,
-            history=self._backend.history,
-            presence=self._backend.presence,
-            hub=self.hub,
-            config=self.realtime,
-            node=self._current_node,
-            deadline=deadline,
-            listens=listen,
-            ensure_started=self._ensure_started,
-            # On memory:// its work belongs to other loops, too, and goes with a socket there.
-            tasks=lambda: None if self._crosses_loops else self.tasks,
+        rooms = Rooms(
+            bus=backend.bus,
+            history=backend.history,
+            presence=backend.presence,
+            hub=hub,
+            config=realtime,
+            node=node,
         )
-        self.verifier = Verifier(
-            self.service.store,
-            self.hub,
-            deadline=deadline,
-            unverified_limit=self.realtime.unverified_limit,
-            clock=boot_clock,
-        )
-        self._dispatch = Dispatch(
+        revalidator = Verifier(service.store, hub, node=node, unverified_limit=realtime.unverified_limit)
+        dispatch = Dispatch(
             cache=cache,
-            hub=self.hub,
-            rooms=self.rooms,
-            acks=self.service.acks,
-            tombstones=self.service.tombstones,
-            bus=bus,
-            node=self._current_node,
-            verify=self.verifier.wake,
-            recheck=self.verifier.recheck,
+            hub=hub,
+            rooms=rooms,
+            acks=service.acks,
+            tombstones=service.tombstones,
+            bus=backend.bus,
+            node=node,
+            verify=revalidator.wake,
+            recheck=revalidator.recheck,
         )
-        self._reach = Reach(
-            service=self.service, bus=bus, node=self._current_node, encode_payload=encode_payload
+        origins = Origins(realtime.allowed_origins)
+        self._parts = Parts(
+            node=node,
+            backend=backend,
+            hub=hub,
+            service=service,
+            rooms=rooms,
+            revalidator=revalidator,
+            dispatch=dispatch,
+            origins=origins,
+            endpoint=Endpoint(realtime, node=node, hub=hub, rooms=rooms, origins=origins, cluster=self),
+            supervisor=Supervisor(
+                node,
+                hub,
+                realtime,
+                connect=lambda: backend.open(node.id, dispatch, listen=listen, failing=node.failing),
+                declare=rooms.retention.start,
+                works={
+                    "verification": revalidator.run,
+                    "tombstones": service.tombstones.run,
+                    "room rules": rooms.retention.run,
+                },
+            ),
+            realtime=realtime,
+            identify=identify,
         )
-        self.origins = Origins(self.realtime.allowed_origins)
-        self.endpoint = Endpoint(self)
-        self.tasks: asyncio.TaskGroup | None = None
-        """Owned by the supervisor while the cluster is started; ``None`` otherwise. For tasks of ``loop``."""
-        self.loop: asyncio.AbstractEventLoop | None = None
-        """The loop that started the cluster; ``None`` while it is not started."""
-        self.drainer: Drainer | None = None
-        """Holds SIGTERM back while this node is started; ``None`` where that is off or cannot be done."""
-        self.draining = False
-        """Whether ``drain`` was called: new sockets are closed at once, and ``ready`` is false."""
-        self.warned_insecure = False
-        self.lazy: LazyStart | None = LazyStart(self._start, self.__aexit__)
-        """For servers without lifespan; ``None`` once the cluster has been started in another way."""
-        self._failing: Failing = {}
-        self._told_unstarted = False
-        self._supervisor: asyncio.Task[None] | None = None
-        self._stop: asyncio.Event | None = None
+
+    def _attach(self) -> None:
+        self._memory.look()
+        parts = self._parts
+        parts.backend.attach(parts.node.id, parts.dispatch, listen=parts.node.listens)
 
     # Handles
 
@@ -227,7 +224,7 @@ class Cluster:
         Raises:
             TypeError, ValueError: no user id, which is 1 to 255 printable characters.
         """
-        return RemoteUser(self._reach, check_user(user_id))
+        return RemoteUser(self._parts.service, self._parts.backend.bus, check_user(user_id))
 
     def session(self, handle: str) -> RemoteSession:
         """A session by its public handle.
@@ -235,7 +232,7 @@ class Cluster:
         Raises:
             TypeError, ValueError: not a handle.
         """
-        return RemoteSession(self._reach, check_handle(handle))
+        return RemoteSession(self._parts.service, self._parts.backend.bus, check_handle(handle))
 
     def room(self, name: str) -> Room:
         """A room by its exact name, 1 to 255 characters. It exists as long as it has a member.
@@ -243,7 +240,7 @@ class Cluster:
         Raises:
             ValueError: no valid room name.
         """
-        return self.rooms.room(name)
+        return self._parts.rooms.room(name)
 
     def accept(
         self,
@@ -273,8 +270,12 @@ class Cluster:
         """
         if user_id is not None:
             check_user(user_id)
+        parts = self._parts
         return Acceptance(
             websocket,
+            parts.rooms,
+            parts.hub,
+            parts.origins,
             self,
             subprotocol=subprotocol,
             headers=tuple(headers),
@@ -292,44 +293,13 @@ class Cluster:
                 where.
             RuntimeError: already started, or not on asyncio.
         """
-        lazy, self.lazy = self.lazy, None
-        try:
-            await self._start()
-        except BaseException:
-            self.lazy = lazy
-            raise
+        self._memory.look()
+        await self._parts.supervisor.start()
         return self
-
-    async def _start(self) -> None:
-        loop = running_asyncio_loop()
-        if self._supervisor is not None and not self._supervisor.done():
-            raise RuntimeError("this cluster is already started")
-        self._warn_of_siblings()
-        self._new_node()
-        self.draining = False
-        started: asyncio.Future[None] = loop.create_future()
-        # The one task that no group owns: it owns the group, so that start and stop may come from different
-        # tasks.
-        self._supervisor = loop.create_task(self._supervise(started), name="asgi-cluster supervisor")
-        try:
-            await asyncio.shield(started)
-        except BaseException:
-            self._supervisor.cancel()
-            await asyncio.wait([self._supervisor])
-            self._supervisor = None
-            raise
 
     async def __aexit__(self, *exc_info: object) -> None:
         """Stop: sockets are closed with 3001, the node is taken off the registry, connections are closed."""
-        supervisor, self._supervisor = self._supervisor, None
-        if supervisor is None:
-            return
-        if not supervisor.done():
-            if self._stop is not None:
-                self._stop.set()
-            await asyncio.wait([supervisor])
-        if not supervisor.cancelled() and (error := supervisor.exception()) is not None:
-            raise error
+        await self._parts.supervisor.stop()
 
     async def drain(self, seconds: float | timedelta) -> None:
         """Close this node's sockets with 3001, spread over ``seconds`` (or a ``timedelta``), so that their
@@ -342,156 +312,29 @@ class Cluster:
         seconds = in_seconds("seconds", seconds)
         if not seconds >= 0:
             raise ValueError(f"seconds must be at least 0, not {seconds!r}")
-        self.draining = True
-        sockets, _ = self.hub.load()
-        logger.info("draining %d sockets over %g s", sockets, seconds)
-        await self.hub.drain(seconds)
-
-    async def _drain_on_signal(self) -> None:
-        # A few sockets may come back at once: a restart should not wait for them.
-        sockets, _ = self.hub.load()
-        most = 0.0 if reloads() or self.hub.reloads() else self.realtime.drain or 0.0
-        await self.drain(min(most, sockets * _DRAIN_EACH))
-
-    async def _supervise(self, started: asyncio.Future[None]) -> None:
-        self._stop = asyncio.Event()
-        node = self._current_node()
-        try:
-            async with (
-                self._backend.open(node, self._dispatch, listen=self.listen, failing=self._failing),
-                asyncio.TaskGroup() as tasks,
-            ):
-                await self.rooms.retention.start()
-                self.tasks, self.loop = tasks, asyncio.get_running_loop()
-                with ExitStack() as stack:
-                    if self.realtime.drain and self.listen:
-                        level = logging.INFO if self.realtime.drain == DEFAULT_DRAIN else logging.WARNING
-                        self.drainer = stack.enter_context(
-                            draining_on_sigterm(self._drain_on_signal, tasks, level=level)
-                        )
-                    works = {
-                        "verification": self.verifier.run,
-                        "tombstones": self.service.tombstones.run,
-                        "room rules": self.rooms.retention.run,
-                    }
-                    background = [
-                        tasks.create_task(
-                            keep_running(work, name=name, failing=self._failing), name=f"asgi-cluster {name}"
-                        )
-                        for name, work in works.items()
-                    ]
-                    logger.info("node %s started", node)
-                    started.set_result(None)
-                    try:
-                        await self._stop.wait()
-                    finally:
-                        for task in background:
-                            task.cancel()
-                        self.tasks = self.loop = self.drainer = None
-                        await self.hub.shutdown(timeout=self.realtime.close_timeout)
-                logger.info("node %s stopped", node)
-        except BaseException as error:
-            if started.done():
-                if self.lazy is not None and isinstance(error, asyncio.CancelledError):
-                    await self._sign_off()
-                if isinstance(error, Exception):
-                    logger.critical("node %s has ended with an unexpected error", node, exc_info=error)
-                raise
-            # Every task group on the way has wrapped it; the caller that starts the cluster gets the error
-            # itself.
-            started.set_exception(_innermost(error))
-            if not isinstance(error, Exception):
-                raise
-        finally:
-            self._stop = None
-
-    async def _sign_off(self) -> None:
-        # The loop ends and has cancelled everything, the connections too: sign off over new ones.
-        try:
-            async with (
-                asyncio.timeout(self.deadline),
-                self._backend.open(self._current_node(), self._dispatch, listen=self.listen),
-            ):
-                logger.info("node %s stopped", self._node)
-        except (ClusterError, TimeoutError) as error:
-            reason = str(error) or f"no answer within {self.deadline:g} s"
-            logger.info("node %s could not sign off: %s", self._node, reason)
+        await self._parts.supervisor.drain(seconds)
 
     @property
     def started(self) -> bool:
         """Whether it was started and not stopped."""
-        return self.tasks is not None
+        return self._parts.node.started
 
     @property
-    def needs_start(self) -> bool:
-        """True with Redis: outside of a request, the cluster has to be started before it is used. False with
-        ``memory://``, which can be used without a start.
-        """
-        return self._backend.needs_start
+    def draining(self) -> bool:
+        """Whether ``drain`` was called: new sockets are closed at once, and ``ready`` is false."""
+        return self._parts.node.draining
 
     @property
-    def _crosses_loops(self) -> bool:
-        """Whether messages may arrive on another thread than a socket's loop (``memory://``)."""
-        return self._backend.crosses_loops
-
-    def _ensure_started(self, action: str) -> None:
-        """Raises ``NotStarted`` when ``action`` needs a start, ``RuntimeError`` on another loop than the one
-        that did it. Attaches a ``memory://`` node that was not started.
-
-        A started ``memory://`` cluster could be used from any loop, and still refuses what Redis would
-        refuse, so that tests find what production would. Once the loop that started it has stopped, any loop
-        will do.
-        """
-        if self.tasks is not None:
-            if not self._crosses_loops or (self.loop is not None and self.loop.is_running()):
-                check_loop(self.loop)
-            return
-        running_asyncio_loop()
-        if self._backend.needs_start:
-            raise NotStarted(action)
-        if not self._told_unstarted:
-            self._told_unstarted = True
-            logger.info(
-                "memory:// is used without a start; with Redis that is NotStarted outside of requests"
-            )
-        self._warn_of_siblings()
-        self._attach()
-
-    def _warn_of_no_url(self) -> None:
-        if self._alone and not self.listen:
-            self._alone = False
-            logger.warning(
-                "listen=False without a URL: this cluster uses memory://, and its logouts and broadcasts "
-                "reach no other process. Set ASGI_CLUSTER_URL, for example to redis://localhost:6379/0"
-            )
-
-    def _warn_of_siblings(self) -> None:
-        # Once, and not only at construction: an app that is loaded before the fork has no siblings then.
-        if self._alone and _has_siblings():
-            self._alone = False
-            logger.warning(
-                "this is a worker process, and memory:// is not shared: each of several workers has "
-                "sessions and rooms of its own. Set ASGI_CLUSTER_URL, for example to redis://localhost:6379/0"
-            )
-
-    def _attach(self) -> None:
-        self._backend.attach(self._current_node(), self._dispatch, listen=self.listen)
-
-    def _current_node(self) -> NodeId:
-        return self._node or self._new_node()
-
-    def _new_node(self) -> NodeId:
-        # Made at start and not at construction: workers that are forked afterwards must not share a name.
-        label = self._label or re.sub(r"[^A-Za-z0-9_.-]", "-", sockets.gethostname())[:64] or "node"
-        self._node = NodeId(f"{label}-{os.getpid()}-{secrets.token_hex(4)}")
-        return self._node
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The loop that started the cluster; ``None`` while it is not started."""
+        return self._parts.node.loop
 
     # Observing
 
     @property
     def node(self) -> NodeId | None:
         """This node's id; ``None`` before it was first used."""
-        return self._node
+        return self._parts.node.known_as
 
     @property
     def ready(self) -> bool:
@@ -502,62 +345,30 @@ class Cluster:
         the subscriber's connection does not. True, though degraded, when Redis does not answer at all: taking
         every node out for that would take anonymous traffic down too.
         """
-        startable = self.started or (self._supervisor is None and not self._backend.needs_start)
-        return startable and not self.draining and not self._failing and self._backend.ready
+        parts = self._parts
+        node = parts.node
+        startable = node.started or not (node.needs_start or parts.supervisor.ended)
+        return startable and not node.draining and not node.failing and parts.backend.ready
 
     def stats(self) -> ClusterStats:
         """A snapshot of this node; does no I/O."""
+        parts = self._parts
         return ClusterStats(
-            node=self._node,
+            node=parts.node.known_as,
             ready=self.ready,
-            failing=dict(self._failing.values()),
-            cache=self.service.store.cache.stats(),
-            bus=replace(self._backend.bus.stats(), malformed=self._dispatch.malformed),
-            realtime=self.hub.stats(),
+            failing=dict(parts.node.failing.values()),
+            cache=parts.service.store.cache.stats(),
+            bus=replace(parts.backend.bus.stats(), malformed=parts.dispatch.malformed),
+            realtime=parts.hub.stats(),
         )
 
     async def nodes(self) -> Sequence[NodeInfo]:
         """The registered nodes, by id. Raises ``StoreUnavailable``."""
-        self._ensure_started("listing nodes")
-        found = await self._backend.bus.nodes(timeout=self.deadline)
+        node = self._parts.node
+        node.ensure_started("listing nodes")
+        found = await self._parts.backend.bus.nodes(timeout=node.deadline)
         return [found[node] for node in sorted(found)]
 
     def __repr__(self) -> str:
         state = "started" if self.started else "not started"
-        return f"<Cluster {self._node or 'without node'}, {state}>"
-
-
-def get_session(connection: HTTPConnection) -> Session:
-    """The session of a request or WebSocket: anything with a ``scope``, or the scope itself. Also a FastAPI
-    dependency.
-
-    Raises:
-        RuntimeError: no ``ClusterMiddleware`` is around this app.
-        TypeError: ``connection`` has no ASGI scope.
-    """
-    scope = getattr(connection, "scope", connection)
-    if not isinstance(scope, Mapping):
-        raise TypeError(
-            f"get_session takes a request, a WebSocket or an ASGI scope, not {described(connection)}: pass "
-            "the object that the framework gives the handler"
-        )
-    state = ScopeState.of(scope)
-    if state is None:
-        raise RuntimeError("there is no session here: wrap the app in ClusterMiddleware(app, cluster)")
-    return state.session
-
-
-def _innermost(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error
-
-
-def _has_siblings() -> bool:
-    workers = os.environ.get("WEB_CONCURRENCY", "")
-    if workers.isdigit() and int(workers) > 1:
-        return True
-    # A worker of gunicorn is forked with the list of those that were forked before it. So all but the first
-    # find one there.
-    gunicorn = getattr(sys.modules.get("gunicorn.arbiter"), "Arbiter", None)
-    return multiprocessing.parent_process() is not None or bool(getattr(gunicorn, "WORKERS", None))
+        return f"<Cluster {self.node or 'without node'}, {state}>"

@@ -19,7 +19,8 @@ from asgi_cluster.bus.messages import (
     decode,
     encode,
 )
-from asgi_cluster.ids import Handle, NodeId, UserId, bucket_of
+from asgi_cluster.ids import Handle, UserId, bucket_of
+from asgi_cluster.node import Node
 from asgi_cluster.rooms.rooms import Rooms
 from asgi_cluster.sessions.cache import SessionCache
 from asgi_cluster.sessions.receipts import Acknowledgements
@@ -47,7 +48,7 @@ class Dispatch:
         acks: Acknowledgements,
         tombstones: Tombstones,
         bus: Bus,
-        node: Callable[[], NodeId],
+        node: Node,
         verify: Callable[[], None],
         recheck: Callable[[Sequence[Socket], Callable[[int], None]], None],
     ) -> None:
@@ -131,23 +132,23 @@ class Dispatch:
                 logger.debug("%s does not belong on a session channel", type(message).__name__)
 
     def _acknowledge(self, origin: str, request: str, sockets: int) -> None:
-        if origin == self._node():
+        if origin == self._node.id:
             self._acks.answer(request, origin, sockets)
         elif request:
             tasks = self._hub.closes.tasks if sockets else None
             if tasks is None:
-                self._bus.post(origin, encode(Ack(request, self._node(), sockets)))
+                self._bus.post(origin, encode(Ack(request, self._node.id, sockets)))
             else:
                 # Not uvicorn: such a server accepts or refuses a close a little later.
                 work = self._acknowledge_later(origin, request, sockets, monotonic())
                 try:
                     spawn(tasks, work, name="asgi-cluster acknowledgement")
                 except RuntimeError:  # that socket's work has ended in this moment
-                    self._bus.post(origin, encode(Ack(request, self._node(), sockets)))
+                    self._bus.post(origin, encode(Ack(request, self._node.id, sockets)))
 
     async def _acknowledge_later(self, origin: str, request: str, sockets: int, since: float) -> None:
         sockets = max(0, sockets - await self._hub.failed_closes(since))
-        self._bus.post(origin, encode(Ack(request, self._node(), sockets)))
+        self._bus.post(origin, encode(Ack(request, self._node.id, sockets)))
 
     def room_message(self, room: str, payload: bytes) -> None:
         """A publication, a join, a leave, for this node's members."""

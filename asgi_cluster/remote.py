@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -11,12 +11,14 @@ from asgi_cluster.arguments import described, expect, seconds
 from asgi_cluster.bus.bus import Bus
 from asgi_cluster.bus.messages import Disconnect, PersonalMessage, encode
 from asgi_cluster.codes import CloseCode
-from asgi_cluster.ids import Handle, NodeId, UserId, bucket_of, new_token
+from asgi_cluster.ids import Handle, UserId, bucket_of, new_token
+from asgi_cluster.node import Node
+from asgi_cluster.rooms.payload import encode_payload
 from asgi_cluster.sessions.receipts import LogoutReceipt
 from asgi_cluster.sessions.service import SessionService
 from asgi_cluster.sessions.session import Session
 
-__all__ = ["Reach", "RemoteSession", "RemoteUser", "SessionInfo"]
+__all__ = ["RemoteSession", "RemoteUser", "SessionInfo"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,30 +38,21 @@ class SessionInfo:
     """The client address of its login, as the ASGI server gave it."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reach:
-    """What remote handles need of their cluster."""
-
-    service: SessionService
-    bus: Bus
-    node: Callable[[], NodeId]
-    encode_payload: Callable[[Any], tuple[Any, bytes]]
-
-
 class RemoteSession:
     """``cluster.session(handle)``: a session by its public handle, on whatever nodes its sockets are."""
 
-    __slots__ = ("_reach", "handle")
+    __slots__ = ("_bus", "_service", "handle")
 
-    def __init__(self, reach: Reach, handle: Handle) -> None:
-        self._reach = reach
+    def __init__(self, service: SessionService, bus: Bus, handle: Handle) -> None:
+        self._service = service
+        self._bus = bus
         self.handle = handle
 
     async def logout(self, reason: str = "logged out", timeout: float | timedelta = 1.0) -> LogoutReceipt:
         """End it on every node and close its sockets with 4501. ``timeout`` and ``StoreUnavailable`` as in
         ``Session.logout``.
         """
-        return await self._reach.service.end(
+        return await self._service.end(
             self.handle, code=CloseCode.SESSION_ENDED, reason=reason, timeout=seconds("timeout", timeout)
         )
 
@@ -70,9 +63,9 @@ class RemoteSession:
         Raises:
             BusUnavailable: it could not be handed to the bus.
         """
-        kind, payload = self._reach.encode_payload(data)
-        message = PersonalMessage(None, self.handle, kind, payload, new_token(), self._reach.node())
-        await _publish(self._reach, int(self.handle[:2], 16), encode(message))
+        kind, payload = encode_payload(data)
+        message = PersonalMessage(None, self.handle, kind, payload, new_token(), self._service.node.id)
+        await _publish(self._service.node, self._bus, int(self.handle[:2], 16), encode(message))
 
     def __repr__(self) -> str:
         return f"<RemoteSession {self.handle}>"
@@ -81,17 +74,18 @@ class RemoteSession:
 class RemoteUser:
     """``cluster.user(id)``: the sessions and sockets of a user, on all nodes."""
 
-    __slots__ = ("_reach", "id")
+    __slots__ = ("_bus", "_service", "id")
 
-    def __init__(self, reach: Reach, user: UserId) -> None:
-        self._reach = reach
+    def __init__(self, service: SessionService, bus: Bus, user: UserId) -> None:
+        self._service = service
+        self._bus = bus
         self.id = user
 
     async def sessions(self) -> Sequence[SessionInfo]:
         """The living sessions, the most recently seen first. One round trip. Raises ``StoreUnavailable``."""
-        service = self._reach.service
-        service.ensure_started("listing sessions")
-        devices = await service.store.devices(self.id, timeout=service.deadline)
+        node = self._service.node
+        node.ensure_started("listing sessions")
+        devices = await self._service.store.devices(self.id, timeout=node.deadline)
         now = datetime.now().astimezone().timestamp()
         return [
             SessionInfo(
@@ -114,7 +108,7 @@ class RemoteUser:
         checked = check_handle(handle)
         if int(checked[:2], 16) != bucket_of(self.id):
             raise ValueError(f"{handle!r} is no session of this user")
-        return RemoteSession(self._reach, checked)
+        return RemoteSession(self._service, self._bus, checked)
 
     async def logout(
         self,
@@ -131,7 +125,7 @@ class RemoteUser:
         ``StoreUnavailable`` as ``Session.logout``.
         """
         keep = exclude.handle if isinstance(exclude, Session) else exclude
-        return await self._reach.service.end_all(
+        return await self._service.end_all(
             self.id,
             keep=None if keep is None else check_handle(keep),
             code=CloseCode.SESSION_ENDED,
@@ -141,9 +135,9 @@ class RemoteUser:
 
     async def send(self, data: Any) -> None:
         """Send ``data`` to every socket of this user, at most once each. Raises ``BusUnavailable``."""
-        kind, payload = self._reach.encode_payload(data)
-        message = PersonalMessage(self.id, None, kind, payload, new_token(), self._reach.node())
-        await _publish(self._reach, bucket_of(self.id), encode(message))
+        kind, payload = encode_payload(data)
+        message = PersonalMessage(self.id, None, kind, payload, new_token(), self._service.node.id)
+        await _publish(self._service.node, self._bus, bucket_of(self.id), encode(message))
 
     async def disconnect(self, code: int = 3503, reason: str = "force disconnect") -> None:
         """Close every socket of this user; the sessions go on. ``code`` as in ``codes.CloseCode``. Raises
@@ -152,8 +146,8 @@ class RemoteUser:
         expect("code", code, int)
         if not 3000 <= code <= 4999:
             raise ValueError(f"a close code is 3000 to 4999, not {code!r}")
-        message = Disconnect(self.id, None, None, code, reason, self._reach.node())
-        await _publish(self._reach, bucket_of(self.id), encode(message))
+        message = Disconnect(self.id, None, None, code, reason, self._service.node.id)
+        await _publish(self._service.node, self._bus, bucket_of(self.id), encode(message))
 
     def __repr__(self) -> str:
         return f"<RemoteUser {self.id!r}>"
@@ -174,9 +168,9 @@ def check_handle(handle: str) -> Handle:
     return Handle(handle)
 
 
-def _publish(reach: Reach, bucket: int, payload: bytes) -> Awaitable[None]:
-    reach.service.ensure_started("sending")
-    return reach.bus.publish_bucket(bucket, payload, timeout=reach.service.deadline)
+def _publish(node: Node, bus: Bus, bucket: int, payload: bytes) -> Awaitable[None]:
+    node.ensure_started("sending")
+    return bus.publish_bucket(bucket, payload, timeout=node.deadline)
 
 
 def _moment(timestamp: float) -> datetime:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from starlette.requests import HTTPConnection
+
+from asgi_cluster.arguments import described
+
 if TYPE_CHECKING:
-    from asgi_cluster.cluster import Cluster
+    from asgi_cluster.node import Node
     from asgi_cluster.sessions.session import Session
     from asgi_cluster.sockets.socket import Socket
 
-__all__ = ["SCOPE_KEY", "ScopeState"]
+__all__ = ["SCOPE_KEY", "ScopeState", "get_session"]
 
 SCOPE_KEY = "asgi_cluster"
 
@@ -20,10 +25,10 @@ class ScopeState:
     ``socket`` is ``None`` on HTTP.
     """
 
-    __slots__ = ("cluster", "session", "socket")
+    __slots__ = ("node", "session", "socket")
 
-    def __init__(self, cluster: Cluster, session: Session, socket: Socket | None = None) -> None:
-        self.cluster = cluster
+    def __init__(self, node: Node, session: Session, socket: Socket | None = None) -> None:
+        self.node = node
         self.session = session
         self.socket = socket
 
@@ -39,3 +44,23 @@ class ScopeState:
         """The state in ``scope``, or ``None`` when no ClusterMiddleware is around this app."""
         state = scope.get(SCOPE_KEY)
         return state if isinstance(state, ScopeState) else None
+
+
+def get_session(connection: HTTPConnection) -> Session:
+    """The session of a request or WebSocket: anything with a ``scope``, or the scope itself. Also a FastAPI
+    dependency.
+
+    Raises:
+        RuntimeError: no ``ClusterMiddleware`` is around this app.
+        TypeError: ``connection`` has no ASGI scope.
+    """
+    scope = getattr(connection, "scope", connection)
+    if not isinstance(scope, Mapping):
+        raise TypeError(
+            f"get_session takes a request, a WebSocket or an ASGI scope, not {described(connection)}: pass "
+            "the object that the framework gives the handler"
+        )
+    state = ScopeState.of(scope)
+    if state is None:
+        raise RuntimeError("there is no session here: wrap the app in ClusterMiddleware(app, cluster)")
+    return state.session

@@ -483,8 +483,14 @@ async def test_log_line_of_an_undecodable_publication_names_room_and_offset(
     cluster = Cluster("memory://", realtime=RealtimeConfig(rules=[RoomRule("r", history=5)]))
     room = cluster.room("r")
     await room.broadcast("before")
-    await cluster.rooms._history.publish(
-        "r", b"\xc1", size=5, ttl=600, idempotency_key=None, epoch=cluster.rooms.retention.epoch, timeout=1.0
+    await cluster._parts.rooms._history.publish(
+        "r",
+        b"\xc1",
+        size=5,
+        ttl=600,
+        idempotency_key=None,
+        epoch=cluster._parts.rooms.retention.epoch,
+        timeout=1.0,
     )
     page = await room.history()
     assert [publication.data for publication in page.publications] == ["before"]

@@ -10,8 +10,9 @@ from typing import Any
 import msgspec
 
 from asgi_cluster.arguments import described
-from asgi_cluster.cluster import Cluster
+from asgi_cluster.sessions.service import SessionService
 from asgi_cluster.sessions.session import Session
+from asgi_cluster.sockets.origin import Origins
 
 __all__ = ["SessionHeaders"]
 
@@ -26,10 +27,11 @@ _VARY = (b"vary", b"Cookie")
 class SessionHeaders:
     """Shared by all responses and handshakes of one middleware."""
 
-    def __init__(self, cluster: Cluster) -> None:
-        self._cluster = cluster
-        self._secure = cluster.service.cookie.secure
-        self.scope_key = cluster.service.config.scope_key
+    def __init__(self, service: SessionService, origins: Origins) -> None:
+        self._origins = origins
+        self._secure = service.cookie.secure
+        self._warned = False
+        self.scope_key = service.config.scope_key
 
     def adopt(self, scope: Scope, session: Session) -> None:
         """Take over what the app put under the public scope key.
@@ -62,12 +64,12 @@ class SessionHeaders:
 
     def cors(self, scope: Scope) -> list[tuple[bytes, bytes]]:
         """What lets a page of another origin read an answer of the middleware's own."""
-        return self._cluster.origins.cors(scope)
+        return self._origins.cors(scope)
 
     def _warn_insecure(self, scope: Scope) -> None:
         """Once: a Secure cookie leaves over plain http, and most clients will not send it back."""
-        if self._secure and scope.get("scheme") in ("http", "ws") and not self._cluster.warned_insecure:
-            self._cluster.warned_insecure = True
+        if self._secure and scope.get("scheme") in ("http", "ws") and not self._warned:
+            self._warned = True
             logger.warning(
                 "a Secure session cookie was set over plain http: clients other than browsers on localhost "
                 "will not send it back. Behind a TLS proxy let the server trust its X-Forwarded-Proto; "

@@ -53,13 +53,15 @@ class ClusterMiddleware:
             raise TypeError(f"app must be an ASGI application, not {described(app)}")
         self.app: ASGIApp = app
         self.cluster = cluster
-        self._service = cluster.service
-        self._cached = cluster.service.store.cache.get
-        self._cookie = cluster.service.cookie
-        self._headers = SessionHeaders(cluster)
-        self._needs_start = cluster.needs_start
-        self._scope_key = cluster.service.config.scope_key
-        realtime = cluster.realtime.path
+        parts = self._parts = cluster._parts
+        self._node = parts.node
+        self._service = parts.service
+        self._cached = parts.service.store.cache.get
+        self._cookie = parts.service.cookie
+        self._headers = SessionHeaders(parts.service, parts.origins)
+        self._needs_start = parts.node.needs_start
+        self._scope_key = parts.service.config.scope_key
+        realtime = parts.realtime.path
         self._endpoint_path = None if realtime is None else f"{realtime}/"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -70,7 +72,11 @@ class ClusterMiddleware:
         if kind not in ("http", "websocket") or SCOPE_KEY in scope:
             await self.app(scope, receive, send)
             return
-        if self._needs_start and self.cluster.tasks is None and (start := self.cluster.lazy) is not None:
+        if (
+            self._needs_start
+            and self._node.tasks is None
+            and (start := self._parts.supervisor.first_request) is not None
+        ):
             try:
                 await start()
             except StoreUnavailable as error:
@@ -92,17 +98,17 @@ class ClusterMiddleware:
                 await session.fetch(handle, secret)
             if session.stored is None:
                 await self._try_others(session, scope)
-        state = scope[SCOPE_KEY] = ScopeState(self.cluster, session)
+        state = scope[SCOPE_KEY] = ScopeState(self._node, session)
         if scope_key is not None:
             scope[scope_key] = session
         app = self.app
         endpoint = self._endpoint_path
         if endpoint is not None and endpoint in scope["path"] and _route(scope).startswith(endpoint):
-            app = self.cluster.endpoint
+            app = self._parts.endpoint
         if kind == "websocket":
             # As few coroutines as can be: each that an idle socket waits in takes a quarter of a kilobyte.
-            tasks = self.cluster.tasks
-            if tasks is not None and self.cluster.loop is asyncio.get_running_loop():
+            tasks = self._node.tasks
+            if tasks is not None and self._node.loop is asyncio.get_running_loop():
                 await self._serve_socket(app, scope, receive, send, state, tasks)
             else:
                 await self._serve_elsewhere(app, scope, receive, send, state)
@@ -160,14 +166,15 @@ class ClusterMiddleware:
             scope,
             send,
             tasks=tasks,
-            crosses_loops=self.cluster._crosses_loops,
-            close_timeout=self.cluster.realtime.close_timeout,
+            crosses_loops=self._node.crosses_loops,
+            close_timeout=self._parts.realtime.close_timeout,
+            closes=self._parts.hub.closes,
         )
-        socket.began = self.cluster.hub.logouts.last
+        socket.began = self._parts.hub.logouts.last
         state.socket = socket
-        if (drainer := self.cluster.drainer) is not None:
+        if (drainer := self._parts.supervisor.drainer) is not None:
             drainer.take()
-        handshake = Handshake(self._headers, scope, send, state, socket)
+        handshake = Handshake(self._parts, self._headers, scope, send, state, socket)
         try:
             await app(scope, socket.guard_receive(receive), handshake)
         except Exception as error:
@@ -179,7 +186,7 @@ class ClusterMiddleware:
             what = "message bus" if isinstance(ours, BusUnavailable) else "session store"
             await handshake.accept_and_close(CloseCode.STORE_UNAVAILABLE, f"{what} unavailable")
         finally:
-            self.cluster.hub.unregister(socket)
+            self._parts.hub.unregister(socket)
             socket.detach()
             state.session.unwatch()
             if state.session.unsaved:

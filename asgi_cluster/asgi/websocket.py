@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from asgi_cluster.asgi.headers import SessionHeaders
+from asgi_cluster.cluster import Parts
 from asgi_cluster.codes import CloseCode
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import check_user
@@ -30,11 +31,18 @@ _REASONS = {
 class Handshake:
     """One handshake, and what the app sends after it."""
 
-    __slots__ = ("_headers", "_scope", "_send", "_state", "answered", "socket")
+    __slots__ = ("_headers", "_parts", "_scope", "_send", "_state", "answered", "socket")
 
     def __init__(
-        self, headers: SessionHeaders, scope: Scope, send: Send, state: ScopeState, socket: Socket
+        self,
+        parts: Parts,
+        headers: SessionHeaders,
+        scope: Scope,
+        send: Send,
+        state: ScopeState,
+        socket: Socket,
     ) -> None:
+        self._parts = parts
         self._headers = headers
         self._scope = scope
         self._send = send
@@ -55,7 +63,7 @@ class Handshake:
             raise SocketClosed(self.socket.close_code)
         if kind == "websocket.close":
             self.answered = True
-            self._state.cluster.hub.unregister(self.socket)
+            self._parts.hub.unregister(self.socket)
         elif kind == "websocket.http.response.start":
             self.answered = True
             await self._state.session.commit()
@@ -63,7 +71,7 @@ class Handshake:
         await self._send(message)
 
     async def _accept(self, message: Message) -> None:
-        cluster, session, socket = self._state.cluster, self._state.session, self.socket
+        parts, session, socket = self._parts, self._state.session, self.socket
         self._headers.adopt(self._scope, session)
         code: CloseCode | None = None
         try:
@@ -71,16 +79,16 @@ class Handshake:
             record = session.stored
             user: str | None = None if record is None else record.user
             socket.owner = user
-            if user is None and cluster.identify is not None:
-                found = cluster.identify(self._scope)
+            if user is None and parts.identify is not None:
+                found = parts.identify(self._scope)
                 found = await found if inspect.isawaitable(found) else found
                 user = None if found is None else check_user(found)
             socket.handle = None if record is None else record.handle
             socket.user = user
             # Register, then read: a logout that the read does not see finds the socket in the hub.
-            cluster.hub.register(socket)
+            parts.hub.register(socket)
             if user != socket.owner:
-                cluster.hub.close_if_logged_out(socket, since=socket.began)
+                parts.hub.close_if_logged_out(socket, since=socket.began)
             if session.failure is not None:
                 raise session.failure
             if record is not None:
@@ -88,10 +96,10 @@ class Handshake:
                 if alive is None:
                     code = CloseCode.SESSION_ENDED
                 else:
-                    cluster.verifier.watch(socket, alive)
+                    parts.revalidator.watch(socket, alive)
         except StoreUnavailable:
             code = CloseCode.STORE_UNAVAILABLE
-        if code is None and cluster.draining:
+        if code is None and parts.node.draining:
             # Asked after it was registered: a drain that began before did not find it.
             code = CloseCode.SHUTDOWN
         self.answered = True

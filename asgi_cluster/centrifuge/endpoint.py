@@ -13,12 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from asgi_cluster.centrifuge.client_session import Client
 from asgi_cluster.centrifuge.limits import ConnectionLimits
+from asgi_cluster.centrifuge.services import Services
 from asgi_cluster.codes import CloseCode
 from asgi_cluster.scope import ScopeState
 from asgi_cluster.sockets.socket import Receive, Send
 
 if TYPE_CHECKING:
-    from asgi_cluster.cluster import Cluster
+    from asgi_cluster.config import RealtimeConfig
+    from asgi_cluster.node import Node
+    from asgi_cluster.rooms.rooms import Rooms
+    from asgi_cluster.sockets.hub import Hub
+    from asgi_cluster.sockets.origin import Origins
 
 __all__ = ["Endpoint"]
 
@@ -34,11 +39,15 @@ Headers = list[tuple[bytes, bytes]]
 class Endpoint:
     """An ASGI app, called by the middleware for everything below ``RealtimeConfig.path``."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(
+        self, config: RealtimeConfig, *, node: Node, hub: Hub, rooms: Rooms, origins: Origins, cluster: Any
+    ) -> None:
+        self._config = config
+        self._hub = hub
+        self._origins = origins
         self._cluster = cluster
-        self._config = cluster.realtime
+        self._services = Services(config, node, hub, rooms, ConnectionLimits(rooms, config))
         self._refused_protobuf = False
-        self.limits = ConnectionLimits(cluster.rooms, cluster.realtime)
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         """Serve a file, or a client until it is gone."""
@@ -87,7 +96,7 @@ class Endpoint:
         self, name: str, scope: Mapping[str, Any], receive: Receive, send: Send
     ) -> Client | None:
         await receive()  # websocket.connect
-        refused = 404 if name != "websocket" else 403 if not self._cluster.origins.permit(scope) else None
+        refused = 404 if name != "websocket" else 403 if not self._origins.permit(scope) else None
         if refused is not None:
             state = ScopeState.of(scope)
             await _refuse(scope, send, refused)
@@ -97,14 +106,16 @@ class Endpoint:
         state = ScopeState.of(scope)
         assert state is not None
         assert state.socket is not None
-        socket, hub = state.socket, self._cluster.hub
+        socket = state.socket
         offered = scope.get("subprotocols", ())
         if _PROTOBUF in offered and _SUBPROTOCOL not in offered:
             await self._refuse_protobuf(send)
             return None
         subprotocol = _SUBPROTOCOL if _SUBPROTOCOL in offered else None
         await send({"type": "websocket.accept", "subprotocol": subprotocol, "headers": []})
-        client = Client(socket, self._cluster, state.session, hub.outbox(socket, joins=True))
+        client = Client(
+            self._services, socket, self._cluster, state.session, self._hub.outbox(socket, joins=True)
+        )
         socket.connection = client
         return client
 

@@ -14,7 +14,9 @@ from asgi_cluster.scope import ScopeState
 from asgi_cluster.sockets.socket import Receive, Send
 
 if TYPE_CHECKING:
-    from asgi_cluster.cluster import Cluster
+    from asgi_cluster.rooms.rooms import Rooms
+    from asgi_cluster.sockets.hub import Hub
+    from asgi_cluster.sockets.origin import Origins
 
 __all__ = ["Acceptance", "OriginRefused"]
 
@@ -32,6 +34,9 @@ class Acceptance:
         "_cluster",
         "_connection",
         "_headers",
+        "_hub",
+        "_origins",
+        "_rooms",
         "_subprotocol",
         "_user",
         "_websocket",
@@ -40,7 +45,10 @@ class Acceptance:
     def __init__(
         self,
         websocket: Any,
-        cluster: Cluster,
+        rooms: Rooms,
+        hub: Hub,
+        origins: Origins,
+        cluster: Any,
         *,
         subprotocol: str | None,
         headers: Sequence[tuple[bytes, bytes]],
@@ -48,6 +56,9 @@ class Acceptance:
         check_origin: bool,
     ) -> None:
         self._websocket = websocket
+        self._rooms = rooms
+        self._hub = hub
+        self._origins = origins
         self._cluster = cluster
         self._subprotocol = subprotocol
         self._headers = headers
@@ -56,10 +67,10 @@ class Acceptance:
         self._connection: Connection | None = None
 
     async def __aenter__(self) -> Connection:
-        cluster = self._cluster
+        hub = self._hub
         scope, receive, send = _parts(self._websocket)
         state = ScopeState.of(scope)
-        if state is None or state.socket is None or state.cluster is not cluster:
+        if state is None or state.socket is None or state.node is not self._rooms.node:
             raise RuntimeError(
                 "cluster.accept needs ClusterMiddleware(app, cluster), with this cluster, around the app"
             )
@@ -70,22 +81,24 @@ class Acceptance:
         if in_handshake:
             if _waits_for_connect(self._websocket):
                 await receive()
-            if self._check_origin and not cluster.origins.permit(scope):
+            if self._check_origin and not self._origins.permit(scope):
                 await send({"type": "websocket.close", "code": _POLICY_VIOLATION, "reason": ""})  # a 403
                 socket.close_code = _POLICY_VIOLATION
                 raise OriginRefused
             headers = list(self._headers)
             await send({"type": "websocket.accept", "subprotocol": self._subprotocol, "headers": headers})
-        elif self._check_origin and not cluster.origins.permit(scope):
+        elif self._check_origin and not self._origins.permit(scope):
             socket.close(_POLICY_VIOLATION, str(OriginRefused()))
             await socket.finished()
             raise OriginRefused
         if self._user is not None:
             # For a socket that was open before, there is no time at which the app began to decide.
-            cluster.hub.set_user(socket, self._user, since=socket.since if in_handshake else boot_clock())
-            cluster.hub.close_if_logged_out(socket, since=socket.began, final=in_handshake)
-        outbox = cluster.hub.outbox(socket, joins=False)
-        connection = self._connection = socket.connection = Connection(socket, cluster, state.session, outbox)
+            hub.set_user(socket, self._user, since=socket.since if in_handshake else boot_clock())
+            hub.close_if_logged_out(socket, since=socket.began, final=in_handshake)
+        outbox = hub.outbox(socket, joins=False)
+        connection = self._connection = socket.connection = Connection(
+            socket, self._rooms, hub, self._cluster, state.session, outbox
+        )
         connection._read_with(receive)
         return connection
 
@@ -102,7 +115,7 @@ class Acceptance:
             code, reason = 1011, "internal error"
         connection._stop_reading()
         try:
-            await self._cluster.rooms.leave_all(connection)
+            await self._rooms.leave_all(connection)
         finally:
             socket = connection.socket
             try:

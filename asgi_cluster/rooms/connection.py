@@ -18,9 +18,10 @@ from asgi_cluster.sockets.socket import Message, Receive, Socket
 from asgi_cluster.tasks import spawn
 
 if TYPE_CHECKING:
-    from asgi_cluster.cluster import Cluster
     from asgi_cluster.rooms.local_room import Audience
+    from asgi_cluster.rooms.rooms import Rooms
     from asgi_cluster.sessions.session import Session
+    from asgi_cluster.sockets.hub import Hub
 
 __all__ = ["Connection"]
 
@@ -44,6 +45,7 @@ class Connection:
         "__weakref__",
         "_announced",
         "_gone",
+        "_hub",
         "_idle_timer",
         "_info",
         "_iterated",
@@ -56,13 +58,19 @@ class Connection:
         "cluster",
         "outbox",
         "rooms",
+        "service",
         "session",
         "socket",
     )
 
-    def __init__(self, socket: Socket, cluster: Cluster, session: Session, outbox: Outbox) -> None:
+    def __init__(
+        self, socket: Socket, service: Rooms, hub: Hub, cluster: Any, session: Session, outbox: Outbox
+    ) -> None:
         self.socket = socket
+        self.service = service
+        self._hub = hub
         self.cluster = cluster
+        """The ``Cluster`` that it belongs to."""
         self.session = session
         self.outbox = outbox
         self.rooms: dict[str, Audience] = {}
@@ -105,12 +113,12 @@ class Connection:
         """
         check_room(room)
         self._check_open()
-        await self.cluster.rooms.enter(self, room)
+        await self.service.enter(self, room)
         self._check_open()
 
     async def leave(self, room: str) -> None:
         """Leave a room. Harmless when it is not in it. Raises ``ValueError`` for no valid room name."""
-        await self.cluster.rooms.leave(self, check_room(room))
+        await self.service.leave(self, check_room(room))
 
     async def send(self, data: Any) -> None:
         """Send to this connection: ``str`` and JSON values as text, ``bytes`` as binary. Waits while the
@@ -170,7 +178,7 @@ class Connection:
     def _take(self, message: Message) -> str | bytes:
         if message["type"] != "websocket.receive":
             self._gone = True
-            self.cluster.hub.unregister(self.socket)
+            self._hub.unregister(self.socket)
             raise StopAsyncIteration
         text = message.get("text")
         received: str | bytes = message["bytes"] if text is None else text

@@ -17,14 +17,13 @@ import asyncio
 import hashlib
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
 
-from asgi_cluster.bus.lease import Clock, boot_clock
 from asgi_cluster.exceptions import BusUnavailable, ClusterError
-from asgi_cluster.ids import NodeId
+from asgi_cluster.node import Node
 from asgi_cluster.rooms.history import Declarations, HistoryStore
 from asgi_cluster.rooms.rules import RoomRule, find_rule
 
@@ -71,19 +70,16 @@ class Retention:
         rules: Sequence[RoomRule],
         history: HistoryStore,
         *,
-        node: Callable[[], NodeId],
-        declares: bool,
-        timeout: float,
-        clock: Clock = boot_clock,
+        node: Node,
     ) -> None:
         self._rules = rules
         self._history = history
         self._node = node
-        self._timeout = timeout
-        self._clock = clock
+        self._timeout = node.deadline
+        self._clock = node.clock
         self._declared = b""
         self._keeps = any(rule.history for rule in rules)
-        if declares:
+        if node.listens:
             declared = [_Declared(rule.pattern, rule.history, rule.history_ttl) for rule in rules]
             self._declared = _encoder.encode(declared if self._keeps else [])
         self._digest = hashlib.sha256(self._declared).hexdigest()[:16] if self._declared else ""
@@ -158,7 +154,7 @@ class Retention:
         found = await self._history.declare(
             self._digest,
             self._declared,
-            node=self._node(),
+            node=self._node.id,
             # A publication that began at the last moment of the reading may take the timeout.
             view=VIEW + self._timeout,
             timeout=timeout,
@@ -196,7 +192,7 @@ class Retention:
                 logger.warning(
                     "room rule %r differs: history=%d, history_ttl=%g on node %s, and history=%d, "
                     "history_ttl=%g on node %s. The larger counts; give all nodes the same rules",
-                    *(rule.pattern, here.size, here.ttl, self._node(), there.size, there.ttl, node),
+                    *(rule.pattern, here.size, here.ttl, self._node.id, there.size, there.ttl, node),
                 )
 
     def __repr__(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
@@ -26,7 +26,8 @@ from asgi_cluster.centrifuge.protocol import ClientInfo
 from asgi_cluster.codes import UnsubscribeCode
 from asgi_cluster.config import RealtimeConfig
 from asgi_cluster.exceptions import BusUnavailable, ClusterError
-from asgi_cluster.ids import NodeId, new_token
+from asgi_cluster.ids import new_token
+from asgi_cluster.node import Node
 from asgi_cluster.rooms.connection import Connection
 from asgi_cluster.rooms.delivery import Reception
 from asgi_cluster.rooms.history import Entry, HistoryStore, Page, Position, seal_envelope
@@ -89,24 +90,17 @@ class Rooms:
         presence: PresenceStore,
         hub: Hub,
         config: RealtimeConfig,
-        node: Callable[[], NodeId],
-        deadline: float,
-        listens: bool,
-        ensure_started: Callable[[str], None],
-        tasks: Callable[[], asyncio.TaskGroup | None],
+        node: Node,
     ) -> None:
         self._bus = bus
         self._history = history
-        self._attendance = Attendance(presence, bus, info=self.client_info, timeout=deadline)
+        self._attendance = Attendance(presence, bus, info=self.client_info, timeout=node.deadline)
         self._hub = hub
         self._config = config
-        self._node = node
-        self._deadline = deadline
-        self._ensure_started = ensure_started
-        self._tasks = tasks
+        self.node = node
         self._reception = Reception(hub)
         self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
-        self.retention = Retention(config.rules, history, node=node, declares=listens, timeout=deadline)
+        self.retention = Retention(config.rules, history, node=node)
         bus.on_dead = self.report_dead
 
     def room(self, name: str) -> Room:
@@ -132,7 +126,7 @@ class Rooms:
         info: bytes | None = None,
     ) -> Position | None:
         """Hand an encoded payload to the bus. As ``Room.broadcast``."""
-        self._ensure_started("broadcasting")
+        self.node.ensure_started("broadcasting")
         if len(data) > self._config.max_broadcast_bytes:
             raise ValueError(
                 f"a broadcast of {len(data)} bytes: max_broadcast_bytes is {self._config.max_broadcast_bytes}"
@@ -141,7 +135,7 @@ class Rooms:
             kind,
             data,
             idempotency_key or new_token(),
-            self._node(),
+            self.node.id,
             exclude=exclude,
             key=key,
             client=client,
@@ -152,7 +146,7 @@ class Rooms:
         if local:
             self._reception.follow(message.id)
         try:
-            timeout = await self.retention.refresh(self._deadline)
+            timeout = await self.retention.refresh(self.node.deadline)
             kept = self.retention.of(room)
             if kept is None:
                 if idempotency_key is not None:
@@ -184,8 +178,8 @@ class Rooms:
         self, room: str, *, limit: int | None, since: Position | None, reverse: bool = False
     ) -> Page:
         """A page of history. As ``Room.history``."""
-        self._ensure_started("reading history")
-        timeout = await self.retention.refresh(self._deadline)
+        self.node.ensure_started("reading history")
+        timeout = await self.retention.refresh(self.node.deadline)
         kept = self.retention.of(room)
         if kept is None:
             raise ValueError(f"no rule gives {room!r} a history, neither here nor on any node")
@@ -217,7 +211,7 @@ class Rooms:
         return await self._attendance.stats(room)
 
     def _check_presence(self, room: str) -> None:
-        self._ensure_started("presence")
+        self.node.ensure_started("presence")
         found = self.rule(room)
         if found is None or not found[0].presence:
             raise ValueError(f"no rule gives {room!r} presence")
@@ -235,12 +229,14 @@ class Rooms:
 
     async def expel(self, room: str, user: str | None) -> None:
         """As ``Room.disconnect``."""
-        message = Disconnect(user, None, room, UnsubscribeCode.SERVER, "server unsubscribe", self._node())
+        message = Disconnect(user, None, room, UnsubscribeCode.SERVER, "server unsubscribe", self.node.id)
         await self._send(room, message)
 
     async def _send(self, room: str, message: Message) -> None:
-        self._ensure_started("sending to a room")
-        await self._bus.publish_room(room, seal_envelope(None, 0, encode(message)), timeout=self._deadline)
+        self.node.ensure_started("sending to a room")
+        await self._bus.publish_room(
+            room, seal_envelope(None, 0, encode(message)), timeout=self.node.deadline
+        )
 
     # Members
 
@@ -251,7 +247,7 @@ class Rooms:
         Raises:
             BusUnavailable, StoreUnavailable: not entered.
         """
-        self._ensure_started("joining a room")
+        self.node.ensure_started("joining a room")
         async with self._turn(connection, room):
             already = connection.rooms.get(room)
             if already is not None:
@@ -264,7 +260,7 @@ class Rooms:
         found = self.rule(room)
         rule = None if found is None else found[0]
         try:
-            await self.retention.refresh(self._deadline)
+            await self.retention.refresh(self.node.deadline)
         except BusUnavailable:
             # Entering publishes nothing, and a room without history can be entered while the bus is down.
             logger.debug("a room is entered by the rules that were read last")
@@ -366,7 +362,7 @@ class Rooms:
                 history=self._history,
                 size=kept.size,
                 ttl=kept.ttl,
-                timeout=self._deadline,
+                timeout=self.node.deadline,
                 epoch=lambda: self.retention.epoch,
                 lease=lambda: self._bus.room_lease(room),
                 deliver=lambda entry: self._reception.deliver(audience, entry.payload, entry.offset),
@@ -377,8 +373,9 @@ class Rooms:
 
     def _start(self, audience: Audience | None, work: Coroutine[Any, Any, None]) -> None:
         """Run ``work`` in the cluster's task group; where there is none, in that of a member's socket."""
-        tasks = self._tasks()
-        if tasks is not None:
+        tasks = self.node.tasks
+        # On memory:// the work belongs to other loops, too, and goes with a socket there.
+        if tasks is not None and not self.node.crosses_loops:
             _spawn(tasks, work)
             return
         for found in self._hub.audiences() if audience is None else (audience,):
@@ -427,8 +424,8 @@ class Rooms:
         """This node's registry removed a dead node: every node gets a message, because each has rooms of its
         own.
         """
-        payload = encode(NodeDied(node, incarnation, self._node()))
-        self._start(None, self._bus.publish_bucket(0, payload, timeout=self._deadline))
+        payload = encode(NodeDied(node, incarnation, self.node.id))
+        self._start(None, self._bus.publish_bucket(0, payload, timeout=self.node.deadline))
 
     def __repr__(self) -> str:
         return f"<Rooms, {len(self._hub.audiences())} with members here>"

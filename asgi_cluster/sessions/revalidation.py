@@ -18,6 +18,7 @@ from typing import Protocol
 from asgi_cluster.codes import CloseCode
 from asgi_cluster.exceptions import ClusterError, StoreUnavailable
 from asgi_cluster.ids import Handle, UserId
+from asgi_cluster.node import Node
 from asgi_cluster.sessions.reads import CachedStore
 from asgi_cluster.sessions.store import UserLogout
 from asgi_cluster.sockets.socket import Socket
@@ -68,15 +69,14 @@ class Verifier:
         store: CachedStore,
         sockets: OpenSockets,
         *,
-        deadline: float,
+        node: Node,
         unverified_limit: float,
-        clock: Callable[[], float],
     ) -> None:
         self._store = store
         self._sockets = sockets
-        self._deadline = deadline
+        self._deadline = node.deadline
         self._unverified_limit = unverified_limit
-        self._clock = clock
+        self._clock = node.clock
         self._wake: asyncio.Event | None = None
 
     def wake(self) -> None:

@@ -9,13 +9,13 @@ from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, S
 from time import monotonic
 from typing import Protocol, TypeVar
 
-from asgi_cluster.bus.bus import NodeInfo
-from asgi_cluster.bus.lease import boot_clock
+from asgi_cluster.bus.bus import Bus
 from asgi_cluster.bus.messages import Changed, Ended, UserEnded, encode
 from asgi_cluster.codes import CloseCode
 from asgi_cluster.config import SessionConfig
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import Handle, NodeId, UserId, bucket_of
+from asgi_cluster.node import Node
 from asgi_cluster.sessions.cookies import Cookie
 from asgi_cluster.sessions.ended import SessionEnded
 from asgi_cluster.sessions.reads import CachedStore
@@ -79,28 +79,20 @@ class SessionService:
         store: CachedStore,
         config: SessionConfig,
         *,
-        deadline: float,
+        node: Node,
+        bus: Bus,
         sockets: LocalSockets,
-        node: Callable[[], NodeId],
-        listens: bool,
-        reachable: Callable[[float], Awaitable[None]],
-        nodes: Callable[[float], Awaitable[Mapping[NodeId, NodeInfo]]],
-        ensure_started: Callable[[str], None],
     ) -> None:
         self.store = store
         self.config = config
-        self.deadline = deadline
+        self.node = node
         self.cookie = Cookie(config.cookie)
         self.rolling = config.cookie.rolling
         self.acks = Acknowledgements()
-        self.tombstones = Tombstones(store, self._end_again, deadline=deadline, clock=boot_clock)
+        self.tombstones = Tombstones(store, self._end_again, deadline=node.deadline, clock=node.clock)
         store.ended = self.tombstones
-        self.ensure_started = ensure_started
+        self._bus = bus
         self._sockets = sockets
-        self._node = node
-        self._listens = listens
-        self._reachable = reachable
-        self._nodes = nodes
 
     def longest(self, lifetime: float | None) -> float:
         """The absolute timeout of a login with this ``lifetime``."""
@@ -110,11 +102,11 @@ class SessionService:
 
     def changed(self, handle: Handle) -> bytes:
         """The message that a session's record changed."""
-        return encode(Changed(handle, self._node()))
+        return encode(Changed(handle, self.node.id))
 
     def ended(self, handle: Handle, reason: str) -> bytes:
         """The message that a session is over, when its end is not waited for."""
-        return encode(Ended(handle, CloseCode.SESSION_ENDED, reason, self._node()))
+        return encode(Ended(handle, CloseCode.SESSION_ENDED, reason, self.node.id))
 
     def was_ended(self, handle: Handle, reason: str, run_id: str | None) -> None:
         """The store has ended a session on the server ``run_id``, which was asked for before: what ``end``
@@ -158,7 +150,7 @@ class SessionService:
         """
 
         async def commit(pending: PendingAck, budget: Budget) -> Ending:
-            message = encode(Ended(handle, code, reason, self._node(), pending.id))
+            message = encode(Ended(handle, code, reason, self.node.id, pending.id))
             # Asked before: whatever the server is replaced with afterwards, that is then another one.
             run_id = self.store.run_id(int(handle[:2], 16))
             ending = await budget.spend(
@@ -189,7 +181,7 @@ class SessionService:
         """End every session of a user but ``keep``. Returns and raises as ``end``."""
 
         async def commit(pending: PendingAck, budget: Budget) -> Ending:
-            message = encode(UserEnded(user, keep, code, reason, self._node(), pending.id))
+            message = encode(UserEnded(user, keep, code, reason, self.node.id, pending.id))
             run_id = self.store.run_id(bucket_of(user))
             ending = await budget.spend(
                 lambda left: self.store.end_all(
@@ -210,10 +202,10 @@ class SessionService:
 
     def watch(self, record: Record) -> SessionEnded:
         """The end of this session, until ``unwatch``."""
-        self.ensure_started("waiting for the end of a session")
+        self.node.ensure_started("waiting for the end of a session")
 
         async def left() -> float | None:
-            fresh = await self.store.read_fresh(record.handle, timeout=self.deadline)
+            fresh = await self.store.read_fresh(record.handle, timeout=self.node.deadline)
             return None if fresh is None else fresh.expires_in
 
         ended = SessionEnded(record.handle, record.user, left)
@@ -230,7 +222,7 @@ class SessionService:
 
     async def _end_again(self, handle: Handle) -> None:
         message = encode(Ended(handle, CloseCode.SESSION_ENDED, "session ended", ""))
-        await self.store.end(handle, message=message, timeout=self.deadline)
+        await self.store.end(handle, message=message, timeout=self.node.deadline)
         self._sockets.close_session(handle, CloseCode.SESSION_ENDED, "session ended")
 
     async def _end(
@@ -241,19 +233,19 @@ class SessionService:
         timeout: float,
         budget: Budget | None,
     ) -> LogoutReceipt:
-        self.ensure_started("logging out")
+        self.node.ensure_started("logging out")
         clock = asyncio.get_running_loop().time
         started, began = clock(), monotonic()
         if timeout > 0:
-            await self._reachable(min(timeout, self.deadline) / 2)
+            await self._bus.reachable(timeout=min(timeout, self.node.deadline) / 2)
         pending = self.acks.open()
         try:
-            ending = await commit(pending, budget or Budget(self.deadline))
+            ending = await commit(pending, budget or Budget(self.node.deadline))
             committed = clock()
             closed_here = close_here(ending)
-            if self._listens:
+            if self.node.listens:
                 # This node does not wait for its own message: its bus may be the one that is down.
-                pending.add(self._node(), closed_here)
+                pending.add(self.node.id, closed_here)
             serves_for = self.config.serves_for
             complete = await self.acks.wait_for(pending, ending.nodes, timeout=min(timeout, serves_for))
             if not complete and timeout >= serves_for:
@@ -290,7 +282,7 @@ class SessionService:
     async def _longest_service(self, missing: Sequence[str]) -> float:
         """Seconds after which none of these nodes serves a session that was ended without its knowledge."""
         try:
-            nodes = await self._nodes(self.deadline)
+            nodes = await self._bus.nodes(timeout=self.node.deadline)
         except StoreUnavailable:
             return math.inf
         known = [

@@ -348,8 +348,8 @@ class StoredSession(SessionData):
         # A request's until its response starts. After that the session lives on, for hours on a WebSocket,
         # and each call has a deadline of its own.
         if self._budget is None or self._headers_sent:
-            self._service.ensure_started("using a session")
-            self._budget = Budget(self._service.deadline)
+            self._service.node.ensure_started("using a session")
+            self._budget = Budget(self._service.node.deadline)
         return self._budget
 
     async def _spend(self, work: Any) -> Any:
@@ -475,7 +475,7 @@ class StoredSession(SessionData):
                         handle,
                         code=CloseCode.FORCE_RECONNECT,
                         reason="signed in",
-                        timeout=0.0 if anonymous else self._service.deadline,
+                        timeout=0.0 if anonymous else self._service.node.deadline,
                         budget=self._allowance(),
                         expected=expected,
                     )

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from asgi_cluster.bus.lease import boot_clock
 from asgi_cluster.ids import ConnectionId, new_token
-from asgi_cluster.scope import ScopeState
 from asgi_cluster.sockets.server import (
     closes_in_task,
     discard,
@@ -88,6 +87,7 @@ class Socket:
 
     __slots__ = (
         "__weakref__",
+        "_closes",
         "_closing",
         "_receiving",
         "began",
@@ -120,6 +120,7 @@ class Socket:
         tasks: asyncio.TaskGroup,
         crosses_loops: bool,
         close_timeout: float,
+        closes: Closes,
     ) -> None:
         self.id = ConnectionId(new_token())
         self.scope = scope
@@ -127,6 +128,7 @@ class Socket:
         self.tasks = tasks
         self.crosses_loops = crosses_loops
         self.close_timeout = close_timeout
+        self._closes = closes
         self.loop = asyncio.get_running_loop()
         self.handle: str | None = None
         self.user: str | None = None
@@ -220,7 +222,6 @@ class Socket:
             return True
         if self._closing is None:
             self._closing = self.loop.create_future()
-        closes = self._closes
         try:
             task = spawn(self.tasks, self._finish_close(rest), name="asgi-cluster close")
             # Cancelled before its first step it has not even begun to await this.
@@ -230,8 +231,7 @@ class Socket:
             self._closing.set_result(None)
             self.abort()  # the node is stopping and takes no more work
             return False
-        if closes is not None:
-            closes.under_way.add(self)
+        self._closes.under_way.add(self)
         return True
 
     async def finished(self) -> None:
@@ -270,8 +270,7 @@ class Socket:
         except (OSError, RuntimeError):
             return  # closed by the app or the client in the same moment
         finally:
-            if (closes := self._closes) is not None:
-                closes.finished(self, failed=not sent)
+            self._closes.finished(self, failed=not sent)
             # Only now: an app that returns before the close went out makes some servers send another code.
             if self._closing is not None and not self._closing.done():
                 self._closing.set_result(None)
@@ -304,11 +303,6 @@ class Socket:
         assert self._closing is not None
         return self._closing
 
-    @property
-    def _closes(self) -> Closes | None:
-        state = ScopeState.of(self.scope)
-        return None if state is None else state.cluster.hub.closes
-
     def detach(self) -> None:
         """The ASGI call is over: nothing may be sent any more, nothing is waited for."""
         self.state = "closed"
@@ -321,8 +315,7 @@ class Socket:
             self._receiving.exception()  # retrieved here: it is not awaited any more
         if self._closing is not None and not self._closing.done():
             self._closing.cancel()
-        if (closes := self._closes) is not None:
-            closes.under_way.discard(self)
+        self._closes.under_way.discard(self)
         # What is left refers to the app's scope and buffers, and a stored socket would keep them alive.
         self.connection = None
 

@@ -396,7 +396,7 @@ async def test_unknown_server_has_the_close_before_the_app_hears_of_it(prefix: s
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(ClusterMiddleware(app, cluster)(scope, inbox.get, send))
         await eventually(lambda: "websocket.accept" in events)
-        assert cluster.hub.close_user("ada", 4501, "logged out") == 1
+        assert cluster._parts.hub.close_user("ada", 4501, "logged out") == 1
     assert events == ["websocket.accept", "websocket.close", "app told"]
 
 

@@ -236,7 +236,7 @@ async def test_a_logout_everywhere_says_what_it_ended(valkey: Server, prefix: st
         await create(store, "bob")
         assert (await one.user("ada").logout(exclude=kept.handle)).complete
         for cluster in (one, two):
-            assert set(cluster.service.tombstones) == {made.handle for made in ended}
+            assert set(cluster._parts.service.tombstones) == {made.handle for made in ended}
         assert (await one.user("ada").logout()).sessions == 1
         assert kept.handle in set(two.service.tombstones)
         assert (await one.user("nobody").logout()).sessions == 0
@@ -245,16 +245,16 @@ async def test_a_logout_everywhere_says_what_it_ended(valkey: Server, prefix: st
 async def test_a_logout_in_doubt_is_not_remembered(valkey: Server, prefix: str) -> None:
     """Lost on the way there: no node has committed it, so no node may do it later."""
     async with Proxy(valkey.url) as proxy, node(proxy.url, prefix) as cluster:
-        store = cluster.service.store
+        store = cluster._parts.service.store
         made = await create(store)
         proxy.lose(b"EVALSHA")
         with pytest.raises(StoreUnavailable) as error:
             await cluster.session(made.handle).logout()
         assert error.value.outcome_unknown
-        assert len(cluster.service.tombstones) == 0
+        assert len(cluster._parts.service.tombstones) == 0
         await eventually(lambda: _exists(store, made.handle))
         await cluster.session(made.handle).logout()
-        assert len(cluster.service.tombstones) == 1
+        assert len(cluster._parts.service.tombstones) == 1
 
 
 async def _exists(store: CachedStore, handle: Handle) -> bool:
@@ -272,7 +272,9 @@ async def test_what_is_remembered_is_bounded(valkey: Server, prefix: str) -> Non
         async def never(handle: Handle) -> None:
             raise AssertionError(handle)
 
-        stones = Tombstones(cluster.service.store, never, deadline=1, clock=lambda: now, limit=100, kept=60)
+        stones = Tombstones(
+            cluster._parts.service.store, never, deadline=1, clock=lambda: now, limit=100, kept=60
+        )
         for _ in range(150):
             stones.remember(new_handle(None), "gone")
         assert len(stones) == 100

@@ -172,9 +172,9 @@ async def test_malformed_room_message_reaches_no_member(valkey: Server, prefix: 
     got: list[Any] = []
 
     async with Cluster(valkey.url, prefix=prefix, realtime=RealtimeConfig(rules=rules)) as cluster:
-        await cluster.hub.hold("r")
-        deliver = cluster.rooms._reception._deliver_published
-        cluster.rooms._reception._deliver_published = lambda audience, message, offset, **how: (  # type: ignore[method-assign]
+        await cluster._parts.hub.hold("r")
+        deliver = cluster._parts.rooms._reception._deliver_published
+        cluster._parts.rooms._reception._deliver_published = lambda audience, message, offset, **how: (  # type: ignore[method-assign]
             got.append(message.data),
             deliver(audience, message, offset, **how),
         )[1]
@@ -217,7 +217,7 @@ async def test_room_that_was_tampered_with(
             else:
                 client.hset(name, mapping=damage)
             if key == "in":
-                node, incarnation = cluster._backend.bus.identity()  # type: ignore[attr-defined]
+                node, incarnation = cluster._parts.backend.bus.identity()  # type: ignore[attr-defined]
                 for number, info in enumerate((b"\xff", b"[]", b"{", DEEP_JSON)):
                     client.hset(name, b"c%d\xff" % number, f"{node} {incarnation}\n".encode() + info)
         assert await room.presence() == []

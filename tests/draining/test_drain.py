@@ -284,7 +284,7 @@ async def test_sigterm_that_is_held_back_is_raised_again(
                     raise KeyError("injected")
                 await asyncio.Event().wait()
 
-            monkeypatch.setattr(cluster.hub, "drain", drain)
+            monkeypatch.setattr(cluster._parts.hub, "drain", drain)
             signal.raise_signal(signal.SIGTERM)
             await asyncio.wait_for(begun.wait(), 10)
             if what == "the drain fails":

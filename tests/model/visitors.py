@@ -79,10 +79,10 @@ class Deaf:
     """Between the bus and a node: while it is deaf, messages wait."""
 
     def __init__(self, cluster: Cluster) -> None:
-        self._hear = cluster._dispatch.session_message
+        self._hear = cluster._parts.dispatch.session_message
         self._held: list[bytes] = []
         self.deaf = False
-        cluster._dispatch.session_message = self._message  # type: ignore[method-assign]
+        cluster._parts.dispatch.session_message = self._message  # type: ignore[method-assign]
 
     def _message(self, payload: bytes) -> None:
         if self.deaf:
@@ -135,7 +135,7 @@ class Visitor:
         self.buses = [Deaf(cluster) for cluster in clusters]
         self.faults: list[str] = []
         for cluster in clusters:
-            cluster.service.store._store = Store(cluster.service.store._store, self)  # type: ignore[assignment]
+            cluster._parts.service.store._store = Store(cluster._parts.service.store._store, self)  # type: ignore[assignment]
         self.now = 0
         self.numbers = iter(range(1, 10_000))
         self.cookie = self.earlier = ""
@@ -221,7 +221,7 @@ class Visitor:
         for bus in self.buses:
             bus.heal()
         for cluster in self.clusters:
-            await cluster.service.tombstones._check()
+            await cluster._parts.service.tombstones._check()
 
     # One request
 

@@ -155,7 +155,7 @@ async def test_shutdown_reconnects(lone_site: Site, modules: Path) -> None:
     """3001 makes the client come back."""
     node = await lone_site.node(rules=[OPEN])
     async with sdk(modules, node) as client:
-        await node.cluster.hub.drain(0.01)
+        await node.cluster._parts.hub.drain(0.01)
         await client.wait("connecting", code=3001)
         await eventually(lambda: client.seen("connected") == 2)
 

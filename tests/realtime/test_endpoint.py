@@ -318,7 +318,7 @@ async def test_name_of_the_packages_own(site: Site, name: str, kind: str) -> Non
     node = await site.node(rules=[OPEN], **limit)
     cookie = await sign_in(node, "ada")
     async with node.client(cookie) as client:
-        (connection,) = node.cluster.hub.connections()
+        (connection,) = node.cluster._parts.hub.connections()
         own = f"\x1f{kind}\x1f{'ada' if kind == 'user' else connection.session.handle}"
         assert own in connection._present
         reply = await client.call(name, {"channel": own, "data": 1})
@@ -629,7 +629,7 @@ async def test_nothing_comes_before_the_connect_reply(
     await first.broadcast("old")
     async with node.raw() as observer:
         await observer.call("connect", {})
-        enter = node.cluster.rooms.enter
+        enter = node.cluster._parts.rooms.enter
 
         async def enter_slowly(connection: Any, room: str, **options: Any) -> Any:
             if room != "kept:a":
@@ -637,7 +637,7 @@ async def test_nothing_comes_before_the_connect_reply(
                 assert await observer.pub() == f"before {room}"
             return await enter(connection, room, **options)
 
-        monkeypatch.setattr(node.cluster.rooms, "enter", enter_slowly)
+        monkeypatch.setattr(node.cluster._parts.rooms, "enter", enter_slowly)
         subs: dict[str, Any] = {}
         for _ in range(2):
             async with node.raw() as client:
@@ -674,7 +674,7 @@ async def test_close_before_the_connect_reply(lone_site: Site, monkeypatch: pyte
         on_disconnect=lambda *arguments: told.append(arguments),
         close_timeout=30,
     )
-    enter = node.cluster.rooms.enter
+    enter = node.cluster._parts.rooms.enter
 
     async def enter_slowly(connection: Any, room: str, **options: Any) -> Any:
         if room == "open:b":
@@ -683,11 +683,11 @@ async def test_close_before_the_connect_reply(lone_site: Site, monkeypatch: pyte
             await stay.wait()
         return await enter(connection, room, **options)
 
-    monkeypatch.setattr(node.cluster.rooms, "enter", enter_slowly)
+    monkeypatch.setattr(node.cluster._parts.rooms, "enter", enter_slowly)
     async with node.raw() as client:
         await client.send({"id": 1, "connect": {}})
         await entering.wait()
-        (connection,) = node.cluster.hub.connections()
+        (connection,) = node.cluster._parts.hub.connections()
         await connection.close(3503, "out")
         with pytest.raises(websockets.ConnectionClosed):
             await asyncio.wait_for(client.ws.recv(), 10)

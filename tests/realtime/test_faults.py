@@ -76,13 +76,13 @@ async def test_registration_lost(site: Site, redis_url: str) -> None:
         room = other.cluster.room("kept:a")
         before = {member.connection_id for member in await room.presence()}
         assert len(before) == 2
-        incarnation = node.cluster._backend.bus.incarnation
+        incarnation = node.cluster._parts.backend.bus.incarnation
         with start_client(redis_url) as redis:
             redis.hdel(f"{site.prefix}:{{nodes}}:all", node.cluster.node)
             redis.delete(f"{site.prefix}:{{nodes}}:beat:{node.cluster.node}")
 
         async def back() -> bool:
-            now = node.cluster._backend.bus.incarnation
+            now = node.cluster._parts.backend.bus.incarnation
             owner = f"{node.cluster.node} {now}".encode()
             with start_client(redis_url) as redis:
                 entries = redis.hvals(f"{site.prefix}:{{room:kept:a}}:in")
@@ -206,7 +206,7 @@ async def test_many_come_back_at_once(redis_site: Site) -> None:
             for number in range(1, 6):
                 await node.cluster.room(room).broadcast(number)
     await eventually(lambda: node.cluster.stats().realtime.rooms == 0)
-    history = node.cluster.rooms._history
+    history = node.cluster._parts.rooms._history
     reads: list[str] = []
 
     class Counting:
@@ -217,7 +217,7 @@ async def test_many_come_back_at_once(redis_site: Site) -> None:
             reads.append(room)
             return await history.read(room, **options)
 
-    node.cluster.rooms._history = Counting()  # type: ignore[assignment]
+    node.cluster._parts.rooms._history = Counting()  # type: ignore[assignment]
     async with AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(node.client()) for _ in range(200)]
         commands = [

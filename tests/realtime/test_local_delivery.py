@@ -24,7 +24,7 @@ async def test_broadcast_in_doubt_is_delivered_once(
     """Whether the bus brought it before the reply was given up, brings it later, or lost it."""
     rules = [RoomRule("news", subscribe=True)]
     cluster = Cluster(f"memory://{prefix}", realtime=RealtimeConfig(rules=rules, on_bus_error="local"))
-    bus = cluster._backend.bus
+    bus = cluster._parts.backend.bus
     publish = bus.publish_room
     late: list[tuple[str, bytes]] = []
 

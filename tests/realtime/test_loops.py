@@ -25,7 +25,7 @@ async def test_test_client_beside_another_loop(prefix: str) -> None:
 
     async def app(websocket: WebSocket) -> None:
         async with cluster.accept(websocket, user_id="ada") as connection:
-            groups.append(connection.socket.tasks is cluster.tasks)
+            groups.append(connection.socket.tasks is cluster._parts.node.tasks)
             await connection.join("room")
             await connection.send("ready")
             async for message in connection:
@@ -59,7 +59,7 @@ async def test_test_client_beside_another_loop(prefix: str) -> None:
         strangers = asyncio.all_tasks() - before - {visiting}
         await cluster.room("room").broadcast("from here")
         await closing.wait()
-        assert cluster.hub.close_user("ada", 4000, "enough") == 1
+        assert cluster._parts.hub.close_user("ada", 4000, "enough") == 1
         heard, code = await visiting
     assert heard == ["ready", *(f"echo {number}" for number in range(_ROUNDS)), "from here"]
     assert code == 4000

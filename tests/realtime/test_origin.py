@@ -16,7 +16,7 @@ from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket
 
 from asgi_cluster import Cluster, ClusterMiddleware, CookieConfig, SessionConfig
-from asgi_cluster.asgi.origin import Origins
+from asgi_cluster.sockets.origin import Origins
 from tests.realtime.conftest import sign_in
 from tests.realtime.site import Node, Site
 from tests.realtime.test_connection import UVICORN, cluster_of
@@ -179,7 +179,7 @@ async def test_log_is_bounded(lone_site: Site, caplog: pytest.LogCaptureFixture)
     """
     node = await lone_site.node()
     clock = Clock()
-    node.cluster.origins = Origins(None, clock=clock)
+    node.cluster._parts.origins = Origins(None, clock=clock)
 
     def logged() -> list[str]:
         return [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]

@@ -166,7 +166,7 @@ async def stalled(node: Node) -> AsyncIterator[sockets.socket]:
 
 def deliver(node: Node, data: str | bytes, key: str | None = None) -> None:
     """Straight into the hub: what the bus does with it is not the point here."""
-    audience = node.cluster.hub.audience("room")
+    audience = node.cluster._parts.hub.audience("room")
     assert audience is not None
     binary = isinstance(data, bytes)
     audience.deliver(Packet(data if isinstance(data, bytes) else data.encode(), binary=binary), None, key=key)

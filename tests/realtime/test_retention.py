@@ -113,7 +113,7 @@ async def test_rule_that_keeps_nothing_here(site: Site) -> None:
         assert (await subscribed(client))["recoverable"]
         assert await node.cluster.room("kept:a").broadcast(1) is not None
         assert "offset" in (await client.push())["pub"]
-        audience = node.cluster.hub.audience("kept:a")
+        audience = node.cluster._parts.hub.audience("kept:a")
         assert audience is not None
         assert audience.slow == "disconnect"
 
@@ -148,7 +148,7 @@ async def test_history_that_no_rule_has_any_more(site: Site) -> None:
     await eventually(forgotten, timeout=15)
     async with node.client() as client:
         assert "recoverable" not in await subscribed(client)
-        audience = node.cluster.hub.audience("kept:a")
+        audience = node.cluster._parts.hub.audience("kept:a")
         assert audience is not None
         assert audience.slow == "drop"
 
@@ -203,7 +203,7 @@ async def test_room_without_history_is_entered_while_the_bus_is_down(redis_site:
         node = await Site(proxy.url, redis_site.prefix, stack).node(rules=[OTHER])
         async with node.client() as client:
             proxy.cut()
-            retention = node.cluster.rooms.retention
+            retention = node.cluster._parts.rooms.retention
             await eventually(lambda: not node.cluster.stats().bus.connected)
             retention._until = 0.0
             assert "subscribe" in await client.call("subscribe", {"channel": "other:a"})

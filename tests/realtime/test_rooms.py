@@ -123,7 +123,7 @@ async def test_failed_entry_leaves_nothing(lone_site: Site, monkeypatch: pytest.
 
     async with node.client() as client:
         with monkeypatch.context() as patch:
-            patch.setattr(node.cluster.rooms, "_history", SimpleNamespace(read=fail))
+            patch.setattr(node.cluster._parts.rooms, "_history", SimpleNamespace(read=fail))
             reply = await client.call("subscribe", {"channel": "kept:a"})
             assert reply["error"] == {"code": 100, "message": "internal server error", "temporary": True}
         assert node.cluster.stats().realtime.rooms == 0

@@ -65,7 +65,7 @@ async def test_background_work_that_fails(
         assert cluster.ready
         assert cluster.stats().failing == {}
         monkeypatch.setattr(kind, method, broken)
-        cluster.verifier.wake()
+        cluster._parts.revalidator.wake()
         await eventually(lambda: not cluster.ready)
         assert cluster.stats().failing == {name: "KeyError"}
         assert "KeyError: 'injected'" in caplog.text
@@ -107,10 +107,10 @@ async def test_work_of_the_backend_that_fails(
         client_for(cluster) as browser,
     ):
         monkeypatch.setattr(kind, method, broken)
-        bus: Any = cluster._backend.bus
+        bus: Any = cluster._parts.backend.bus
         for subscriber in list(bus._sessions._subscribers.values()):
             subscriber._link.abort("broken by the test")
-        backend: Any = cluster._backend
+        backend: Any = cluster._parts.backend
         if kind is CommandLink:
             backend._topology.drop("broken by the test")
         await eventually(lambda: cluster.stats().failing == {name: "KeyError"}, timeout=15)
@@ -141,8 +141,8 @@ async def test_cluster_that_ends_says_so(
 
     cluster = Cluster(cluster_url, prefix=prefix)
     await cluster.__aenter__()
-    assert cluster.tasks is not None
-    cluster.tasks.create_task(fails())
+    assert cluster._parts.node.tasks is not None
+    cluster._parts.node.tasks.create_task(fails())
     await eventually(lambda: "KeyError: 'injected'" in caplog.text)
     assert [record.levelno for record in caplog.records if record.exc_info] == [logging.CRITICAL]
     await eventually(lambda: not cluster.started)
@@ -185,8 +185,8 @@ async def test_socket_that_is_gone_while_its_session_is_checked(
         address = f"{here.nodes[0].ws_url}/ws/careful"
         async with websockets.connect(address, additional_headers=cookies(browser)):
             await eventually(lambda: cluster.stats().realtime.connections == 1)
-            (socket,) = (weakref.ref(found) for found in cluster.hub._sockets)
-            read = cluster.service.store.read_fresh
+            (socket,) = (weakref.ref(found) for found in cluster._parts.hub._sockets)
+            read = cluster._parts.service.store.read_fresh
 
             async def slowly(*args: Any, **options: Any) -> Any:
                 await gate.pass_through()
@@ -196,7 +196,7 @@ async def test_socket_that_is_gone_while_its_session_is_checked(
             record = await read(handle, timeout=5)
             assert record is not None
             record = msgspec.structs.replace(record, expires_in=600.0)  # as if it had been used meanwhile
-            monkeypatch.setattr(cluster.service.store, "read_fresh", slowly)
+            monkeypatch.setattr(cluster._parts.service.store, "read_fresh", slowly)
             await gate.reached.wait()
         await eventually(lambda: cluster.stats().realtime.connections == 0)
         gate.open.set()

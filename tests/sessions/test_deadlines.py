@@ -350,7 +350,7 @@ async def test_login_in_a_stall(prefix: str) -> None:
 
             try:
                 assert (await browser.on(cluster, sign_in)).status_code == 503
-                assert len(cluster.service.tombstones) == 1
+                assert len(cluster._parts.service.tombstones) == 1
             finally:
                 own.resume()
 

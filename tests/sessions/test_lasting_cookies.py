@@ -184,7 +184,7 @@ async def test_remembered_session_lasts_while_it_is_used(rolling: Cluster) -> No
     for cluster, longest in ((rolling, 365 * DAY), (plain, 30 * DAY)):
         async with client_for(cluster) as client:
             made = await client.post(f"/login?user=ada&lifetime={30 * DAY}")
-        record = await cluster.service.store.read_fresh(made.json()["handle"], timeout=5)
+        record = await cluster._parts.service.store.read_fresh(made.json()["handle"], timeout=5)
         assert record is not None
         assert record.idle == 30 * DAY
         assert record.absolute_in == pytest.approx(longest, abs=60)

@@ -123,7 +123,7 @@ async def test_error_of_another_kind(
     def fail(*arguments: Any, **options: Any) -> Any:
         raise ZeroDivisionError("inside")
 
-    monkeypatch.setattr(cluster._backend, "open", fail)
+    monkeypatch.setattr(cluster._parts.backend, "open", fail)
     async with serve(app, lifespan="off") as node, httpx.AsyncClient(base_url=node.url) as http:
         assert [(await http.get("/visit")).status_code for _ in range(3)] == [503] * 3
     assert caplog.text.count("ZeroDivisionError: inside") == 1

@@ -143,7 +143,7 @@ ROUTES = [Route("/add", add_to_cart), Route("/empty", empty_cart)]
 
 async def everything(first: Node, second: Node, user: str) -> None:
     """Sessions, rooms with history and presence, and logouts, on two nodes."""
-    store = second.cluster.service.store
+    store = second.cluster._parts.service.store
     async with httpx.AsyncClient(base_url=first.http) as http:
         response = await http.get("/login", params={"user": user})
         cookie, handle = response.headers["set-cookie"].partition(";")[0], response.json()

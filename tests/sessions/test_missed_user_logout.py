@@ -211,7 +211,7 @@ async def test_lost_message_on_every_backend(
             patch.setattr(near._dispatch, "session_message", lost.append)
             assert (await here.clusters[0].user("ada").logout(timeout=0)).sockets_closed == 0
             await eventually(lambda: lost)
-        near.verifier.wake()
+        near._parts.revalidator.wake()
         assert await code(ada) == 4501
         assert await answers(bob)
         await bob.close()

@@ -33,7 +33,7 @@ async def test_sessions_of_ten_thousand_sockets_are_revalidated_after_a_gap(pref
             for handle, _ in pairs:
                 socket = Socket({}, send, tasks=tasks, crosses_loops=False, close_timeout=1.0)
                 socket.handle = handle
-                cluster.hub.register(socket)
+                cluster._parts.hub.register(socket)
                 socket.opened()
             raw = server.client()
             over = [handle for handle, _ in pairs[::100]]
@@ -48,5 +48,5 @@ async def test_sessions_of_ten_thousand_sockets_are_revalidated_after_a_gap(pref
             assert cluster.stats().bus.gaps == 1
             print(f"\n{SOCKETS} sessions revalidated with {cpu:.2f} s of CPU")
             assert cpu < 2.0
-            for socket in list(cluster.hub._sockets):
-                cluster.hub.unregister(socket)
+            for socket in list(cluster._parts.hub._sockets):
+                cluster._parts.hub.unregister(socket)

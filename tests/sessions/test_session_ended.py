@@ -188,7 +188,7 @@ async def test_what_waits_is_forgotten_with_its_request(cluster_url: str, prefix
         await browser.post("/login?user=ada")
         for _ in range(3):
             await browser.get("/looks")
-        assert list(cluster.hub.handles()) == []
+        assert list(cluster._parts.hub.handles()) == []
         await cluster.user("ada").logout()
         assert [ended.is_set() for ended in seen] == [False] * 3
     async with site(cluster_url, prefix, 1) as here:
@@ -222,7 +222,7 @@ async def test_logout_that_the_bus_lost_ends_a_stream(valkey: Server, prefix: st
         async with stream(here.nodes[0].url, browser) as mine:
             with valkey.client() as client:
                 client.delete(f"{prefix}:{{{handle[:2]}}}:s:{handle[3:]}")
-            here.clusters[0].verifier.wake()
+            here.clusters[0]._parts.revalidator.wake()
             assert [chunk async for chunk in mine] == ["goodbye"]
         await browser.aclose()
 

@@ -40,7 +40,7 @@ async def test_error_that_is_none_of_ours(
     def fail(*arguments: Any, **options: Any) -> Any:
         raise ZeroDivisionError("inside")
 
-    monkeypatch.setattr(cluster._backend, "open", fail)
+    monkeypatch.setattr(cluster._parts.backend, "open", fail)
     with pytest.RaisesGroup(pytest.RaisesExc(RuntimeError, match="refused to start"), flatten_subgroups=True):
         async with serve(wrapped(cluster), lifespan=lifespan):
             pytest.fail("it started")

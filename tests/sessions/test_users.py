@@ -36,7 +36,7 @@ def login(cluster: Cluster, user: str) -> tuple[Handle, Any]:
         absolute=7200,
         epoch=new_token(),
     )
-    return handle, cluster.service.store.create(draft, timeout=10)
+    return handle, cluster._parts.service.store.create(draft, timeout=10)
 
 
 async def many(work: list[Any], at_once: int = 2000) -> None:
@@ -82,7 +82,7 @@ async def test_a_churn_of_logins_leaves_nothing_behind(crowd: tuple[Server, Clus
     server, cluster = crowd
     raw = server.client()
     before = set(raw.keys())
-    store = cluster.service.store
+    store = cluster._parts.service.store
     for turn in range(20):
         handles, work = [], []
         for number in range(5000):

@@ -1,0 +1,172 @@
+"""The lifetime of a node: start, background work, drain and stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import AbstractAsyncContextManager, ExitStack
+from typing import Any
+
+from asgi_cluster.asgi.draining import Drainer, draining_on_sigterm, reloads
+from asgi_cluster.asgi.first_request import LazyStart
+from asgi_cluster.config import DEFAULT_DRAIN, RealtimeConfig
+from asgi_cluster.exceptions import ClusterError
+from asgi_cluster.node import Node
+from asgi_cluster.sockets.hub import Hub
+from asgi_cluster.tasks import keep_running, running_asyncio_loop
+
+__all__ = ["Supervisor"]
+
+logger = logging.getLogger("asgi_cluster")
+
+Work = Callable[[], Coroutine[Any, Any, None]]
+
+_DRAIN_EACH = 0.05  # seconds that a drain on SIGTERM takes for each socket, up to RealtimeConfig.drain in all
+
+
+class Supervisor:
+    """Owns the node's task group.
+
+    ``connect`` is entered while the node is started. ``declare`` runs before it serves, ``works`` while it
+    does: for each a name and what runs until it is cancelled.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        hub: Hub,
+        config: RealtimeConfig,
+        *,
+        connect: Callable[[], AbstractAsyncContextManager[None]],
+        declare: Work,
+        works: Mapping[str, Work],
+    ) -> None:
+        self._node = node
+        self._hub = hub
+        self._config = config
+        self._connect = connect
+        self._declare = declare
+        self._works = works
+        self._task: asyncio.Task[None] | None = None
+        self._stop: asyncio.Event | None = None
+        self.drainer: Drainer | None = None
+        """Holds SIGTERM back while the node is started; ``None`` where that is off or cannot be done."""
+        self.first_request: LazyStart | None = LazyStart(self._begin, self.stop)
+        """Starts the node for servers without lifespan; ``None`` once it has been started in another way."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the node was started, and has ended without having been stopped."""
+        return self._task is not None and not self._node.started
+
+    async def start(self) -> None:
+        """See ``Cluster.__aenter__``."""
+        lazy, self.first_request = self.first_request, None
+        try:
+            await self._begin()
+        except BaseException:
+            self.first_request = lazy
+            raise
+
+    async def _begin(self) -> None:
+        loop = running_asyncio_loop()
+        if self._task is not None and not self._task.done():
+            raise RuntimeError("this cluster is already started")
+        self._node.renew()
+        self._node.draining = False
+        started: asyncio.Future[None] = loop.create_future()
+        # The one task that no group owns: it owns the group, so that start and stop may come from different
+        # tasks.
+        self._task = loop.create_task(self._run(started), name="asgi-cluster supervisor")
+        try:
+            await asyncio.shield(started)
+        except BaseException:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+            self._task = None
+            raise
+
+    async def stop(self, *exc_info: object) -> None:
+        """See ``Cluster.__aexit__``."""
+        task, self._task = self._task, None
+        if task is None:
+            return
+        if not task.done():
+            if self._stop is not None:
+                self._stop.set()
+            await asyncio.wait([task])
+        if not task.cancelled() and (error := task.exception()) is not None:
+            raise error
+
+    async def drain(self, seconds: float) -> None:
+        """See ``Cluster.drain``."""
+        self._node.draining = True
+        sockets, _ = self._hub.load()
+        logger.info("draining %d sockets over %g s", sockets, seconds)
+        await self._hub.drain(seconds)
+
+    async def _drain_on_signal(self) -> None:
+        # A few sockets that come back at once are no crowd, and a restart should not wait for them.
+        sockets, _ = self._hub.load()
+        most = 0.0 if reloads() or self._hub.reloads() else self._config.drain or 0.0
+        await self.drain(min(most, sockets * _DRAIN_EACH))
+
+    async def _run(self, started: asyncio.Future[None]) -> None:
+        self._stop = asyncio.Event()
+        node = self._node
+        try:
+            async with self._connect(), asyncio.TaskGroup() as tasks:
+                await self._declare()
+                node.tasks, node.loop = tasks, asyncio.get_running_loop()
+                with ExitStack() as stack:
+                    if self._config.drain and node.listens:
+                        level = logging.INFO if self._config.drain == DEFAULT_DRAIN else logging.WARNING
+                        self.drainer = stack.enter_context(
+                            draining_on_sigterm(self._drain_on_signal, tasks, level=level)
+                        )
+                    background = [
+                        tasks.create_task(
+                            keep_running(work, name=name, failing=node.failing), name=f"asgi-cluster {name}"
+                        )
+                        for name, work in self._works.items()
+                    ]
+                    logger.info("node %s started", node.id)
+                    started.set_result(None)
+                    try:
+                        await self._stop.wait()
+                    finally:
+                        for task in background:
+                            task.cancel()
+                        node.tasks = node.loop = self.drainer = None
+                        await self._hub.shutdown(timeout=self._config.close_timeout)
+                logger.info("node %s stopped", node.id)
+        except BaseException as error:
+            if started.done():
+                if self.first_request is not None and isinstance(error, asyncio.CancelledError):
+                    await self._sign_off()
+                if isinstance(error, Exception):
+                    logger.critical("node %s has ended with an unexpected error", node.id, exc_info=error)
+                raise
+            # Every task group on the way has wrapped it; the caller that starts the cluster gets the error
+            # itself.
+            started.set_exception(_innermost(error))
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            self._stop = None
+
+    async def _sign_off(self) -> None:
+        # The loop ends and has cancelled everything, the connections too: sign off over new ones.
+        try:
+            async with asyncio.timeout(self._node.deadline), self._connect():
+                logger.info("node %s stopped", self._node.id)
+        except (ClusterError, TimeoutError) as error:
+            reason = str(error) or f"no answer within {self._node.deadline:g} s"
+            logger.info("node %s could not sign off: %s", self._node.id, reason)
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,49 @@
+"""Whether ``memory://`` is used where it cannot work: by several processes."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import sys
+
+__all__ = ["LonelyMemory"]
+
+logger = logging.getLogger("asgi_cluster")
+
+_CURE = "Set ASGI_CLUSTER_URL, for example to redis://localhost:6379/0"
+
+
+class LonelyMemory:
+    """Warns once when a process without a URL, which therefore uses ``memory://``, is one of several."""
+
+    def __init__(self, *, without_url: bool, listens: bool) -> None:
+        self._may_be_wrong = without_url
+        if without_url and not listens:
+            self._may_be_wrong = False
+            logger.warning(
+                "listen=False without a URL: this cluster uses memory://, and its logouts and broadcasts "
+                "reach no other process. %s",
+                _CURE,
+            )
+        self.look()
+
+    def look(self) -> None:
+        """Look again: an app that is loaded before the fork has no siblings then."""
+        if self._may_be_wrong and _has_siblings():
+            self._may_be_wrong = False
+            logger.warning(
+                "this is a worker process, and memory:// is not shared: each of several workers has "
+                "sessions and rooms of its own. %s",
+                _CURE,
+            )
+
+
+def _has_siblings() -> bool:
+    workers = os.environ.get("WEB_CONCURRENCY", "")
+    if workers.isdigit() and int(workers) > 1:
+        return True
+    # A worker of gunicorn is forked with the list of those that were forked before it. So all but the first
+    # find one there.
+    gunicorn = getattr(sys.modules.get("gunicorn.arbiter"), "Arbiter", None)
+    return multiprocessing.parent_process() is not None or bool(getattr(gunicorn, "WORKERS", None))
