@@ -179,7 +179,9 @@ def test_source_keeps_to_the_rules_that_were_paid_for(module: str) -> None:
 
 def test_supervisor_is_the_only_task_without_a_group() -> None:
     """And there is exactly one."""
-    bare = [call for call in calls("asgi_cluster.supervisor") if call[1] == "create_task" and "loop" in call[0]]
+    bare = [
+        call for call in calls("asgi_cluster.supervisor") if call[1] == "create_task" and "loop" in call[0]
+    ]
     assert len(bare) == 1
 
 

@@ -29,14 +29,12 @@ from asgi_cluster.centrifuge.protocol import (
     encode_error,
     encode_push,
     encode_reply,
-    to_json,
 )
 from asgi_cluster.centrifuge.services import Services
 from asgi_cluster.codes import CloseCode, UnsubscribeCode
 from asgi_cluster.exceptions import ClusterError, NotPermitted, TokenExpired
 from asgi_cluster.ids import check_user
 from asgi_cluster.rooms.connection import Connection
-from asgi_cluster.rooms.payload import encode_payload
 from asgi_cluster.rooms.rules import Connected, ConnectRequest, check_room
 from asgi_cluster.sockets.outbox import Outbox
 from asgi_cluster.sockets.prepared import Packet
@@ -62,8 +60,6 @@ class Client(Connection):
     """A connection that speaks the Centrifuge protocol. ``send`` is a ``message`` push, ``join`` a
     server-side subscription.
     """
-
-    _speaks_protocol = True
 
     __slots__ = (
         "_awaits_pong",
@@ -492,14 +488,6 @@ class Client(Connection):
             self._end(CloseCode.NOT_AVAILABLE)
             return None
         return self.config.on_message(self, decoded(request.data))
-
-    async def send(self, data: Any) -> None:
-        """Push a message to this client, JSON as ``Room.broadcast`` does. Raises as ``Connection.send``."""
-        self._check_open()
-        await self.outbox.drained()
-        self._check_open()
-        kind, payload = encode_payload(data)
-        self.outbox.push(Packet(encode_push("message", {"data": to_json(kind, payload)})))
 
     async def __anext__(self) -> NoReturn:
         raise RuntimeError("clients of the endpoint are read by it: use RealtimeConfig(on_message=…) or rpc")

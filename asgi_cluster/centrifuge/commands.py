@@ -22,9 +22,9 @@ from asgi_cluster.centrifuge.protocol import (
     SubscribeCommand,
     SubscribeResult,
 )
+from asgi_cluster.centrifuge.wire import pub_of
 from asgi_cluster.rooms.history import Position
 from asgi_cluster.rooms.payload import from_client, read_client
-from asgi_cluster.rooms.publications import pub_of
 from asgi_cluster.rooms.rooms import Entered
 from asgi_cluster.rooms.rules import Permission, RoomRequest, RoomRule, check_room
 

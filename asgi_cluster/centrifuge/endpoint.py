@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from asgi_cluster.centrifuge.client_session import Client
 from asgi_cluster.centrifuge.limits import ConnectionLimits
 from asgi_cluster.centrifuge.services import Services
+from asgi_cluster.centrifuge.wire import JSON
 from asgi_cluster.codes import CloseCode
 from asgi_cluster.scope import ScopeState
 from asgi_cluster.sockets.socket import Receive, Send
@@ -113,9 +114,7 @@ class Endpoint:
             return None
         subprotocol = _SUBPROTOCOL if _SUBPROTOCOL in offered else None
         await send({"type": "websocket.accept", "subprotocol": subprotocol, "headers": []})
-        client = Client(
-            self._services, socket, self._cluster, state.session, self._hub.outbox(socket, joins=True)
-        )
+        client = Client(self._services, socket, self._cluster, state.session, self._hub.outbox(socket, JSON))
         socket.connection = client
         return client
 

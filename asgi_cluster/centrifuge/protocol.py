@@ -27,7 +27,6 @@ from asgi_cluster.bus.messages import PayloadKind
 __all__ = [
     "PING",
     "BadFrame",
-    "ClientInfo",
     "Command",
     "ErrorCode",
     "Pub",
@@ -205,14 +204,6 @@ class Command(Struct, frozen=True):
     rpc: RpcCommand | None = None
     refresh: RefreshCommand | None = None
     sub_refresh: RoomCommand | None = None
-
-
-class ClientInfo(Struct, frozen=True, omit_defaults=True):
-    """Who published, joined or left."""
-
-    user: str = ""
-    client: str = ""
-    conn_info: Raw | UnsetType = UNSET
 
 
 class Pub(Struct, frozen=True):

@@ -13,7 +13,6 @@ from asgi_cluster.ids import ConnectionId
 from asgi_cluster.rooms.payload import encode_payload
 from asgi_cluster.rooms.rules import check_room
 from asgi_cluster.sockets.outbox import Outbox
-from asgi_cluster.sockets.prepared import Packet
 from asgi_cluster.sockets.socket import Message, Receive, Socket
 from asgi_cluster.tasks import spawn
 
@@ -38,8 +37,6 @@ class Connection:
     so that a disconnect is noticed; what does not fit is thrown away as long as the app has never iterated,
     and left with the server afterwards.
     """
-
-    _speaks_protocol = False
 
     __slots__ = (
         "__weakref__",
@@ -131,7 +128,7 @@ class Connection:
         await self.outbox.drained()
         self._check_open()
         kind, payload = encode_payload(data)
-        self.outbox.push(Packet(payload, binary=kind == "b"))
+        self.outbox.push(self.outbox.wire.message(kind, payload))
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
         """Close the WebSocket. Harmless when it is closed."""

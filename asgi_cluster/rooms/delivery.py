@@ -9,15 +9,10 @@ from collections.abc import Callable, Iterator
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from asgi_cluster.bus.messages import Disconnect, Joined, Left, MalformedMessage, Published, decode
-from asgi_cluster.centrifuge.protocol import encode_push
 from asgi_cluster.rooms.history import open_envelope
 from asgi_cluster.rooms.local_room import Audience
-from asgi_cluster.rooms.publications import encode_publication
 from asgi_cluster.sockets.hub import Hub
-from asgi_cluster.sockets.prepared import Packet
 
 if TYPE_CHECKING:
     from asgi_cluster.rooms.connection import Connection
@@ -93,9 +88,8 @@ class Reception:
                     return
                 self._deliver_published(audience, message, offset)
             case Joined() | Left():
-                name = "join" if isinstance(message, Joined) else "leave"
-                push = Packet(encode_push(name, {"info": msgspec.Raw(message.info)}, channel=audience.name))
-                audience.deliver(None, push)
+                name, info, joined = audience.name, message.info, isinstance(message, Joined)
+                audience.deliver(lambda wire: (wire.join if joined else wire.leave)(name, info))
             case Disconnect():
                 self._for_each(
                     (
@@ -111,10 +105,11 @@ class Reception:
     def _deliver_published(
         self, audience: Audience, message: Published, offset: int | None, *, local: bool = False
     ) -> None:
-        bare = Packet(message.data, binary=message.kind == "b") if audience.bare else None
-        encoded = encode_publication(audience.name, message, offset, local=local) if audience.pushed else None
-        push = None if encoded is None else Packet(encoded)
-        audience.deliver(bare, push, key=message.key, exclude=message.exclude)
+        audience.deliver(
+            lambda wire: wire.publication(audience.name, message, offset, local=local),
+            key=message.key,
+            exclude=message.exclude,
+        )
 
     def deliver_here(self, room: str, message: Published) -> None:
         """What could not be handed to the bus, for the members here (``on_bus_error="local"``)."""

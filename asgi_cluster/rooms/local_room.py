@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING
 
-from asgi_cluster.rooms.rules import SlowPolicy
-from asgi_cluster.sockets.outbox import Outbox
+from asgi_cluster.sockets.outbox import Outbox, SlowPolicy
 from asgi_cluster.sockets.prepared import Packet
+from asgi_cluster.sockets.wire import Wire
 
 if TYPE_CHECKING:
     from asgi_cluster.rooms.connection import Connection
@@ -22,10 +22,10 @@ class Audience:
     """The members of one room on this node.
 
     ``holds`` counts members and those who are about to become one; at zero the room is unsubscribed. Attached
-    members get what arrives. Two maps, because they get different bytes.
+    members get what arrives.
     """
 
-    __slots__ = ("bare", "crosses", "holds", "name", "pushed", "sequence", "slow", "subscribed")
+    __slots__ = ("_members", "crosses", "holds", "name", "sequence", "slow", "subscribed")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -33,74 +33,88 @@ class Audience:
         self.subscribed = False
         self.crosses = False
         self.slow: SlowPolicy = "disconnect"
-        self.bare: dict[str, Outbox] = {}
-        self.pushed: dict[str, Outbox] = {}
         self.sequence: Sequence | None = None
+        # By form, because each form is encoded once.
+        self._members: dict[Wire, dict[str, Outbox]] = {}
 
     def attach(self, connection: Connection) -> None:
         """From now on ``connection`` gets what arrives."""
-        if connection.outbox.closed:
+        outbox = connection.outbox
+        if outbox.closed:
             return
-        connection.outbox.spill()
-        (self.pushed if connection._speaks_protocol else self.bare)[connection.id] = connection.outbox
+        outbox.spill()
+        self._members.setdefault(outbox.wire, {})[connection.id] = outbox
         self.crosses = self.crosses or connection.socket.crosses_loops
 
-    def detach(self, connection: Connection) -> bool:
-        """It gets nothing any more; False when it did not before."""
-        connection.outbox.spill()
-        members = self.pushed if connection._speaks_protocol else self.bare
-        return members.pop(connection.id, None) is not None
+    def detach(self, connection: Connection) -> None:
+        """It gets nothing any more."""
+        outbox = connection.outbox
+        outbox.spill()
+        members = self._members.get(outbox.wire)
+        if members is not None and members.pop(connection.id, None) is not None and not members:
+            del self._members[outbox.wire]
+
+    def outboxes(self) -> tuple[Outbox, ...]:
+        """Those of the attached members."""
+        return tuple(
+            outbox for members in tuple(self._members.values()) for outbox in tuple(members.values())
+        )
 
     def clear(self) -> None:
         """No member gets anything any more."""
-        for outbox in (*self.pushed.values(), *self.bare.values()):
+        for outbox in self.outboxes():
             outbox.spill()
             break
-        self.pushed.clear()
-        self.bare.clear()
+        self._members.clear()
 
     def deliver(
-        self, bare: Packet | None, push: Packet | None, *, key: Hashable = None, exclude: str | None = None
+        self,
+        prepare: Callable[[Wire], Packet | None],
+        *,
+        key: Hashable = None,
+        exclude: str | None = None,
     ) -> None:
-        """Hand a message to every member here but ``exclude``: ``bare`` to the app's sockets, ``push`` to
-        clients.
+        """Hand a message to every member here but ``exclude``. ``prepare`` gives it in the form that is asked
+        for; ``None``: not said in this form.
         """
-        if self.slow == "latest":
+        slow = self.slow
+        if slow == "latest":
             key = (self.name, key)
         if self.crosses:
-            self._deliver_across(bare, push, key, exclude)
+            self._deliver_across(prepare, key, exclude)
             return
-        slow = self.slow
-        if exclude is None and (push is None or bare is None):
-            members, packet = (self.bare, bare) if push is None else (self.pushed, push)
-            if packet is not None and len(members) >= _WAVE:
-                next(iter(members.values())).broadcast(members, packet, slow, key)
-                return
-        if exclude is None:
-            if push is not None:
-                for outbox in self.pushed.values():
-                    outbox.push(push, slow, key)
-            if bare is not None:
-                for outbox in self.bare.values():
-                    outbox.push(bare, slow, key)
+        parts = [
+            (members, packet)
+            for wire, members in self._members.items()
+            if (packet := prepare(wire)) is not None
+        ]
+        if exclude is None and len(parts) == 1 and len(parts[0][0]) >= _WAVE:
+            members, packet = parts[0]
+            next(iter(members.values())).broadcast(members, packet, slow, key)
             return
-        if push is not None:
-            for member, outbox in self.pushed.items():
-                if member != exclude:
-                    outbox.push(push, slow, key)
-        if bare is not None:
-            for member, outbox in self.bare.items():
-                if member != exclude:
-                    outbox.push(bare, slow, key)
+        for members, packet in parts:
+            if exclude is None:
+                for outbox in members.values():
+                    outbox.push(packet, slow, key)
+            else:
+                for member, outbox in members.items():
+                    if member != exclude:
+                        outbox.push(packet, slow, key)
 
     def _deliver_across(
-        self, bare: Packet | None, push: Packet | None, key: Hashable, exclude: str | None
+        self, prepare: Callable[[Wire], Packet | None], key: Hashable, exclude: str | None
     ) -> None:
         # memory:// calls on the publisher's thread. Even on the right one it takes the queue, or one could
         # overtake another.
-        for members, packet in ((self.pushed, push), (self.bare, bare)):
-            if packet is None:
-                continue
-            for member, outbox in tuple(members.items()):
+        for members, packet in self._prepared(prepare):
+            for member, outbox in members:
                 if member != exclude:
                     outbox.push_threadsafe(packet, self.slow, key)
+
+    def _prepared(
+        self, prepare: Callable[[Wire], Packet | None]
+    ) -> Iterator[tuple[tuple[tuple[str, Outbox], ...], Packet]]:
+        for wire, members in tuple(self._members.items()):
+            packet = prepare(wire)
+            if packet is not None:
+                yield tuple(members.items()), packet

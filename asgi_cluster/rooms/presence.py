@@ -6,8 +6,17 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import msgspec
+from msgspec import UNSET, Raw, Struct, UnsetType
 
-__all__ = ["PresenceStore", "count_people", "read_info"]
+__all__ = ["ClientInfo", "PresenceStore", "count_people", "read_info"]
+
+
+class ClientInfo(Struct, frozen=True, omit_defaults=True):
+    """What others may know of a connection (Centrifuge client protocol, ``ClientInfo``)."""
+
+    user: str = ""
+    client: str = ""
+    conn_info: Raw | UnsetType = UNSET
 
 
 class PresenceStore(Protocol):

@@ -22,7 +22,6 @@ from asgi_cluster.bus.messages import (
     Published,
     encode,
 )
-from asgi_cluster.centrifuge.protocol import ClientInfo
 from asgi_cluster.codes import UnsubscribeCode
 from asgi_cluster.config import RealtimeConfig
 from asgi_cluster.exceptions import BusUnavailable, ClusterError
@@ -33,7 +32,7 @@ from asgi_cluster.rooms.delivery import Reception
 from asgi_cluster.rooms.history import Entry, HistoryStore, Page, Position, seal_envelope
 from asgi_cluster.rooms.local_room import Audience
 from asgi_cluster.rooms.payload import encode_payload
-from asgi_cluster.rooms.presence import PresenceStore, read_info
+from asgi_cluster.rooms.presence import ClientInfo, PresenceStore, read_info
 from asgi_cluster.rooms.presence_tracker import Attendance
 from asgi_cluster.rooms.retention import Kept, Retention
 from asgi_cluster.rooms.room import Publication, Room, RoomHistory, RoomMember

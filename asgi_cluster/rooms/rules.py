@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from asgi_cluster.arguments import Seconds, expect, seconds
+from asgi_cluster.sockets.outbox import SlowPolicy
 
 if TYPE_CHECKING:
     from asgi_cluster.rooms.connection import Connection
@@ -18,12 +19,9 @@ __all__ = [
     "Permission",
     "RoomRequest",
     "RoomRule",
-    "SlowPolicy",
     "check_room",
     "find_rule",
 ]
-
-SlowPolicy = Literal["disconnect", "drop", "latest"]
 
 _LONGEST_NAME = 255
 _WILDCARD = re.compile(r"\*|<[^<>]*>")

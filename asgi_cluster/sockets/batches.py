@@ -8,8 +8,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from asgi_cluster.rooms.rules import SlowPolicy
-    from asgi_cluster.sockets.outbox import Outbox
+    from asgi_cluster.sockets.outbox import Outbox, SlowPolicy
     from asgi_cluster.sockets.prepared import Packet
 
 __all__ = ["Flusher"]

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from asgi_cluster.bus.messages import PersonalMessage
-from asgi_cluster.centrifuge.protocol import encode_push, to_json
 from asgi_cluster.codes import CloseCode
 from asgi_cluster.config import RealtimeConfig
 from asgi_cluster.rooms.local_room import Audience
@@ -25,6 +24,7 @@ from asgi_cluster.sockets.outbox import Counters, Outbox
 from asgi_cluster.sockets.prepared import Packet
 from asgi_cluster.sockets.server import reloads
 from asgi_cluster.sockets.socket import Closes, Socket
+from asgi_cluster.sockets.wire import Wire
 
 if TYPE_CHECKING:
     from asgi_cluster.rooms.connection import Connection
@@ -178,14 +178,14 @@ class Hub:
         elif ended is not False:
             socket.close(CloseCode.FORCE_RECONNECT, "the user may have been logged out meanwhile")
 
-    def outbox(self, socket: Socket, *, joins: bool) -> Outbox:
-        """The outbox of a socket of ours; ``joins`` as there."""
+    def outbox(self, socket: Socket, wire: Wire) -> Outbox:
+        """The outbox of a socket of ours; ``wire`` as there."""
         if socket.outbox is None:
             flusher = self._flushers.get(socket.loop)
             if flusher is None:
                 flusher = self._flushers[socket.loop] = Flusher(socket.loop)
             socket.outbox = Outbox(
-                socket, flusher, self._counters, limit=self._config.outbox_bytes, joins=joins
+                socket, flusher, self._counters, limit=self._config.outbox_bytes, wire=wire
             )
         return socket.outbox
 
@@ -379,8 +379,7 @@ class Hub:
 
     def members(self, audience: Audience) -> tuple[Connection, ...]:
         """Every member of ``audience``."""
-        outboxes = (*tuple(audience.bare.values()), *tuple(audience.pushed.values()))
-        found = (outbox.socket.connection for outbox in outboxes)
+        found = (outbox.socket.connection for outbox in audience.outboxes())
         return tuple(connection for connection in found if connection is not None)
 
     # Observing
@@ -422,24 +421,18 @@ def _discard(index: dict[str, set[S]], key: str | None, found: S) -> None:
 
 
 def _send_to(sockets: Iterable[Socket], message: PersonalMessage) -> int:
-    bare: Packet | None = None
-    push: Packet | None = None
+    prepared: dict[Wire, Packet] = {}
     count = 0
     for socket in tuple(sockets):
-        connection = socket.connection
-        if connection is None:
+        outbox = socket.outbox
+        if socket.connection is None or outbox is None:
             continue
-        if connection._speaks_protocol:
-            if push is None:
-                push = Packet(encode_push("message", {"data": to_json(message.kind, message.data)}))
-            packet = push
-        else:
-            if bare is None:
-                bare = Packet(message.data, binary=message.kind == "b")
-            packet = bare
+        packet = prepared.get(outbox.wire)
+        if packet is None:
+            packet = prepared[outbox.wire] = outbox.wire.message(message.kind, message.data)
         if socket.crosses_loops:
-            connection.outbox.push_threadsafe(packet)
+            outbox.push_threadsafe(packet)
         else:
-            connection.outbox.push(packet)
+            outbox.push(packet)
         count += 1
     return count

@@ -11,23 +11,28 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Hashable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from websockets.protocol import State
 
 from asgi_cluster.codes import CloseCode
-from asgi_cluster.rooms.rules import SlowPolicy
 from asgi_cluster.sockets.batches import Flusher
 from asgi_cluster.sockets.prepared import Packet
 from asgi_cluster.sockets.server import discard, drive
 from asgi_cluster.sockets.socket import Socket
+from asgi_cluster.sockets.wire import Wire
 from asgi_cluster.tasks import spawn
 
-__all__ = ["Counters", "Outbox"]
+__all__ = ["Counters", "Outbox", "SlowPolicy"]
 
 logger = logging.getLogger("asgi_cluster.realtime")
 
 _BATCH_BYTES = 1 << 16
+
+SlowPolicy = Literal["disconnect", "drop", "latest"]
+"""What happens to a message for a client that does not read: the client is closed, or the message is dropped,
+or only the last one of each key is kept.
+"""
 
 
 class Counters:
@@ -44,8 +49,7 @@ class Counters:
 class Outbox:
     """The messages that wait for one socket. To be used on the socket's loop only.
 
-    ``joins``: several messages, all of them text, may travel as one, joined by newlines (the client
-    protocol's batches).
+    ``wire`` is the form in which its messages are prepared.
     """
 
     __slots__ = (
@@ -55,7 +59,6 @@ class Outbox:
         "_drained",
         "_flusher",
         "_held",
-        "_joins",
         "_latest",
         "_limit",
         "_pending",
@@ -64,17 +67,18 @@ class Outbox:
         "closed",
         "direct",
         "socket",
+        "wire",
     )
 
     def __init__(
-        self, socket: Socket, flusher: Flusher, counters: Counters, *, limit: int, joins: bool
+        self, socket: Socket, flusher: Flusher, counters: Counters, *, limit: int, wire: Wire
     ) -> None:
         self.socket = socket
         self._server = socket.server
         self._flusher = flusher
         self._counters = counters
         self._limit = limit
-        self._joins = joins
+        self.wire = wire
         # Not a deque: an empty one takes 760 bytes, and most sockets are idle.
         self._pending: list[Packet] = []
         self._latest: dict[Hashable, Packet] | None = None
@@ -272,7 +276,7 @@ class Outbox:
         return None
 
     def _next_event(self) -> dict[str, Any]:
-        if not self._joins or len(self._pending) == 1:
+        if not self.wire.joins or len(self._pending) == 1:
             packet = self._pending.pop(0)
             self._bytes -= packet.size
             self._counters.sent += 1

@@ -16,10 +16,10 @@ from asgi_cluster import Cluster, RealtimeConfig, RoomRule
 from asgi_cluster.backends.redis.records import decode_record
 from asgi_cluster.bus import messages
 from asgi_cluster.bus.messages import MalformedMessage, decode, encode
+from asgi_cluster.centrifuge.wire import pub_of
 from asgi_cluster.ids import Handle
 from asgi_cluster.rooms.history import Entry, Position, open_envelope, seal_envelope
 from asgi_cluster.rooms.presence import count_people, read_info
-from asgi_cluster.rooms.publications import pub_of
 from asgi_cluster.rooms.retention import Retention
 from asgi_cluster.sessions.codec import Decoded
 from tests.support.servers import Server

@@ -11,11 +11,12 @@ import pytest
 from asgi_cluster.realtime import flusher as flushing
 from websockets.protocol import State
 
+from asgi_cluster.centrifuge.wire import JSON
 from asgi_cluster.rooms.local_room import Audience
 from asgi_cluster.sockets.batches import Flusher
 from asgi_cluster.sockets.outbox import Counters, Outbox
 from asgi_cluster.sockets.prepared import Packet
-from asgi_cluster.sockets.socket import Socket
+from asgi_cluster.sockets.socket import Closes, Socket
 
 _SOCKETS = 50
 _ROOMS = 3
@@ -46,8 +47,6 @@ class Transport:
 class Member:
     """A connection as an audience sees it, on a transport of the test's, and what it should get."""
 
-    _speaks_protocol = True
-
     def __init__(self, number: int, flusher: Flusher, tasks: asyncio.TaskGroup, *, direct: bool) -> None:
         self.id = str(number)
         self.expected: list[bytes] = []
@@ -67,11 +66,11 @@ class Member:
                 await self.transport.writable.wait()
                 self.transport.frames += message["text"].encode().split(b"\n")
 
-        self.socket = Socket({}, send, tasks=tasks, crosses_loops=False, close_timeout=1)
+        self.socket = Socket({}, send, tasks=tasks, crosses_loops=False, close_timeout=1, closes=Closes())
         self.socket.state = "open"
         if direct:
             self.socket.server, self.socket.why_not_direct = server, ""
-        self.outbox = self.socket.outbox = Outbox(self.socket, flusher, Counters(), limit=1 << 20, joins=True)
+        self.outbox = self.socket.outbox = Outbox(self.socket, flusher, Counters(), limit=1 << 20, wire=JSON)
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -105,11 +104,11 @@ async def test_what_is_sent_in_any_order_arrives_in_that(monkeypatch: pytest.Mon
                 (40, 2, 4, 3, 3, 1, 2, 1, 12),
             )[0]:
                 case "broadcast":
-                    room.deliver(None, Packet(text))
+                    room.deliver(lambda _, packet=Packet(text): packet)
                     for each in people:
                         each.expected.append(text)
                 case "exclude":
-                    room.deliver(None, Packet(text), exclude=member.id)
+                    room.deliver(lambda _, packet=Packet(text): packet, exclude=member.id)
                     for each in people - {member}:
                         each.expected.append(text)
                 case "personal" if not member.closed:
