@@ -4,7 +4,7 @@ from asgi_cluster.asgi.middleware import ClusterMiddleware
 from asgi_cluster.bus.bus import BusStats, NodeInfo
 from asgi_cluster.cluster import Cluster
 from asgi_cluster.codes import CloseCode
-from asgi_cluster.config import CacheConfig, CookieConfig, RealtimeConfig, SessionConfig
+from asgi_cluster.config import RealtimeConfig
 from asgi_cluster.exceptions import (
     BusUnavailable,
     ClusterError,
@@ -21,6 +21,7 @@ from asgi_cluster.rooms.room import Publication, Room, RoomHistory, RoomMember
 from asgi_cluster.rooms.rules import Connected, ConnectRequest, RoomRequest, RoomRule
 from asgi_cluster.scope import get_session
 from asgi_cluster.sessions.cache import CacheStats
+from asgi_cluster.sessions.config import CacheConfig, CookieConfig, SessionConfig
 from asgi_cluster.sessions.ended import SessionEnded
 from asgi_cluster.sessions.receipts import LogoutReceipt
 from asgi_cluster.sessions.session import Session

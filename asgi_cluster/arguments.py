@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
 
-__all__ = ["Seconds", "described", "expect", "expect_callable", "seconds"]
+__all__ = [
+    "Seconds",
+    "described",
+    "durations",
+    "expect",
+    "expect_callable",
+    "one_of",
+    "positive",
+    "seconds",
+    "whole",
+]
 
 T = TypeVar("T")
 
@@ -71,3 +82,38 @@ def described(value: object) -> str:
 
 def _article(name: str) -> str:
     return "an" if name[:1].lower() in ("a", "e", "i", "o", "u") else "a"
+
+
+def positive(**values: Any) -> None:
+    """Raises ``TypeError``, ``ValueError`` unless each is a number above 0."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name} must be a number, not {described(value)}")
+        if not value > 0:
+            raise ValueError(f"{name} must be a number above 0, not {value!r}")
+
+
+def whole(name: str, value: object, least: int) -> None:
+    """Raises ``TypeError``, ``ValueError`` unless it is a whole number of at least ``least``."""
+    expect(name, value, int)
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
+def durations(config: Any, *names: str, least: float | None = None) -> None:
+    """Replace these fields by their seconds. ``least`` is allowed as it is; without it a duration is above 0.
+    Raises ``TypeError``, ``ValueError``.
+    """
+    for name in names:
+        given = getattr(config, name)
+        value = seconds(name, given)
+        if not (value > 0 if least is None else value >= least):
+            bound = "above 0" if least is None else f"at least {least:g}"
+            raise ValueError(f"{name} must be {bound} seconds, not {given!r}")
+        object.__setattr__(config, name, value)
+
+
+def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raises ``ValueError`` unless it is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")

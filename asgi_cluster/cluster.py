@@ -17,14 +17,17 @@ from asgi_cluster.backends.choose import open_backend
 from asgi_cluster.backends.port import Backend
 from asgi_cluster.bus.bus import NodeInfo
 from asgi_cluster.centrifuge.endpoint import Endpoint
-from asgi_cluster.config import CacheConfig, CookieConfig, RealtimeConfig, SessionConfig
+from asgi_cluster.config import RealtimeConfig
 from asgi_cluster.dispatch import Dispatch
 from asgi_cluster.ids import NodeId, check_user
 from asgi_cluster.node import Node
 from asgi_cluster.remote import RemoteSession, RemoteUser, check_handle
 from asgi_cluster.rooms.acceptance import Acceptance
-from asgi_cluster.rooms.rooms import Room, Rooms
+from asgi_cluster.rooms.names import check_room
+from asgi_cluster.rooms.room import Room
+from asgi_cluster.rooms.rooms import Rooms
 from asgi_cluster.sessions.cache import SessionCache
+from asgi_cluster.sessions.config import CacheConfig, CookieConfig, SessionConfig
 from asgi_cluster.sessions.reads import CachedStore
 from asgi_cluster.sessions.revalidation import Verifier
 from asgi_cluster.sessions.service import SessionService
@@ -160,7 +163,7 @@ class Cluster:
             max_entries=sessions.cache.max_entries,
             stale_for=stale_for,
         )
-        hub = Hub(subscriptions=backend.bus, config=realtime)
+        hub = Hub(outbox_bytes=realtime.outbox_bytes)
         service = SessionService(
             CachedStore(backend.store, cache), sessions, node=node, bus=backend.bus, sockets=hub
         )
@@ -240,7 +243,7 @@ class Cluster:
         Raises:
             ValueError: no valid room name.
         """
-        return self._parts.rooms.room(name)
+        return Room(self._parts.rooms, check_room(name))
 
     def accept(
         self,
@@ -359,7 +362,7 @@ class Cluster:
             failing=dict(parts.node.failing.values()),
             cache=parts.service.store.cache.stats(),
             bus=replace(parts.backend.bus.stats(), malformed=parts.dispatch.malformed),
-            realtime=parts.hub.stats(),
+            realtime=parts.hub.stats(rooms=parts.rooms.count()),
         )
 
     async def nodes(self) -> Sequence[NodeInfo]:

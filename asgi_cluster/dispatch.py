@@ -171,4 +171,4 @@ class Dispatch:
 
     def load(self) -> tuple[int, int]:
         """Sockets and rooms here."""
-        return self._hub.load()
+        return len(self._hub), self._rooms.count()

@@ -102,15 +102,13 @@ class Supervisor:
     async def drain(self, seconds: float) -> None:
         """See ``Cluster.drain``."""
         self._node.draining = True
-        sockets, _ = self._hub.load()
-        logger.info("draining %d sockets over %g s", sockets, seconds)
+        logger.info("draining %d sockets over %g s", len(self._hub), seconds)
         await self._hub.drain(seconds)
 
     async def _drain_on_signal(self) -> None:
         # A few sockets that come back at once are no crowd, and a restart should not wait for them.
-        sockets, _ = self._hub.load()
         most = 0.0 if reloads() or self._hub.reloads() else self._config.drain or 0.0
-        await self.drain(min(most, sockets * _DRAIN_EACH))
+        await self.drain(min(most, len(self._hub) * _DRAIN_EACH))
 
     async def _run(self, started: asyncio.Future[None]) -> None:
         self._stop = asyncio.Event()

@@ -196,7 +196,7 @@ def test_every_duration_is_listed_above() -> None:
 
 def test_deadline_may_be_a_timedelta() -> None:
     """As the fields of the configuration."""
-    assert Cluster("memory://", deadline=timedelta(milliseconds=500)).deadline == 0.5
+    assert Cluster("memory://", deadline=timedelta(milliseconds=500))._parts.node.deadline == 0.5
     with pytest.raises(ValueError, match="deadline must be above 0, at most the lease 2"):
         Cluster("memory://", deadline=timedelta(seconds=3))
 

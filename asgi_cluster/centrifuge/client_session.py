@@ -35,7 +35,8 @@ from asgi_cluster.codes import CloseCode, UnsubscribeCode
 from asgi_cluster.exceptions import ClusterError, NotPermitted, TokenExpired
 from asgi_cluster.ids import check_user
 from asgi_cluster.rooms.connection import Connection
-from asgi_cluster.rooms.rules import Connected, ConnectRequest, check_room
+from asgi_cluster.rooms.names import check_room
+from asgi_cluster.rooms.rules import Connected, ConnectRequest
 from asgi_cluster.sockets.outbox import Outbox
 from asgi_cluster.sockets.prepared import Packet
 from asgi_cluster.sockets.server import discard
@@ -70,19 +71,19 @@ class Client(Connection):
         "_handshake_user",
         "_pending",
         "_refused",
-        "_services",
         "_spent_at",
         "_timer",
         "_tokens",
         "entering",
         "server_side",
+        "services",
     )
 
     def __init__(
         self, services: Services, socket: Socket, cluster: Any, session: Session, outbox: Outbox
     ) -> None:
         super().__init__(socket, services.rooms, services.hub, cluster, session, outbox)
-        self._services = services
+        self.services = services
         self._handshake_user = self.user_id  # before a connect hook names another
         self._connected = False
         self._connecting: asyncio.Task[None] | None = None
@@ -99,7 +100,7 @@ class Client(Connection):
 
     @property
     def config(self) -> RealtimeConfig:
-        return self._services.config
+        return self.services.config
 
     async def run(self, receive: Receive) -> None:
         """Serve the client until it is gone."""
@@ -119,7 +120,7 @@ class Client(Connection):
             if self._pending is not None:
                 await self._pending.cancel()
             # Before what is left of the commands is waited for: the client is gone now.
-            await self._services.rooms.leave_all(self)
+            await self.services.rooms.leave_all(self)
             if self._pending is not None and not await self._pending.end(self.config.close_timeout):
                 logger.error(
                     "a command of user %r goes on although its client is gone and it was cancelled: the "
@@ -136,7 +137,7 @@ class Client(Connection):
 
     async def _ended(self, code: int, reason: str) -> None:
         if self._connected:
-            await self._services.limits.leave(self)
+            await self.services.limits.leave(self)
             await self._call_hook("on_disconnect", self.config.on_disconnect, self, code, reason)
 
     def _end(self, code: CloseCode) -> None:
@@ -337,7 +338,7 @@ class Client(Connection):
             self._end(CloseCode.SERVER_ERROR)
 
     async def _connect(self, command_id: int, request: ConnectCommand) -> None:
-        hub = self._services.hub
+        hub = self.services.hub
         began, since = hub.logouts.last, boot_clock()
         answer = await self._ask_connect(request.token, request.data, request.headers)
         user = self._named_by(answer)
@@ -354,12 +355,12 @@ class Client(Connection):
                 raise
             # The client may try again on this socket.
             self.server_side.clear()
-            await self._services.rooms.leave_all(self)
+            await self.services.rooms.leave_all(self)
             raise
         if result is None or self.socket.state != "open":
             return
         interval = self.config.ping_interval
-        result |= {"ping": max(1, round(interval)), "pong": True, "node": self._services.node.id}
+        result |= {"ping": max(1, round(interval)), "pong": True, "node": self.services.node.id}
         reply = Packet(encode_reply(command_id, "connect", result))
         self._connected = True
         if self._timer is not None:
@@ -373,7 +374,7 @@ class Client(Connection):
         """Count the client and subscribe it to its rooms: the connect result; ``None`` when it was closed
         because it is one too many. After an error it may be in some of the rooms.
         """
-        if not await self._services.limits.enter(self):
+        if not await self.services.limits.enter(self):
             self._end(CloseCode.CONNECTION_LIMIT)
             return None
         result: dict[str, Any] = {"client": self.id, "version": "asgi-cluster", **_expiry(answer)}
@@ -464,7 +465,7 @@ class Client(Connection):
     async def leave(self, room: str) -> None:
         """End a subscription, and send the client the end."""
         self.server_side.pop(room, None)
-        if await self._services.rooms.leave(self, check_room(room)):
+        if await self.services.rooms.leave(self, check_room(room)):
             self._tell_unsubscribed(room, UnsubscribeCode.SERVER, "server unsubscribe")
 
     def _tell_unsubscribed(self, room: str, code: int, reason: str) -> None:
@@ -475,8 +476,9 @@ class Client(Connection):
         """Publications are lost: the client subscribes again and gets what there is."""
         if room in self.server_side:
             self._end(CloseCode.INSUFFICIENT_STATE)
-        elif self._services.hub.leave(self, room):
+        elif self.services.rooms.drop(self, room):
             self._tell_unsubscribed(room, UnsubscribeCode.INSUFFICIENT_STATE, "insufficient state")
+            spawn(self.socket.tasks, self.services.rooms.settle(self, room), name="asgi-cluster leave")
 
     def _expelled(self, room: str, code: int, reason: str) -> None:
         """``Room.disconnect`` takes the client out of ``room``."""

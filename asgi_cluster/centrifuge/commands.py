@@ -24,9 +24,10 @@ from asgi_cluster.centrifuge.protocol import (
 )
 from asgi_cluster.centrifuge.wire import pub_of
 from asgi_cluster.rooms.history import Position
+from asgi_cluster.rooms.names import check_room
 from asgi_cluster.rooms.payload import from_client, read_client
 from asgi_cluster.rooms.rooms import Entered
-from asgi_cluster.rooms.rules import Permission, RoomRequest, RoomRule, check_room
+from asgi_cluster.rooms.rules import Permission, RoomRequest, RoomRule
 
 if TYPE_CHECKING:
     from asgi_cluster.centrifuge.client_session import Client
@@ -40,7 +41,7 @@ _LONGEST_SHOWN = 100
 
 
 def _rule(client: Client, channel: str) -> tuple[RoomRule, dict[str, str]]:
-    found = client.service.rule(channel)
+    found = client.services.rooms.rule(channel)
     if found is None:
         raise ReplyError(ErrorCode.UNKNOWN_CHANNEL)
     return found
@@ -55,7 +56,7 @@ def _check_supported(request: SubscribeCommand | PublishCommand) -> None:
 async def _position(client: Client, channel: str, offset: int, epoch: str) -> Position:
     if not epoch:
         # A client without an epoch means the present one, as on the reference server.
-        epoch = (await client.service.read(channel, limit=0, since=None)).top.epoch
+        epoch = (await client.services.rooms.read(channel, limit=0, since=None)).top.epoch
     return Position(offset, epoch)
 
 
@@ -96,7 +97,7 @@ def describe(client: Client, name: str, channel: str | None = None, method: str 
         return f"the rpc function {method[:_LONGEST_SHOWN]!r}, {by}"
     if channel is None:
         return f"the {name} hook, {by}"
-    found = client.service.rule(channel)
+    found = client.services.rooms.rule(channel)
     rule = "no room rule" if found is None else f"room rule {found[0].pattern!r}"
     return f"{name} of {rule}, for room {channel!r}, {by}"
 
@@ -115,12 +116,12 @@ async def subscribe(client: Client, request: SubscribeCommand) -> Result:
         await _permit(client, "subscribe", rule, channel, params, request.data)
         # Without an epoch it is in the present one, as on the reference server.
         since = Position(request.offset, request.epoch) if request.recover else None
-        entered = await client.service.enter(client, channel, since=since)
+        entered = await client.services.rooms.enter(client, channel, since=since)
     finally:
         client.entering.remove(channel)
     result = _subscribed(channel, entered, request)
     if request.rejects_unrecovered and result.was_recovering and not result.recovered:
-        await client.service.leave(client, channel)
+        await client.services.rooms.leave(client, channel)
         raise ReplyError(ErrorCode.UNRECOVERABLE_POSITION)
     return result
 
@@ -128,7 +129,7 @@ async def subscribe(client: Client, request: SubscribeCommand) -> Result:
 async def subscribe_here(client: Client, room: str, request: SubscribeCommand | None) -> SubscribeResult:
     """A server-side subscription; ``request`` is what the client said of it when it connected."""
     since = None if request is None or not request.recover else Position(request.offset, request.epoch)
-    entered = await client.service.enter(client, check_room(room), since=since)
+    entered = await client.services.rooms.enter(client, check_room(room), since=since)
     client.server_side[room] = None
     return _subscribed(room, entered, request or SubscribeCommand())
 
@@ -154,7 +155,7 @@ def _subscribed(room: str, entered: Entered, request: SubscribeCommand) -> Subsc
 async def unsubscribe(client: Client, request: RoomCommand) -> Result:
     """Harmless when there is no such subscription."""
     client.server_side.pop(request.channel, None)
-    await client.service.leave(client, request.channel)
+    await client.services.rooms.leave(client, request.channel)
     return _EMPTY
 
 
@@ -167,7 +168,7 @@ async def publish(client: Client, request: PublishCommand) -> Result:
     decoded(request.data)  # also where no rule looks at it: others will
     await _permit(client, "publish", rule, request.channel, params, request.data)
     kind, data = from_client(request.data)
-    rooms = client.service
+    rooms = client.services.rooms
     await rooms.publish(request.channel, kind, data, client=client.id, info=rooms.client_info(client))
     return _EMPTY
 
@@ -183,14 +184,14 @@ def _check_feature(client: Client, channel: str, feature: str) -> None:
 async def presence(client: Client, request: RoomCommand) -> Result:
     """For subscribers of a room with presence."""
     _check_feature(client, request.channel, "presence")
-    members = await client.service.present(request.channel)
+    members = await client.services.rooms.present(request.channel)
     return {"presence": {member: Raw(info) for member, info in members.items()}}
 
 
 async def presence_stats(client: Client, request: RoomCommand) -> Result:
     """As ``presence``: how many connections and users."""
     _check_feature(client, request.channel, "presence")
-    clients, users = await client.service.presence_stats(request.channel)
+    clients, users = await client.services.rooms.presence_stats(request.channel)
     return {"num_clients": clients, "num_users": users}
 
 
@@ -204,7 +205,7 @@ async def history(client: Client, request: HistoryCommand) -> Result:
         if request.since.offset < 0:
             raise ReplyError(ErrorCode.BAD_REQUEST)
         since = await _position(client, request.channel, request.since.offset, request.since.epoch)
-    page = await client.service.read(
+    page = await client.services.rooms.read(
         request.channel,
         limit=None if request.limit < 0 else request.limit,
         since=since,

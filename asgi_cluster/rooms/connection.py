@@ -6,19 +6,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from asgi_cluster.codes import CloseCode
 from asgi_cluster.ids import ConnectionId
+from asgi_cluster.rooms.names import check_room
 from asgi_cluster.rooms.payload import encode_payload
-from asgi_cluster.rooms.rules import check_room
 from asgi_cluster.sockets.outbox import Outbox
 from asgi_cluster.sockets.socket import Message, Receive, Socket
 from asgi_cluster.tasks import spawn
 
 if TYPE_CHECKING:
     from asgi_cluster.rooms.local_room import Audience
-    from asgi_cluster.rooms.rooms import Rooms
     from asgi_cluster.sessions.session import Session
     from asgi_cluster.sockets.hub import Hub
 
@@ -26,6 +25,22 @@ __all__ = ["Connection"]
 
 _IDLE = 1.0  # seconds without a reader, after which the connection reads its input itself
 _QUEUE = 64
+
+
+class Memberships(Protocol):
+    """What a connection asks of the rooms."""
+
+    async def enter(self, connection: Connection, room: str) -> object:
+        """Returns when the room's messages arrive."""
+        ...
+
+    async def leave(self, connection: Connection, room: str) -> bool:
+        """End a membership; False when there was none."""
+        ...
+
+    def drop(self, connection: Connection, room: str) -> bool:
+        """End a membership here and now; who is present is settled later."""
+        ...
 
 
 class Connection:
@@ -61,7 +76,7 @@ class Connection:
     )
 
     def __init__(
-        self, socket: Socket, service: Rooms, hub: Hub, cluster: Any, session: Session, outbox: Outbox
+        self, socket: Socket, service: Memberships, hub: Hub, cluster: Any, session: Session, outbox: Outbox
     ) -> None:
         self.socket = socket
         self.service = service
@@ -133,6 +148,11 @@ class Connection:
     async def close(self, code: int = 1000, reason: str = "") -> None:
         """Close the WebSocket. Harmless when it is closed."""
         self.socket.close(code, reason)
+
+    def gone(self) -> None:
+        """The socket is over: the connection is in no room any more. Who is present is settled later."""
+        for name in list(self.rooms):
+            self.service.drop(self, name)
 
     def _lost(self, room: str) -> None:
         """Publications of ``room`` are lost: without a protocol there is only one sign for that, the close

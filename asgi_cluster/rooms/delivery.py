@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from asgi_cluster.bus.messages import Disconnect, Joined, Left, MalformedMessage, Published, decode
 from asgi_cluster.rooms.history import open_envelope
 from asgi_cluster.rooms.local_room import Audience
-from asgi_cluster.sockets.hub import Hub
+from asgi_cluster.rooms.local_rooms import LocalRooms
 
 if TYPE_CHECKING:
     from asgi_cluster.rooms.connection import Connection
@@ -28,8 +28,8 @@ _SLICE = 0.01  # seconds that may hold the loop
 class Reception:
     """From bytes to deliveries. Synchronous."""
 
-    def __init__(self, hub: Hub) -> None:
-        self._hub = hub
+    def __init__(self, rooms: LocalRooms) -> None:
+        self._rooms = rooms
         self._local_ids: OrderedDict[str, None] = OrderedDict()
         self._followed: dict[str, bool] = {}
         self._complained: set[str] = set()
@@ -44,7 +44,7 @@ class Reception:
 
     def receive(self, room: str, payload: bytes) -> None:
         """What the bus brought for a room. Raises nothing: the bus's reader goes on."""
-        audience = self._hub.audience(room)
+        audience = self._rooms.get(room)
         if audience is not None:
             try:
                 self._receive(audience, payload)
@@ -60,7 +60,7 @@ class Reception:
         if position is None:
             self.deliver(audience, body)
         elif audience.sequence is None:
-            if not any(True for _ in self._hub.members(audience)):
+            if not self._rooms.members(audience):
                 return  # a member is about to enter, and reads history after this
             self._complain("a room has history on another node and none here: the nodes' rules differ")
             self.deliver(audience, body)
@@ -94,7 +94,7 @@ class Reception:
                 self._for_each(
                     (
                         member
-                        for member in self._hub.members(audience)
+                        for member in self._rooms.members(audience)
                         if message.user is None or member.user_id == message.user
                     ),
                     lambda member: member._expelled(audience.name, message.code, message.reason),
@@ -117,7 +117,7 @@ class Reception:
         self._local_ids[message.id] = None
         if len(self._local_ids) > _IDS_KEPT:
             self._local_ids.popitem(last=False)
-        audience = self._hub.audience(room)
+        audience = self._rooms.get(room)
         if audience is not None:
             self._deliver_published(audience, message, None, local=True)
 
@@ -127,7 +127,7 @@ class Reception:
         """
         # All are taken out at once, and get the message in slices: what comes after the loss must not reach a
         # member that has not got the message, because it would go on from there.
-        members = self._hub.members(audience)
+        members = self._rooms.members(audience)
         audience.clear()
         logger.warning(
             "publications of a room were lost for its %d members here: they are unsubscribed or closed",

@@ -10,7 +10,6 @@ from asgi_cluster.sockets.prepared import Packet
 from asgi_cluster.sockets.wire import Wire
 
 if TYPE_CHECKING:
-    from asgi_cluster.rooms.connection import Connection
     from asgi_cluster.rooms.stream import Sequence
 
 __all__ = ["Audience"]
@@ -37,21 +36,19 @@ class Audience:
         # By form, because each form is encoded once.
         self._members: dict[Wire, dict[str, Outbox]] = {}
 
-    def attach(self, connection: Connection) -> None:
-        """From now on ``connection`` gets what arrives."""
-        outbox = connection.outbox
+    def attach(self, outbox: Outbox) -> None:
+        """From now on the socket of ``outbox`` gets what arrives."""
         if outbox.closed:
             return
         outbox.spill()
-        self._members.setdefault(outbox.wire, {})[connection.id] = outbox
-        self.crosses = self.crosses or connection.socket.crosses_loops
+        self._members.setdefault(outbox.wire, {})[outbox.socket.id] = outbox
+        self.crosses = self.crosses or outbox.socket.crosses_loops
 
-    def detach(self, connection: Connection) -> None:
+    def detach(self, outbox: Outbox) -> None:
         """It gets nothing any more."""
-        outbox = connection.outbox
         outbox.spill()
         members = self._members.get(outbox.wire)
-        if members is not None and members.pop(connection.id, None) is not None and not members:
+        if members is not None and members.pop(outbox.socket.id, None) is not None and not members:
             del self._members[outbox.wire]
 
     def outboxes(self) -> tuple[Outbox, ...]:

@@ -31,36 +31,16 @@ from asgi_cluster.rooms.connection import Connection
 from asgi_cluster.rooms.delivery import Reception
 from asgi_cluster.rooms.history import Entry, HistoryStore, Page, Position, seal_envelope
 from asgi_cluster.rooms.local_room import Audience
-from asgi_cluster.rooms.payload import encode_payload
+from asgi_cluster.rooms.local_rooms import LocalRooms
 from asgi_cluster.rooms.presence import ClientInfo, PresenceStore, read_info
 from asgi_cluster.rooms.presence_tracker import Attendance
 from asgi_cluster.rooms.retention import Kept, Retention
-from asgi_cluster.rooms.room import Publication, Room, RoomHistory, RoomMember
-from asgi_cluster.rooms.rules import (
-    Connected,
-    ConnectRequest,
-    RoomRequest,
-    RoomRule,
-    check_room,
-    find_rule,
-)
+from asgi_cluster.rooms.rules import RoomRule, find_rule
 from asgi_cluster.rooms.stream import Sequence as RoomSequence
 from asgi_cluster.sockets.hub import Hub
 from asgi_cluster.tasks import spawn
 
-__all__ = [
-    "ConnectRequest",
-    "Connected",
-    "Entered",
-    "Publication",
-    "Room",
-    "RoomHistory",
-    "RoomMember",
-    "RoomRequest",
-    "RoomRule",
-    "Rooms",
-    "encode_payload",
-]
+__all__ = ["Entered", "Rooms"]
 
 logger = logging.getLogger("asgi_cluster.realtime")
 
@@ -94,17 +74,13 @@ class Rooms:
         self._bus = bus
         self._history = history
         self._attendance = Attendance(presence, bus, info=self.client_info, timeout=node.deadline)
-        self._hub = hub
+        self._local = LocalRooms(bus, hub)
         self._config = config
         self.node = node
-        self._reception = Reception(hub)
+        self._reception = Reception(self._local)
         self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
         self.retention = Retention(config.rules, history, node=node)
         bus.on_dead = self.report_dead
-
-    def room(self, name: str) -> Room:
-        """See ``Cluster.room``."""
-        return Room(self, check_room(name))
 
     def rule(self, room: str) -> tuple[RoomRule, dict[str, str]] | None:
         """The rule for a room, and what its pattern's names stand for."""
@@ -264,7 +240,7 @@ class Rooms:
             # Entering publishes nothing, and a room without history can be entered while the bus is down.
             logger.debug("a room is entered by the rules that were read last")
         kept = self.retention.of(room)
-        audience = await self._hub.hold(room)
+        audience = await self._local.hold(room)
         try:
             if rule is not None and rule.presence:
                 await self._attendance.appear(connection, room)
@@ -273,11 +249,11 @@ class Rooms:
             if kept is not None:
                 missed, position = await self._sequence(audience, kept).recover(since)
         except BaseException:
-            self._release(audience)
+            self._local.release(audience)
             await self._attendance.vanish(connection, room)
             raise
         if connection._over:
-            self._release(audience)
+            self._local.release(audience)
             # ``leave_all`` may have run while the entry was on its way to the store: withdraw it again.
             connection._present[room] = None
             await self._attendance.vanish(connection, room)
@@ -287,7 +263,7 @@ class Rooms:
             # In a room with history no message may be dropped for a slow member, whatever the rule here says.
             audience.slow = rule.slow if kept is None else "disconnect"
         connection.rooms[room] = audience
-        audience.attach(connection)
+        audience.attach(connection.outbox)
         if rule is not None and rule.join_leave:
             connection._announced[room] = None
             self._tell(connection, room, Joined(connection.id, self.client_info(connection)))
@@ -296,7 +272,7 @@ class Rooms:
     async def leave(self, connection: Connection, room: str) -> bool:
         """End a membership; False when there was none. Waits for an ``enter`` that began before."""
         async with self._turn(connection, room):
-            left = self._drop(connection, room)
+            left = self.drop(connection, room)
             await self._attendance.vanish(connection, room)
             return left
 
@@ -309,38 +285,40 @@ class Rooms:
     async def leave_all(self, connection: Connection) -> None:
         """The connection is over."""
         for room in {*connection.rooms, *connection._announced}:
-            self._drop(connection, room)
+            self.drop(connection, room)
         await self._attendance.vanish_everywhere(connection, tuple(connection._present))
 
-    def _drop(self, connection: Connection, room: str) -> bool:
+    def drop(self, connection: Connection, room: str) -> bool:
+        """End a membership here and now; False when there was none. ``leave`` or ``leave_all`` is due for the
+        rest: who is present.
+        """
         if room in connection._announced:
-            # Also when the hub has taken the connection out already: whoever got the join gets the
-            # leave.
             connection._announced.pop(room, None)
             self._tell(connection, room, Left(connection.id, self.client_info(connection)))
         audience = connection.rooms.pop(room, None)
         if audience is None:
             return False
-        audience.detach(connection)
-        self._release(audience)
+        audience.detach(connection.outbox)
+        self._local.release(audience)
         return True
 
-    def _release(self, audience: Audience) -> None:
-        self._hub.release(audience)
-        if audience.holds == 0 and audience.sequence is not None:
-            audience.sequence.close()
+    async def settle(self, connection: Connection, room: str) -> None:
+        """After ``drop``: it is not present any more, unless it has entered again."""
+        async with self._turn(connection, room):
+            if room not in connection.rooms:
+                await self._attendance.vanish(connection, room)
 
     def _tell(self, connection: Connection, room: str, message: Message) -> None:
+        connection.socket.call(self._tell_soon, connection.socket.tasks, room, message)
+
+    def _tell_soon(self, tasks: asyncio.TaskGroup, room: str, message: Message) -> None:
         async def tell() -> None:
             try:
                 await self._send(room, message)
             except ClusterError as error:
                 logger.debug("a join or leave was not published (%s)", type(error).__name__)
 
-        try:
-            spawn(connection.socket.tasks, tell(), name="asgi-cluster join or leave")
-        except RuntimeError:
-            return  # the node is stopping: another node removes its presence and publishes the leave
+        _spawn(tasks, tell())  # when the node is stopping, the registry's cleaner publishes it
 
     def client_info(self, connection: Connection) -> bytes:
         """What other clients see of a connection, as JSON."""
@@ -377,8 +355,8 @@ class Rooms:
         if tasks is not None and not self.node.crosses_loops:
             _spawn(tasks, work)
             return
-        for found in self._hub.audiences() if audience is None else (audience,):
-            for member in self._hub.members(found):
+        for found in self._local if audience is None else (audience,):
+            for member in self._local.members(found):
                 member.socket.call(_spawn, member.socket.tasks, work)
                 return
         work.close()  # no member is here
@@ -391,20 +369,20 @@ class Rooms:
 
     def gap(self, rooms: frozenset[str] | None) -> None:
         """Publications may have been missed."""
-        for audience in self._hub.audiences():
+        for audience in self._local:
             if audience.sequence is not None and (rooms is None or audience.name in rooms):
                 audience.sequence.gap()
 
     def restored(self, rooms: frozenset[str] | None) -> None:
         """What was missed can be read now."""
-        for audience in self._hub.audiences():
+        for audience in self._local:
             if audience.sequence is not None and (rooms is None or audience.name in rooms):
                 audience.sequence.restored()
-        self._start(None, self._attendance.restore(self._hub.connections))
+        self._start(None, self._attendance.restore(self._local.connections))
 
     def node_died(self, node: str, incarnation: str) -> None:
         """A node is dead, as the registry found: take its members out of the rooms that have members here."""
-        for audience in self._hub.audiences():
+        for audience in self._local:
             found = self.rule(audience.name)
             if found is not None and found[0].presence:
                 work = self._reap(audience.name, node, incarnation, found[0].join_leave)
@@ -426,8 +404,12 @@ class Rooms:
         payload = encode(NodeDied(node, incarnation, self.node.id))
         self._start(None, self._bus.publish_bucket(0, payload, timeout=self.node.deadline))
 
+    def count(self) -> int:
+        """Rooms with members here."""
+        return len(self._local)
+
     def __repr__(self) -> str:
-        return f"<Rooms, {len(self._hub.audiences())} with members here>"
+        return f"<Rooms, {len(self._local)} with members here>"
 
 
 def _spawn(tasks: asyncio.TaskGroup, work: Coroutine[Any, Any, None]) -> None:

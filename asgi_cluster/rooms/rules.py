@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from asgi_cluster.arguments import Seconds, expect, seconds
+from asgi_cluster.rooms.names import FORBIDDEN
 from asgi_cluster.sockets.outbox import SlowPolicy
 
 if TYPE_CHECKING:
@@ -19,14 +20,11 @@ __all__ = [
     "Permission",
     "RoomRequest",
     "RoomRule",
-    "check_room",
     "find_rule",
 ]
 
-_LONGEST_NAME = 255
 _WILDCARD = re.compile(r"\*|<[^<>]*>")
 _PARAMETER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
-_FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffd]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,7 +127,7 @@ class RoomRule:
         expect("pattern", self.pattern, str)
         if not self.pattern:
             raise ValueError(f"a room rule needs a pattern, not {self.pattern!r}")
-        if _FORBIDDEN.search(self.pattern):
+        if FORBIDDEN.search(self.pattern):
             raise ValueError(
                 f"room rule {self.pattern!r} can never match: a room name has no control characters, line "
                 "ends, surrogates or U+FFFD"
@@ -195,20 +193,3 @@ def find_rule(rules: Sequence[RoomRule], room: str) -> tuple[RoomRule, dict[str,
         if params is not None:
             return rule, params
     return None
-
-
-def check_room(name: str) -> str:
-    """The name, if it can be one: 1 to 255 characters, no control characters, no surrogates, no U+FFFD (what
-    is left of a character that could not be decoded). Exact, case counts. Names of the package's own have
-    control characters, so neither an app nor a client can name them.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    if not isinstance(name, str):
-        raise TypeError(f"a room name is a str, not {type(name).__name__}")
-    if not 1 <= len(name) <= _LONGEST_NAME:
-        raise ValueError(f"a room name has 1 to {_LONGEST_NAME} characters, not {len(name)}")
-    if _FORBIDDEN.search(name):
-        raise ValueError(f"a room name has no control characters, line ends, surrogates or U+FFFD: {name!r}")
-    return name

@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
-from asgi_cluster.config import CookieConfig
 from asgi_cluster.ids import Handle
+from asgi_cluster.sessions.config import CookieConfig
 
 __all__ = ["Cookie"]
 

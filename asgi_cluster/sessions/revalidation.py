@@ -13,7 +13,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 from asgi_cluster.codes import CloseCode
 from asgi_cluster.exceptions import ClusterError, StoreUnavailable
@@ -21,7 +21,6 @@ from asgi_cluster.ids import Handle, UserId
 from asgi_cluster.node import Node
 from asgi_cluster.sessions.reads import CachedStore
 from asgi_cluster.sessions.store import UserLogout
-from asgi_cluster.sockets.socket import Socket
 from asgi_cluster.tasks import spawn
 
 __all__ = ["OpenSockets", "Verifier"]
@@ -33,6 +32,20 @@ _RETRY = 2.0
 _AT_ONCE = 64  # sessions or users asked for together: a few milliseconds of the event loop
 _LONGEST_TIMER = 3600.0
 _SOON = 0.1  # seconds that an answer may take which says how long ago a logout was
+
+
+class OpenSocket(Protocol):
+    """One of this node's sockets."""
+
+    handle: str | None
+    state: Literal["connecting", "open", "closed"]
+    close_code: int | None
+    timer: asyncio.TimerHandle | None
+    tasks: asyncio.TaskGroup
+
+    def call(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Call it on the socket's loop."""
+        ...
 
 
 class OpenSockets(Protocol):
@@ -54,8 +67,10 @@ class OpenSockets(Protocol):
         """Whether one of them acts as ``user`` and has no session of that user."""
         ...
 
-    def close_logged_out(self, user: str, logout: UserLogout, *, now: float) -> None:
-        """Close those of them that are older than ``logout``, which was read just now."""
+    def close_logged_out(
+        self, user: str, name: str, *, at: float, keep: str | None, before: float | None
+    ) -> None:
+        """Close those of them that are older than the logout ``name``, which was at ``at``."""
         ...
 
 
@@ -84,7 +99,7 @@ class Verifier:
         if self._wake is not None:
             self._wake.set()
 
-    def recheck(self, sockets: Sequence[Socket], then: Callable[[int], None]) -> None:
+    def recheck(self, sockets: Sequence[OpenSocket], then: Callable[[int], None]) -> None:
         """Ask about the sessions of these sockets (at least one) now. From any thread.
 
         ``then`` is called with the number of sockets that were closed, if the store answered for all of them.
@@ -132,7 +147,7 @@ class Verifier:
         finally:
             self._wake = None
 
-    def watch(self, socket: Socket, expires_in: float) -> None:
+    def watch(self, socket: OpenSocket, expires_in: float) -> None:
         """Ask again when the session's time is up; requests may have extended it meanwhile. Nothing is asked
         for a socket that is closed: it may have gone while the last answer was under way.
         """
@@ -143,11 +158,11 @@ class Verifier:
         loop = asyncio.get_running_loop()
         socket.timer = loop.call_later(delay, self._time_is_up, socket)
 
-    def _time_is_up(self, socket: Socket) -> None:
+    def _time_is_up(self, socket: OpenSocket) -> None:
         if socket.handle is not None and socket.close_code is None:
             spawn(socket.tasks, self._check(socket, Handle(socket.handle)), name="asgi-cluster expiry check")
 
-    async def _check(self, socket: Socket, handle: Handle) -> None:
+    async def _check(self, socket: OpenSocket, handle: Handle) -> None:
         try:
             record = await self._store.read_fresh(handle, timeout=self._deadline)
         except ClusterError:
@@ -201,7 +216,10 @@ class Verifier:
                 return False
             now = self._clock()
             for user, logout in found.items():
-                self._sockets.close_logged_out(user, logout, now=now)
+                before = None if logout.before is None else now - logout.before
+                self._sockets.close_logged_out(
+                    user, logout.id, at=now - logout.ago, keep=logout.keep, before=before
+                )
         return True
 
     async def _logouts(self, users: Sequence[UserId]) -> Mapping[UserId, UserLogout]:

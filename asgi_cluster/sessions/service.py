@@ -12,10 +12,10 @@ from typing import Protocol, TypeVar
 from asgi_cluster.bus.bus import Bus
 from asgi_cluster.bus.messages import Changed, Ended, UserEnded, encode
 from asgi_cluster.codes import CloseCode
-from asgi_cluster.config import SessionConfig
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import Handle, NodeId, UserId, bucket_of
 from asgi_cluster.node import Node
+from asgi_cluster.sessions.config import SessionConfig
 from asgi_cluster.sessions.cookies import Cookie
 from asgi_cluster.sessions.ended import SessionEnded
 from asgi_cluster.sessions.reads import CachedStore

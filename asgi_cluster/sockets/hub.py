@@ -1,8 +1,4 @@
-"""This node's sockets: by session, by user, by room; what arrives for them is fanned out here, and nowhere
-else.
-
-Everything here is local. ``room.broadcast`` goes over the bus and comes back to every hub, this one included.
-"""
+"""This node's sockets, by session and by user."""
 
 from __future__ import annotations
 
@@ -12,25 +8,19 @@ import threading
 import weakref
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from asgi_cluster.bus.messages import PersonalMessage
 from asgi_cluster.codes import CloseCode
-from asgi_cluster.config import RealtimeConfig
-from asgi_cluster.rooms.local_room import Audience
 from asgi_cluster.sockets.batches import Flusher
 from asgi_cluster.sockets.logouts import RecentLogouts
 from asgi_cluster.sockets.outbox import Counters, Outbox
 from asgi_cluster.sockets.prepared import Packet
 from asgi_cluster.sockets.server import reloads
-from asgi_cluster.sockets.socket import Closes, Socket
+from asgi_cluster.sockets.socket import Closes, Member, Socket
 from asgi_cluster.sockets.wire import Wire
 
-if TYPE_CHECKING:
-    from asgi_cluster.rooms.connection import Connection
-    from asgi_cluster.sessions.store import UserLogout
-
-__all__ = ["Hub", "RealtimeStats", "Subscriptions", "Watcher"]
+__all__ = ["Hub", "RealtimeStats", "Watcher"]
 
 S = TypeVar("S")
 
@@ -76,31 +66,17 @@ class Watcher(Protocol):
         ...
 
 
-class Subscriptions(Protocol):
-    """The part of the bus that a hub needs."""
-
-    async def subscribe(self, room: str) -> None:
-        """Returns when the room's messages will arrive."""
-        ...
-
-    def unsubscribe(self, room: str) -> None:
-        """No more of them."""
-        ...
-
-
 class Hub:
-    """Local fan-out. ``subscriptions``, the bus, has a subscription for each room with a member here."""
+    """The index of this node's sockets. ``outbox_bytes`` bounds what may wait for each."""
 
-    def __init__(self, *, subscriptions: Subscriptions, config: RealtimeConfig) -> None:
-        self._subscriptions = subscriptions
-        self._config = config
+    def __init__(self, *, outbox_bytes: int) -> None:
+        self._outbox_bytes = outbox_bytes
         self._sockets: set[Socket] = set()
         self._by_handle: dict[str, set[Socket | Watcher]] = {}
         self._by_user: dict[str, set[Socket]] = {}
         # Watchers, and sockets that act as another user than their session's: by the session's user.
         self._by_owner: dict[str, set[Socket | Watcher]] = {}
         self.logouts = RecentLogouts()
-        self._rooms: dict[str, Audience] = {}
         self._flushers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Flusher] = (
             weakref.WeakKeyDictionary()
         )
@@ -132,10 +108,8 @@ class Hub:
             _discard(self._by_handle, socket.handle, socket)
             _discard(self._by_user, socket.user, socket)
             _discard(self._by_owner, socket.owner, socket)
-        connection = socket.connection
-        if connection is not None:
-            for name in list(connection.rooms):
-                self.leave(connection, name)
+        if socket.connection is not None:
+            socket.connection.gone()
         if socket.outbox is not None:
             socket.outbox.close()
 
@@ -184,9 +158,7 @@ class Hub:
             flusher = self._flushers.get(socket.loop)
             if flusher is None:
                 flusher = self._flushers[socket.loop] = Flusher(socket.loop)
-            socket.outbox = Outbox(
-                socket, flusher, self._counters, limit=self._config.outbox_bytes, wire=wire
-            )
+            socket.outbox = Outbox(socket, flusher, self._counters, limit=self._outbox_bytes, wire=wire)
         return socket.outbox
 
     def handles(self) -> Iterable[str]:
@@ -226,26 +198,30 @@ class Hub:
         """Whether a socket here acts as ``user`` and has no session of that user."""
         return any(socket.owner != user for socket in tuple(self._by_user.get(user, ())))
 
-    def close_logged_out(self, user: str, logout: UserLogout, *, now: float) -> None:
-        """Close the sockets that act as ``user`` without a session of that user and are older than
-        ``logout``, which the store gave at ``now`` and which this node has not processed.
+    def close_logged_out(
+        self, user: str, name: str, *, at: float, keep: str | None, before: float | None
+    ) -> None:
+        """Close the sockets that act as ``user`` without a session of that user and are older than the logout
+        ``name``, if this node has not processed it. It was at ``at`` and kept the session ``keep``; the last
+        one that did not keep that session was at ``before`` (``None``: there is none). Times as
+        ``Socket.since``.
 
         With 4501. Those that are younger by less than the clocks may differ with 3011, so that the client
         comes back and is decided anew.
         """
-        processed = self.logouts.has(user, logout.id)
+        processed = self.logouts.has(user, name)
         for socket in tuple(self._by_user.get(user, ())):
             if socket.owner == user:
                 continue
-            if socket.handle is not None and socket.handle == logout.keep:
-                ago = logout.before
+            if socket.handle is not None and socket.handle == keep:
+                moment = before
             else:
-                ago = None if processed else logout.ago
-            if ago is None:
+                moment = None if processed else at
+            if moment is None:
                 continue
-            if socket.since <= now - ago:
+            if socket.since <= moment:
                 socket.close(CloseCode.SESSION_ENDED, "logged out")
-            elif socket.since <= now - ago + _UNCERTAIN:
+            elif socket.since <= moment + _UNCERTAIN:
                 socket.close(CloseCode.FORCE_RECONNECT, "the user may have been logged out meanwhile")
 
     def sockets_of(self, user: str, *, keep: str | None) -> tuple[Socket, ...]:
@@ -308,87 +284,17 @@ class Hub:
             self.unregister(socket)
             socket.detach()
 
-    # Rooms
-
-    async def hold(self, room: str) -> Audience:
-        """Count one more for ``room``; returns when its messages arrive here. ``release`` once for each
-        ``hold``.
-
-        Raises:
-            BusUnavailable: the server refuses the channel. Nothing is held then, nor after a cancellation.
-        """
-        with self._lock:
-            audience = self._rooms.get(room)
-            if audience is None:
-                audience = self._rooms[room] = Audience(room)
-            audience.holds += 1
-        try:
-            if not audience.subscribed:
-                # Each caller before the acknowledgement waits for it separately (the port is idempotent): the
-                # cancellation of one does not cancel the others.
-                await self._subscriptions.subscribe(room)
-                audience.subscribed = True
-        except BaseException:
-            self.release(audience)
-            raise
-        return audience
-
-    def release(self, audience: Audience) -> None:
-        """One less; the last one unsubscribes."""
-        with self._lock:
-            audience.holds -= 1
-            if audience.holds == 0 and self._rooms.get(audience.name) is audience:
-                del self._rooms[audience.name]
-                # Here, under the lock: a join that comes after this subscribes after this.
-                self._subscriptions.unsubscribe(audience.name)
-
-    async def join(self, connection: Connection, room: str) -> Audience:
-        """Make ``connection`` a member of ``room``. Idempotent. Raises as ``hold``."""
-        if room in connection.rooms:
-            return connection.rooms[room]
-        audience = await self.hold(room)
-        if room in connection.rooms or connection.outbox.closed:
-            # Joined twice at once, or gone meanwhile.
-            self.release(audience)
-        else:
-            connection.rooms[room] = audience
-            audience.attach(connection)
-        return audience
-
-    def leave(self, connection: Connection, room: str) -> bool:
-        """End a membership; False when there was none."""
-        audience = connection.rooms.pop(room, None)
-        if audience is None:
-            return False
-        audience.detach(connection)
-        self.release(audience)
-        return True
-
-    def audience(self, room: str) -> Audience | None:
-        """The members of ``room`` here; ``None`` when there are none."""
-        return self._rooms.get(room)
-
-    def audiences(self) -> tuple[Audience, ...]:
-        """Every room with a member here."""
-        return tuple(self._rooms.values())
-
-    def connections(self) -> tuple[Connection, ...]:
-        """Every socket here that the cluster serves."""
+    def served(self) -> tuple[Member, ...]:
+        """What the open sockets that the cluster serves belong to."""
         found = (socket.connection for socket in tuple(self._sockets))
-        return tuple(connection for connection in found if connection is not None)
-
-    def members(self, audience: Audience) -> tuple[Connection, ...]:
-        """Every member of ``audience``."""
-        found = (outbox.socket.connection for outbox in audience.outboxes())
-        return tuple(connection for connection in found if connection is not None)
+        return tuple(member for member in found if member is not None)
 
     # Observing
 
-    def load(self) -> tuple[int, int]:
-        """Sockets and rooms here."""
-        return len(self._sockets), len(self._rooms)
+    def __len__(self) -> int:
+        return len(self._sockets)
 
-    def stats(self) -> RealtimeStats:
+    def stats(self, *, rooms: int) -> RealtimeStats:
         """A snapshot; walks the sockets once."""
         direct = 0
         fallback: dict[str, int] = {}
@@ -400,7 +306,7 @@ class Hub:
         counters = self._counters
         return RealtimeStats(
             connections=len(self._sockets),
-            rooms=len(self._rooms),
+            rooms=rooms,
             sent=counters.sent,
             dropped=counters.dropped,
             slow=counters.slow,
@@ -409,7 +315,7 @@ class Hub:
         )
 
     def __repr__(self) -> str:
-        return f"<Hub {len(self._sockets)} sockets, {len(self._rooms)} rooms>"
+        return f"<Hub {len(self._sockets)} sockets>"
 
 
 def _discard(index: dict[str, set[S]], key: str | None, found: S) -> None:

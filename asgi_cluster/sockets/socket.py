@@ -7,7 +7,7 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from asgi_cluster.bus.lease import boot_clock
 from asgi_cluster.ids import ConnectionId, new_token
@@ -25,10 +25,9 @@ from asgi_cluster.sockets.server import (
 from asgi_cluster.tasks import spawn
 
 if TYPE_CHECKING:
-    from asgi_cluster.rooms.connection import Connection
     from asgi_cluster.sockets.outbox import Outbox
 
-__all__ = ["Closes", "Socket"]
+__all__ = ["Closes", "Member", "Socket"]
 
 logger = logging.getLogger("asgi_cluster.realtime")
 
@@ -38,6 +37,14 @@ Send = Callable[[Message], Awaitable[None]]
 
 _LONGEST_REASON = 123  # bytes: RFC 6455 section 5.5 allows 125 in a control frame, two of them are the code
 _CLOSE_IS_LATE = 0.25  # seconds that a receipt waits for closes under way
+
+
+class Member(Protocol):
+    """What a socket belongs to that the cluster serves, and not the app alone."""
+
+    def gone(self) -> None:
+        """The socket is over: nothing more is delivered to it."""
+        ...
 
 
 class Closes:
@@ -143,7 +150,7 @@ class Socket:
         self.close_code: int | None = None
         self.close_reason = ""
         self.timer: asyncio.TimerHandle | None = None
-        self.connection: Connection | None = None
+        self.connection: Member | None = None
         self.outbox: Outbox | None = None
         self.server, self.why_not_direct = known_server(send)
         self._closing: asyncio.Future[None] | None = None

@@ -194,7 +194,7 @@ async def test_the_receipt_says_how_many_replicas_have_it(prefix: str) -> None:
         await in_sync(primary, replica)
         asking = Cluster(primary.url, prefix=prefix, sessions=SessionConfig(wait_replicas=1))
         async with asking, node(primary.url, prefix) as other:
-            store = asking.service.store
+            store = asking._parts.service.store
             made = [await create(store) for _ in range(3)]
             assert (await asking.session(made[0].handle).logout()).replicas == 1
             assert (await other.session(made[1].handle).logout()).replicas is None
@@ -231,14 +231,14 @@ async def test_a_logout_that_is_refused_is_not_heard_of(prefix: str, kind: str) 
 async def test_a_logout_everywhere_says_what_it_ended(valkey: Server, prefix: str) -> None:
     """Those that were living, by their handles; not the one that is kept, and no other user's."""
     async with node(valkey.url, prefix) as one, node(valkey.url, prefix) as two:
-        store = one.service.store
+        store = one._parts.service.store
         kept, *ended = [await create(store, "ada") for _ in range(20)]
         await create(store, "bob")
         assert (await one.user("ada").logout(exclude=kept.handle)).complete
         for cluster in (one, two):
             assert set(cluster._parts.service.tombstones) == {made.handle for made in ended}
         assert (await one.user("ada").logout()).sessions == 1
-        assert kept.handle in set(two.service.tombstones)
+        assert kept.handle in set(two._parts.service.tombstones)
         assert (await one.user("nobody").logout()).sessions == 0
 
 
@@ -296,12 +296,12 @@ async def test_what_is_remembered_is_bounded(valkey: Server, prefix: str) -> Non
 async def test_a_logout_of_very_many_sessions_says_a_thousand(valkey: Server, prefix: str) -> None:
     """Those that would have lived longest; the node that asked for it has them all."""
     async with node(valkey.url, prefix) as one, node(valkey.url, prefix) as two:
-        store = one.service.store
+        store = one._parts.service.store
         short = [await create(store, "ada", idle=50.0) for _ in range(20)]
         long = [await create(store, "ada") for _ in range(1000)]
         assert (await one.user("ada").logout()).sessions == 1020
-        assert set(two.service.tombstones) == {made.handle for made in long}
-        assert set(one.service.tombstones) == {made.handle for made in short + long}
+        assert set(two._parts.service.tombstones) == {made.handle for made in long}
+        assert set(one._parts.service.tombstones) == {made.handle for made in short + long}
 
 
 @pytest.mark.faults

@@ -50,7 +50,7 @@ async def test_primary_that_its_peers_replaced(prefix: str) -> None:
         old = next(server for server in servers.primaries() if server is not registry)
         new = servers.replica_of(old)
         async with Cluster(servers.url, prefix=prefix) as reader:
-            store = reader.service.store
+            store = reader._parts.service.store
             handle = await someone_at(store, servers, old, prefix)
             with new.client() as client:
                 client.execute_command("READONLY")

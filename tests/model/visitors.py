@@ -131,7 +131,7 @@ class Visitor:
         self.clusters = clusters
         self.exact = exact
         """What one node has done reaches the others at once, unless they are deaf."""
-        self.truth = clusters[0].service.store._store
+        self.truth = clusters[0]._parts.service.store._store
         self.buses = [Deaf(cluster) for cluster in clusters]
         self.faults: list[str] = []
         for cluster in clusters:

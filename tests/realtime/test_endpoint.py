@@ -318,7 +318,7 @@ async def test_name_of_the_packages_own(site: Site, name: str, kind: str) -> Non
     node = await site.node(rules=[OPEN], **limit)
     cookie = await sign_in(node, "ada")
     async with node.client(cookie) as client:
-        (connection,) = node.cluster._parts.hub.connections()
+        (connection,) = node.cluster._parts.hub.served()
         own = f"\x1f{kind}\x1f{'ada' if kind == 'user' else connection.session.handle}"
         assert own in connection._present
         reply = await client.call(name, {"channel": own, "data": 1})
@@ -687,7 +687,7 @@ async def test_close_before_the_connect_reply(lone_site: Site, monkeypatch: pyte
     async with node.raw() as client:
         await client.send({"id": 1, "connect": {}})
         await entering.wait()
-        (connection,) = node.cluster._parts.hub.connections()
+        (connection,) = node.cluster._parts.hub.served()
         await connection.close(3503, "out")
         with pytest.raises(websockets.ConnectionClosed):
             await asyncio.wait_for(client.ws.recv(), 10)

@@ -420,7 +420,7 @@ async def test_broadcast_of_what_is_no_text(lone_site: Site, data: Any) -> None:
         await client.call("subscribe", {"channel": "room"})
         with pytest.raises(ValueError, match="not Unicode text"):
             await node.cluster.room("room").broadcast(data)
-        (connection,) = node.cluster._parts.hub.connections()
+        (connection,) = node.cluster._parts.hub.served()
         with pytest.raises(ValueError, match="not Unicode text"):
             await connection.send(data)
         await node.cluster.room("room").broadcast("next")

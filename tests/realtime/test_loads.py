@@ -161,7 +161,7 @@ async def test_joins_and_leaves_stay_flat(redis_site: Site, capsys: pytest.Captu
     """
     node = await redis_site.node(rules=[RoomRule("open:{name}")], max_rooms=1000)
     async with node.client():
-        [connection] = node.cluster._parts.hub.connections()
+        [connection] = node.cluster._parts.hub.served()
         rounds: list[float] = []
         walls: list[float] = []
         with callbacks() as seen:
@@ -243,12 +243,12 @@ async def test_stalled_readers(redis_site: Site, capsys: pytest.CaptureFixture[s
 
 def small_buffers(node: Node) -> None:
     """The kernel's: they would take everything that is sent here."""
-    for connection in node.cluster._parts.hub.connections():
+    for connection in node.cluster._parts.hub.served():
         socket = connection.socket.transport.get_extra_info("socket")
         socket.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, 16384)
 
 
 def waiting(node: Node) -> list[int]:
     """Bytes that wait in each outbox where any do."""
-    found = (connection.outbox.waiting_bytes for connection in node.cluster._parts.hub.connections())
+    found = (connection.outbox.waiting_bytes for connection in node.cluster._parts.hub.served())
     return [waits for waits in found if waits]

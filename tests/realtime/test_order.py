@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from asgi_cluster.realtime import flusher as flushing
 from websockets.protocol import State
 
 from asgi_cluster.centrifuge.wire import JSON
 from asgi_cluster.rooms.local_room import Audience
+from asgi_cluster.sockets import batches as flushing
 from asgi_cluster.sockets.batches import Flusher
 from asgi_cluster.sockets.outbox import Counters, Outbox
 from asgi_cluster.sockets.prepared import Packet
 from asgi_cluster.sockets.socket import Closes, Socket
+from asgi_cluster.sockets.wire import Wire
 
 _SOCKETS = 50
 _ROOMS = 3
@@ -44,11 +46,17 @@ class Transport:
         return 0 if self.writable.is_set() else 100_000
 
 
+def always(text: bytes) -> Callable[[Wire], Packet]:
+    """The same in every form."""
+    packet = Packet(text)
+    return lambda _: packet
+
+
 class Member:
     """A connection as an audience sees it, on a transport of the test's, and what it should get."""
 
     def __init__(self, number: int, flusher: Flusher, tasks: asyncio.TaskGroup, *, direct: bool) -> None:
-        self.id = str(number)
+        self.number = number
         self.expected: list[bytes] = []
         self.closed = False
         self.transport = Transport()
@@ -91,7 +99,7 @@ async def test_what_is_sent_in_any_order_arrives_in_that(monkeypatch: pytest.Mon
         inside: list[set[Member]] = [set(), set(), set()]
         for room, people in zip(rooms, inside, strict=True):
             for member in choose.sample(members, 40):
-                room.attach(member)  # type: ignore[arg-type]
+                room.attach(member.outbox)
                 people.add(member)
         # Mostly one room, as in life: or there would hardly be a wave.
         weights = (20, 2, 1)
@@ -104,21 +112,21 @@ async def test_what_is_sent_in_any_order_arrives_in_that(monkeypatch: pytest.Mon
                 (40, 2, 4, 3, 3, 1, 2, 1, 12),
             )[0]:
                 case "broadcast":
-                    room.deliver(lambda _, packet=Packet(text): packet)
+                    room.deliver(always(text))
                     for each in people:
                         each.expected.append(text)
                 case "exclude":
-                    room.deliver(lambda _, packet=Packet(text): packet, exclude=member.id)
+                    room.deliver(always(text), exclude=member.socket.id)
                     for each in people - {member}:
                         each.expected.append(text)
                 case "personal" if not member.closed:
                     member.outbox.push(Packet(text))
                     member.expected.append(text)
                 case "join" if not member.closed and member not in people:
-                    room.attach(member)  # type: ignore[arg-type]
+                    room.attach(member.outbox)
                     people.add(member)
                 case "leave" if member in people:
-                    room.detach(member)  # type: ignore[arg-type]
+                    room.detach(member.outbox)
                     people.discard(member)
                 case "slow":
                     member.transport.writable.clear()
@@ -132,7 +140,7 @@ async def test_what_is_sent_in_any_order_arrives_in_that(monkeypatch: pytest.Mon
                     for others in inside:
                         others.discard(member)
                     for each_room in rooms:
-                        each_room.detach(member)  # type: ignore[arg-type]
+                        each_room.detach(member.outbox)
                 case "tick":
                     await asyncio.sleep(0)
         for member in members:
@@ -140,7 +148,7 @@ async def test_what_is_sent_in_any_order_arrives_in_that(monkeypatch: pytest.Mon
         for _ in range(50):
             await asyncio.sleep(0)
     for member in members:
-        assert member.transport.frames == member.expected, f"socket {member.id}, closed: {member.closed}"
+        assert member.transport.frames == member.expected, f"socket {member.number}, closed: {member.closed}"
 
 
 async def test_a_wave_reaches_everybody_who_was_there() -> None:
@@ -150,13 +158,13 @@ async def test_a_wave_reaches_everybody_who_was_there() -> None:
         members = [Member(number, flusher, tasks, direct=True) for number in range(20)]
         room = Audience("r")
         for member in members[:-1]:
-            room.attach(member)  # type: ignore[arg-type]
-        room.deliver(None, Packet(b"1"))
-        room.deliver(None, Packet(b"2"))
+            room.attach(member.outbox)
+        room.deliver(always(b"1"))
+        room.deliver(always(b"2"))
         assert flusher.wave is not None
-        room.detach(members[0])  # type: ignore[arg-type]
-        room.attach(members[-1])  # type: ignore[arg-type]
-        room.deliver(None, Packet(b"3"))
+        room.detach(members[0].outbox)
+        room.attach(members[-1].outbox)
+        room.deliver(always(b"3"))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
     assert members[0].transport.frames == [b"1", b"2"]

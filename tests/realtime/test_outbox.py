@@ -166,10 +166,11 @@ async def stalled(node: Node) -> AsyncIterator[sockets.socket]:
 
 def deliver(node: Node, data: str | bytes, key: str | None = None) -> None:
     """Straight into the hub: what the bus does with it is not the point here."""
-    audience = node.cluster._parts.hub.audience("room")
+    audience = node.cluster._parts.rooms._local.get("room")
     assert audience is not None
     binary = isinstance(data, bytes)
-    audience.deliver(Packet(data if isinstance(data, bytes) else data.encode(), binary=binary), None, key=key)
+    packet = Packet(data if isinstance(data, bytes) else data.encode(), binary=binary)
+    audience.deliver(lambda _: packet, key=key)
 
 
 async def flood(node: Node, numbers: range, *, keys: int = 0) -> None:

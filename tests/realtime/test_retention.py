@@ -113,7 +113,7 @@ async def test_rule_that_keeps_nothing_here(site: Site) -> None:
         assert (await subscribed(client))["recoverable"]
         assert await node.cluster.room("kept:a").broadcast(1) is not None
         assert "offset" in (await client.push())["pub"]
-        audience = node.cluster._parts.hub.audience("kept:a")
+        audience = node.cluster._parts.rooms._local.get("kept:a")
         assert audience is not None
         assert audience.slow == "disconnect"
 
@@ -148,7 +148,7 @@ async def test_history_that_no_rule_has_any_more(site: Site) -> None:
     await eventually(forgotten, timeout=15)
     async with node.client() as client:
         assert "recoverable" not in await subscribed(client)
-        audience = node.cluster._parts.hub.audience("kept:a")
+        audience = node.cluster._parts.rooms._local.get("kept:a")
         assert audience is not None
         assert audience.slow == "drop"
 
@@ -326,7 +326,7 @@ async def test_reading_the_rules_seldom_writes(prefix: str) -> None:
 async def test_declaration_waits_for_every_reading(redis_site: Site) -> None:
     """Of processes that rely on theirs for different times, also those that wrote nothing."""
     async with worker(redis_site) as publisher:
-        history, clock = publisher._backend.history, asyncio.get_running_loop().time
+        history, clock = publisher._parts.backend.history, asyncio.get_running_loop().time
         for turn, views in enumerate([[3.0, 1.0], [1.0, 3.0], [3.0, 3.0], [3.0, 1.0, 0.5, 3.0]]):
             until = 0.0
             for view in views:

@@ -12,7 +12,8 @@ import websockets
 
 from asgi_cluster import Cluster, RealtimeConfig, RoomRule
 from asgi_cluster.exceptions import BusUnavailable
-from asgi_cluster.rooms.rooms import Connected
+from asgi_cluster.rooms.local_rooms import LocalRooms
+from asgi_cluster.rooms.rules import Connected
 from asgi_cluster.sockets.hub import Hub
 from tests.realtime.conftest import sign_in
 from tests.realtime.site import Raw, Site
@@ -240,9 +241,9 @@ class Subscriptions:
 async def test_first_members_together(lone_site: Site) -> None:
     """Several first members wait for the acknowledgement; one who is cancelled takes nobody along."""
     bus = Subscriptions()
-    hub = Hub(subscriptions=bus, config=RealtimeConfig())
+    rooms = LocalRooms(bus, Hub(outbox_bytes=1))
     async with asyncio.TaskGroup() as tasks:
-        holders = [tasks.create_task(hub.hold("room")) for _ in range(3)]
+        holders = [tasks.create_task(rooms.hold("room")) for _ in range(3)]
         await asyncio.sleep(0)
         holders[0].cancel()
         await asyncio.sleep(0)
@@ -250,26 +251,26 @@ async def test_first_members_together(lone_site: Site) -> None:
         bus.gate.set()
     assert bus.subscribed == {"room"}
     audience = holders[1].result()
-    hub.release(audience)
+    rooms.release(audience)
     assert bus.subscribed == {"room"}
-    hub.release(audience)
+    rooms.release(audience)
     assert bus.subscribed == set()
-    assert hub.load() == (0, 0)
+    assert len(rooms) == 0
 
 
 async def test_join_after_the_last_left() -> None:
     """A join while nobody is left subscribes anew, in that order; a refused channel leaves nothing behind."""
     bus = Subscriptions()
     bus.gate.set()
-    hub = Hub(subscriptions=bus, config=RealtimeConfig())
-    hub.release(await hub.hold("room"))
-    audience = await hub.hold("room")
+    rooms = LocalRooms(bus, Hub(outbox_bytes=1))
+    rooms.release(await rooms.hold("room"))
+    audience = await rooms.hold("room")
     assert bus.log == ["+room", "-room", "+room"]
-    hub.release(audience)
+    rooms.release(audience)
     bus.refuses = True
     with pytest.raises(BusUnavailable):
-        await hub.hold("room")
-    assert hub.load() == (0, 0)
+        await rooms.hold("room")
+    assert len(rooms) == 0
     assert bus.log[-1] == "-room"
 
 

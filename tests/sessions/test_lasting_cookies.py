@@ -238,7 +238,7 @@ async def test_renewal_that_the_store_does_not_confirm_is_left_out(
 ) -> None:
     """The request itself succeeded, and says so."""
 
-    read_fresh, reads = rolling.service.store.read_fresh, 0
+    read_fresh, reads = rolling._parts.service.store.read_fresh, 0
 
     async def down_after_one(handle: str, *, timeout: float) -> object:
         nonlocal reads
@@ -250,7 +250,7 @@ async def test_renewal_that_the_store_does_not_confirm_is_left_out(
     async with client_for(rolling) as client:
         await client.post("/login?user=ada")
         later(1000)
-        monkeypatch.setattr(rolling.service.store, "read_fresh", down_after_one)
+        monkeypatch.setattr(rolling._parts.service.store, "read_fresh", down_after_one)
         response = await client.post("/put", json={"a": 1})
         assert response.status_code == 200
         assert reads == 2  # the request's own, and the one of the renewal

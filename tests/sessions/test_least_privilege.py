@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from asgi_cluster import BusUnavailable, Cluster, RealtimeConfig, RoomRule, SessionConfig, get_session
 from asgi_cluster.backends.redis import registry
-from asgi_cluster.config import CookieConfig
+from asgi_cluster.sessions.config import CookieConfig
 from tests.realtime.site import Node, Raw, Site
 from tests.support.machine import LOCAL, ROOT
 from tests.support.servers import Server, debian_binary, start_valkey

@@ -17,7 +17,7 @@ from starlette.websockets import WebSocket
 from asgi_cluster import Cluster, ClusterMiddleware, RealtimeConfig
 from asgi_cluster.ids import Handle, bucket_of
 from asgi_cluster.sessions.store import UserLogout
-from asgi_cluster.sockets.socket import Socket
+from asgi_cluster.sockets.socket import Closes, Socket
 from tests.sessions.test_live_logout import SESSIONS, Place, cookies, place, sign_in
 from tests.sessions.test_user_logout import anonymous, answers, connect, identify, token_is_user
 from tests.support.nodes import Node, serve
@@ -208,7 +208,7 @@ async def test_lost_message_on_every_backend(
         near = here.clusters[1]
         lost: list[bytes] = []
         with monkeypatch.context() as patch:
-            patch.setattr(near._dispatch, "session_message", lost.append)
+            patch.setattr(near._parts.dispatch, "session_message", lost.append)
             assert (await here.clusters[0].user("ada").logout(timeout=0)).sockets_closed == 0
             await eventually(lambda: lost)
         near._parts.revalidator.wake()
@@ -221,7 +221,7 @@ async def test_socket_is_judged_by_its_age(cut: Cut) -> None:
     """Older than the logout: 4501. Younger by less than clocks may differ: 3011, which lets the client ask
     again. Else, or when the node has processed that logout, it stays.
     """
-    hub, now, closed = cut.near.hub, 1000.0, dict[str, int]()
+    hub, now, closed = cut.near._parts.hub, 1000.0, dict[str, int]()
 
     async def judged(sockets: dict[str, tuple[float, str | None, str | None]], logout: UserLogout) -> None:
         closed.clear()
@@ -232,7 +232,9 @@ async def test_socket_is_judged_by_its_age(cut: Cut) -> None:
                 async def send(message: Any, name: str = name) -> None:
                     closed[name] = message["code"]
 
-                socket = Socket({}, send, tasks=tasks, crosses_loops=False, close_timeout=1.0)
+                socket = Socket(
+                    {}, send, tasks=tasks, crosses_loops=False, close_timeout=1.0, closes=Closes()
+                )
                 socket.user, socket.since, socket.handle, socket.owner = "ada", since, handle, owner
                 hub.register(socket)
                 socket.opened()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from asgi_cluster.codes import CloseCode
-from asgi_cluster.sockets.socket import Socket
+from asgi_cluster.sockets.socket import Closes, Socket
 from tests.sessions.app import nodes
 from tests.sessions.test_users import login, many
 from tests.support.servers import start_valkey
@@ -31,7 +31,9 @@ async def test_sessions_of_ten_thousand_sockets_are_revalidated_after_a_gap(pref
                 closed.append(message["code"])
 
             for handle, _ in pairs:
-                socket = Socket({}, send, tasks=tasks, crosses_loops=False, close_timeout=1.0)
+                socket = Socket(
+                    {}, send, tasks=tasks, crosses_loops=False, close_timeout=1.0, closes=Closes()
+                )
                 socket.handle = handle
                 cluster._parts.hub.register(socket)
                 socket.opened()

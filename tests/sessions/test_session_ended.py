@@ -194,8 +194,8 @@ async def test_what_waits_is_forgotten_with_its_request(cluster_url: str, prefix
     async with site(cluster_url, prefix, 1) as here:
         client = await sign_in(here.nodes[0])
         async with stream(here.nodes[0].url, client):
-            assert len(list(here.clusters[0].hub.handles())) == 1
-        await eventually(lambda: list(here.clusters[0].hub.handles()) == [])
+            assert len(list(here.clusters[0]._parts.hub.handles())) == 1
+        await eventually(lambda: list(here.clusters[0]._parts.hub.handles()) == [])
         await client.aclose()
 
 

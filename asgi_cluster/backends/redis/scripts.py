@@ -21,7 +21,7 @@ class Script:
 
 @cache
 def load(name: str) -> Script:
-    """The script in ``scripts/<name>.lua``; its first line may name another for in front: ``--! other``."""
+    """The script in ``lua/<name>.lua``; its first line may name another for in front: ``--! other``."""
     source = _read(name)
     first, _, rest = source.partition("\n")
     if first.startswith("--! "):
@@ -30,4 +30,4 @@ def load(name: str) -> Script:
 
 
 def _read(name: str) -> str:
-    return (resources.files(__package__) / "scripts" / f"{name}.lua").read_text(encoding="utf-8")
+    return (resources.files(__package__) / "lua" / f"{name}.lua").read_text(encoding="utf-8")

@@ -1,0 +1,92 @@
+"""The rooms that have members on this node, and which of them are subscribed to."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Protocol
+
+from asgi_cluster.rooms.connection import Connection
+from asgi_cluster.rooms.local_room import Audience
+from asgi_cluster.sockets.hub import Hub
+
+__all__ = ["LocalRooms", "Subscriptions"]
+
+
+class Subscriptions(Protocol):
+    """The part of the bus that is needed here."""
+
+    async def subscribe(self, room: str) -> None:
+        """Returns when the room's messages will arrive."""
+        ...
+
+    def unsubscribe(self, room: str) -> None:
+        """No more of them."""
+        ...
+
+
+class LocalRooms:
+    """Every room with a member here, or one that is about to be."""
+
+    def __init__(self, subscriptions: Subscriptions, hub: Hub) -> None:
+        self._subscriptions = subscriptions
+        self._hub = hub
+        self._rooms: dict[str, Audience] = {}
+        # memory:// joins loops in several threads; elsewhere it is never contended.
+        self._lock = threading.RLock()
+
+    async def hold(self, room: str) -> Audience:
+        """Count one more for ``room``; returns when its messages arrive here. ``release`` once for each
+        ``hold``.
+
+        Raises:
+            BusUnavailable: the server refuses the channel. Nothing is held then, nor after a cancellation.
+        """
+        with self._lock:
+            audience = self._rooms.get(room)
+            if audience is None:
+                audience = self._rooms[room] = Audience(room)
+            audience.holds += 1
+        try:
+            if not audience.subscribed:
+                # Each caller before the acknowledgement waits for it separately (the port is idempotent): the
+                # cancellation of one does not cancel the others.
+                await self._subscriptions.subscribe(room)
+                audience.subscribed = True
+        except BaseException:
+            self.release(audience)
+            raise
+        return audience
+
+    def release(self, audience: Audience) -> None:
+        """One less; the last one unsubscribes."""
+        with self._lock:
+            audience.holds -= 1
+            if audience.holds == 0 and self._rooms.get(audience.name) is audience:
+                del self._rooms[audience.name]
+                # Here, under the lock: a join that comes after this subscribes after this.
+                self._subscriptions.unsubscribe(audience.name)
+                if audience.sequence is not None:
+                    audience.sequence.close()
+
+    def get(self, room: str) -> Audience | None:
+        """The members of ``room`` here; ``None`` when there are none."""
+        return self._rooms.get(room)
+
+    def members(self, audience: Audience) -> tuple[Connection, ...]:
+        """The members of a room here."""
+        found = (outbox.socket.connection for outbox in audience.outboxes())
+        return tuple(member for member in found if isinstance(member, Connection))
+
+    def connections(self) -> tuple[Connection, ...]:
+        """Every socket here that the cluster serves."""
+        return tuple(found for found in self._hub.served() if isinstance(found, Connection))
+
+    def __iter__(self) -> Iterator[Audience]:
+        return iter(tuple(self._rooms.values()))
+
+    def __len__(self) -> int:
+        return len(self._rooms)
+
+    def __repr__(self) -> str:
+        return f"<LocalRooms {len(self._rooms)}>"
