@@ -19,16 +19,10 @@ from typing import Any
 
 import psutil
 
+from loadtest.ports import free_port
+
 HOST = "127.0.0.1"
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def free_port() -> int:
-    """A TCP port on loopback that is free right now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

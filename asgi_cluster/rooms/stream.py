@@ -73,6 +73,8 @@ class Sequence:
         self._tail: deque[Entry] | None = None
         self._tail_timer: asyncio.TimerHandle | None = None
         self._repairing = False
+        self._first = 0  # the offset with which the numbering began; 0: not seen
+        self._begun_anew = False  # a numbering began below ``last``: read what became of this one
         self._trusted = True
         # memory:// delivers on the publisher's thread.
         self._lock = threading.RLock()
@@ -89,6 +91,8 @@ class Sequence:
             if not self._accept(position, previous, payload):
                 self._hold(position, previous, payload)
                 self._repair()
+            elif self._begun_anew:
+                self._repair()
 
     def _accept(self, position: Position, previous: int, payload: bytes) -> bool:
         """Deliver what comes next, drop what is old; False when something is missing in between."""
@@ -96,6 +100,10 @@ class Sequence:
         if last is None or position.epoch != last.epoch:
             return False
         if position.offset <= last.offset:
+            if previous == 0 and position.offset not in (last.offset, self._first):
+                # The first of a numbering: a late copy, or this numbering was lost and another one has begun,
+                # of the same epoch and with lower numbers. A read decides.
+                self._begun_anew = True
             return True
         if previous != last.offset:
             return False
@@ -104,6 +112,8 @@ class Sequence:
 
     def _advance(self, entry: Entry, position: Position) -> None:
         self.last = position
+        if entry.previous == 0:
+            self._first = entry.offset
         if self._tail is not None:
             self._tail.append(entry)
         self._deliver(entry)
@@ -134,6 +144,7 @@ class Sequence:
         tries = 0
         try:
             while True:
+                self._begun_anew = False
                 try:
                     await self._read(full=False)
                     tries += 1
@@ -146,9 +157,9 @@ class Sequence:
                 else:
                     with self._lock:
                         self._replay()
-                        if not self._held:
+                        if not self._held and (not self._begun_anew or tries >= _TRIES):
                             return
-                        if tries >= _TRIES:
+                        if self._held and tries >= _TRIES:
                             # History does not have what came before these: they are where the room goes on.
                             position = self._held[-1][0]
                             self._held.clear()
@@ -193,6 +204,8 @@ class Sequence:
                     self._trusted = self._trusted and trusted_before
                 if not self._reads and not self._repairing:
                     self._replay()
+                    if self._begun_anew and not self._repairing:
+                        self._repair()
             if self._flight is flight:
                 self._flight = None
             if failure is None:

@@ -26,6 +26,8 @@ S = TypeVar("S")
 
 logger = logging.getLogger("asgi_cluster.realtime")
 
+_AT_ONCE = 50  # sockets that a step of a drain closes: some milliseconds
+
 _UNCERTAIN = 1.0  # seconds by which an interval may differ between the store's clock and this node's
 
 
@@ -259,7 +261,8 @@ class Hub:
         once.
         """
         sockets = tuple(self._sockets)
-        steps = min(len(sockets), max(1, round(seconds * 20)))
+        # 20 steps a second, and more where a step would hold the loop for long.
+        steps = min(len(sockets), max(1, round(seconds * 20), len(sockets) // _AT_ONCE))
         for step in range(steps):
             for socket in sockets[step::steps]:
                 socket.close(CloseCode.SHUTDOWN, CloseCode.SHUTDOWN.text)

@@ -18,7 +18,8 @@ from websockets.asyncio.client import connect
 from websockets.typing import Origin
 
 from asgi_cluster import Cluster, ClusterMiddleware, CookieConfig, RealtimeConfig, SessionConfig, get_session
-from tests.support.machine import LOCAL, free_port
+from loadtest.ports import free_port
+from tests.support.machine import LOCAL
 from tests.support.nodes import Node, serve
 from tests.support.servers import start_valkey
 

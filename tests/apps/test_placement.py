@@ -26,9 +26,10 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from asgi_cluster import Cluster, ClusterMiddleware, SessionConfig, get_session
+from loadtest.ports import free_port
 from tests.apps import django_app, starlette_app
 from tests.apps.kit import CHUNKS, Seen, make_cluster
-from tests.support.machine import LOCAL, free_port
+from tests.support.machine import LOCAL
 from tests.support.nodes import serve
 from tests.support.waiting import eventually
 

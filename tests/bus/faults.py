@@ -260,8 +260,11 @@ def failover(how: str) -> Fault:
         assert servers is not None
         old = servers.primary
         old.kill() if how == "kill" else old.pause()
-        while await asyncio.to_thread(lambda: servers.primary) is old:
-            await asyncio.sleep(0.02)
+
+        async def replaced() -> bool:
+            return await asyncio.to_thread(lambda: servers.primary) is not old
+
+        await eventually(replaced, timeout=60, interval=0.02)
         return time.monotonic()
 
     return fault
@@ -274,8 +277,7 @@ def replacement(how: str) -> Fault:
         old = cluster.primaries()[0]
         replica = cluster.replica_of(old)
         old.kill() if how == "kill" else old.pause()
-        while replica.role() != "master":
-            await asyncio.sleep(0.02)
+        await eventually(lambda: replica.role() == "master", timeout=60, interval=0.02)
         return time.monotonic()
 
     return fault

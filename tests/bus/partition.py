@@ -1,4 +1,3 @@
-# ruff: noqa: ASYNC110 - real processes have no events to wait for
 """A partition in which the old primary still answers: what is promised there, and what is not."""
 
 from __future__ import annotations
@@ -121,8 +120,9 @@ async def partition(lag: int | None) -> Limit:
         await asyncio.sleep(_CALM)
         began = time.monotonic()
         split.part()
-        while not (new := [server for server in replicas if server.role() == "master"]):
-            await asyncio.sleep(0.02)
+        new = await eventually(
+            lambda: [server for server in replicas if server.role() == "master"], timeout=60, interval=0.02
+        )
         limit.elected = time.monotonic() - began
         await asyncio.sleep(_HELD)
         limit.cached = _since(began, traffic.stale_from_cache)

@@ -10,8 +10,8 @@ import pytest
 
 from asgi_cluster.bus.messages import Changed, encode
 from asgi_cluster.exceptions import StoreUnavailable
+from loadtest.ports import free_port
 from tests.bus.nodes import Node, opened, our_tasks
-from tests.support.machine import free_port
 from tests.support.topologies import SentinelSet, start_sentinel_set
 from tests.support.waiting import eventually
 

@@ -9,9 +9,9 @@ import pytest
 
 from asgi_cluster.backends.redis.backend import RedisBackend
 from asgi_cluster.exceptions import StoreUnavailable
+from loadtest.ports import free_port
 from tests.bus.fake import FakeServer
 from tests.bus.nodes import opened, our_tasks
-from tests.support.machine import free_port
 from tests.support.servers import Server, start_valkey
 
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import pytest
 
 from asgi_cluster import Cluster, StoreUnavailable
+from loadtest.ports import free_port
 from tests.sessions.app import client_for
-from tests.support.machine import LOCAL, free_port, self_signed
+from tests.support.machine import LOCAL, self_signed
 from tests.support.servers import debian_binary
 from tests.support.waiting import eventually
 

@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 
 from asgi_cluster import Cluster
+from loadtest.ports import free_port
 from tests.realtime.servers import APP, DOCUMENT, LINGERS, ROWS, WAITING, Client, Row, document, examine_all
 from tests.support.asgi import running
-from tests.support.machine import LOCAL, free_port
+from tests.support.machine import LOCAL
 from tests.support.servers import Server, start_valkey
 from tests.support.waiting import eventually
 

@@ -15,9 +15,10 @@ import redis
 from redis.credentials import UsernamePasswordCredentialProvider
 
 from asgi_cluster import BusUnavailable, Cluster, RealtimeConfig, RoomRule
+from loadtest.ports import free_port
 from tests.realtime.conftest import sign_in
 from tests.realtime.site import Node, Site
-from tests.support.machine import LOCAL, end, free_port, self_signed, spawn
+from tests.support.machine import LOCAL, end, self_signed, spawn
 from tests.support.proxy import Proxy
 from tests.support.servers import debian_binary, start_valkey
 from tests.support.waiting import eventually

@@ -146,6 +146,38 @@ async def test_missing_is_told(log: Log) -> None:
         assert bench.delivered == [1, 10]
 
 
+async def test_lost_numbering_is_told(log: Log) -> None:
+    """The room's numbering was lost, and another one of the same epoch began with a lower number: the members
+    are told instead of missing what comes until it has caught up.
+    """
+    log.entries = [entry(900, 0)]
+    async with asyncio.TaskGroup() as tasks:
+        bench = Bench(log, tasks, Alive())
+        await bench.sequence.recover(None)
+        log.entries = [entry(500, 0)]
+        bench.arrive(500, previous=0)
+        await settle()
+        assert (bench.delivered, bench.lost) == ([], 1)
+        log.entries.append(entry(501))
+        bench.arrive(501)
+        assert bench.delivered == [501]
+        bench.sequence.close()
+
+
+async def test_late_copy_of_the_first(log: Log) -> None:
+    """It loses nothing, also where the first publication was not seen when it was new."""
+    log.entries = [entry(500, 0), entry(501), entry(502)]
+    async with asyncio.TaskGroup() as tasks:
+        bench = Bench(log, tasks, Alive())
+        await bench.sequence.recover(None)
+        bench.arrive(500, previous=0)
+        log.add(1)
+        bench.arrive(503)
+        await settle()
+        assert (bench.delivered, bench.lost) == ([503], 0)
+        bench.sequence.close()
+
+
 async def test_new_epoch_is_told(log: Log) -> None:
     """Another numbering: nothing can be compared, everybody is told."""
     async with asyncio.TaskGroup() as tasks:

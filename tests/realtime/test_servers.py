@@ -27,9 +27,10 @@ from asgi_cluster import (
     get_session,
 )
 from asgi_cluster.sockets.server import DIRECT
+from loadtest.ports import free_port
 from tests.realtime.site import Node, Site
 from tests.realtime.test_connection import handler
-from tests.support.machine import LOCAL, free_port
+from tests.support.machine import LOCAL
 from tests.support.nodes import Node as Served
 from tests.support.nodes import serve
 from tests.support.waiting import eventually

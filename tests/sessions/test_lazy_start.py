@@ -15,7 +15,8 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from asgi_cluster import Cluster, ClusterMiddleware, CookieConfig, NotStarted, SessionConfig
-from tests.support.machine import LOCAL, free_port
+from loadtest.ports import free_port
+from tests.support.machine import LOCAL
 from tests.support.nodes import serve
 from tests.support.servers import start_valkey
 from tests.support.waiting import eventually

@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from tests.support.machine import LOCAL, ROOT, end, free_port, spawn
+from loadtest.ports import free_port
+from tests.support.machine import LOCAL, ROOT, end, spawn
 from tests.support.nodes import Node, listens
 from tests.support.waiting import eventually
 

@@ -6,7 +6,6 @@ import ctypes
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,13 +17,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCAL = "127.0.0.1"
-
-
-def free_port() -> int:
-    """A TCP port on loopback that nobody has right now."""
-    with socket.socket() as probe:
-        probe.bind((LOCAL, 0))
-        return int(probe.getsockname()[1])
 
 
 def lacking(what: str) -> NoReturn:

@@ -18,7 +18,8 @@ from typing import Any
 
 import uvicorn
 
-from tests.support.machine import LOCAL, ROOT, end, free_port, spawn
+from loadtest.ports import free_port
+from tests.support.machine import LOCAL, ROOT, end, spawn
 from tests.support.waiting import eventually
 
 

@@ -15,7 +15,8 @@ from typing import IO, Self
 
 import redis
 
-from tests.support.machine import LOCAL, end, free_port, program, spawn
+from loadtest.ports import free_port
+from tests.support.machine import LOCAL, end, program, spawn
 
 _running: weakref.WeakSet[Server] = weakref.WeakSet()
 

@@ -10,7 +10,8 @@ from typing import Any, Self
 
 import redis
 
-from tests.support.machine import LOCAL, free_port
+from loadtest.ports import free_port
+from tests.support.machine import LOCAL
 from tests.support.servers import Server
 
 SLOTS = 16384

@@ -1,0 +1,26 @@
+"""Ports for servers that are started and stopped again, by the tests too."""
+
+from __future__ import annotations
+
+import random
+import socket
+from contextlib import suppress
+from itertools import cycle, islice
+
+__all__ = ["free_port"]
+
+# Below the ports that the system takes for outgoing connections: one of those could take the port of a server
+# that is being started again. In random order, so that two runs at once do not meet.
+_PORTS = range(10_000, 32_000)
+_candidates = cycle(random.sample(_PORTS, len(_PORTS)))
+
+
+def free_port() -> int:
+    """A TCP port on loopback that is free right now, and that this process has not been given before: a
+    server that is still starting does not listen on its port yet.
+    """
+    for port in islice(_candidates, len(_PORTS)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError(f"no free port from {_PORTS.start} to {_PORTS.stop - 1}")
