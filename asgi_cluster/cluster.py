@@ -29,13 +29,13 @@ from asgi_cluster.rooms.rooms import Rooms
 from asgi_cluster.sessions.cache import SessionCache
 from asgi_cluster.sessions.config import CacheConfig, CookieConfig, SessionConfig
 from asgi_cluster.sessions.reads import CachedStore
-from asgi_cluster.sessions.revalidation import Verifier
+from asgi_cluster.sessions.revalidation import Revalidator
 from asgi_cluster.sessions.service import SessionService
 from asgi_cluster.sockets.hub import Hub
 from asgi_cluster.sockets.origin import Origins
 from asgi_cluster.stats import ClusterStats
 from asgi_cluster.supervisor import Supervisor
-from asgi_cluster.workers import LonelyMemory
+from asgi_cluster.workers import UnsharedMemory
 
 __all__ = ["Cluster", "Parts"]
 
@@ -54,7 +54,7 @@ class Parts:
     hub: Hub
     service: SessionService
     rooms: Rooms
-    revalidator: Verifier
+    revalidator: Revalidator
     dispatch: Dispatch
     origins: Origins
     endpoint: Endpoint
@@ -148,7 +148,7 @@ class Cluster:
             wait_replicas=sessions.wait_replicas,
             stale_for=stale_for,
         )
-        self._memory = LonelyMemory(without_url=not found, listens=listen)
+        self._memory = UnsharedMemory(without_url=not found, listens=listen)
         node = Node(
             label=node_label,
             listens=listen,
@@ -175,7 +175,7 @@ class Cluster:
             config=realtime,
             node=node,
         )
-        revalidator = Verifier(service.store, hub, node=node, unverified_limit=realtime.unverified_limit)
+        revalidator = Revalidator(service.store, hub, node=node, unverified_limit=realtime.unverified_limit)
         dispatch = Dispatch(
             cache=cache,
             hub=hub,

@@ -7,14 +7,14 @@ import multiprocessing
 import os
 import sys
 
-__all__ = ["LonelyMemory"]
+__all__ = ["UnsharedMemory"]
 
 logger = logging.getLogger("asgi_cluster")
 
 _CURE = "Set ASGI_CLUSTER_URL, for example to redis://localhost:6379/0"
 
 
-class LonelyMemory:
+class UnsharedMemory:
     """Warns once when a process without a URL, which therefore uses ``memory://``, is one of several."""
 
     def __init__(self, *, without_url: bool, listens: bool) -> None:

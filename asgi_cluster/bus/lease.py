@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
-__all__ = ["Clock", "Echo", "Lease", "boot_clock"]
+__all__ = ["Clock", "Heartbeats", "Lease", "boot_clock"]
 
 Clock = Callable[[], float]
 
@@ -66,7 +66,7 @@ class Lease:
         return f"<Lease {self.remaining:.3f} s of {self.duration} s>"
 
 
-class Echo:
+class Heartbeats:
     """Which replies to heartbeats may renew the lease: those to beats sent after the last subscribe-ack, and
     no others.
 

@@ -38,7 +38,7 @@ from asgi_cluster.rooms.connection import Connection
 from asgi_cluster.rooms.names import check_room
 from asgi_cluster.rooms.rules import Connected, ConnectRequest
 from asgi_cluster.sockets.outbox import Outbox
-from asgi_cluster.sockets.prepared import Packet
+from asgi_cluster.sockets.prepared import PreparedMessage
 from asgi_cluster.sockets.server import discard
 from asgi_cluster.sockets.socket import Message, Receive, Socket
 from asgi_cluster.tasks import spawn
@@ -47,17 +47,17 @@ if TYPE_CHECKING:
     from asgi_cluster.config import RealtimeConfig
     from asgi_cluster.sessions.session import Session
 
-__all__ = ["Client"]
+__all__ = ["ClientSession"]
 
 logger = logging.getLogger("asgi_cluster.realtime")
 
-_PING = Packet(PING)
+_PING = PreparedMessage(PING)
 _BURST = 10.0  # seconds' worth of commands that may come at once
 _AT_ONCE = 16  # commands of one client that may be under way; then nothing more is read from it
 _REFRESH_GRACE = 25.0  # seconds after the expiry for which a refresh is waited for
 
 
-class Client(Connection):
+class ClientSession(Connection):
     """A connection that speaks the Centrifuge protocol. ``send`` is a ``message`` push, ``join`` a
     server-side subscription.
     """
@@ -307,7 +307,7 @@ class Client(Connection):
         if name == "connect" and not code.temporary:
             self._refused = True
         if name != "send":
-            self.outbox.push(Packet(encode_error(command.id, code, text)))
+            self.outbox.push(PreparedMessage(encode_error(command.id, code, text)))
         elif code is ErrorCode.BAD_REQUEST:
             self._end(CloseCode.BAD_REQUEST)  # there is no reply in which to say it
 
@@ -322,7 +322,7 @@ class Client(Connection):
 
     def _reply(self, command_id: int, name: str, result: Result | None) -> None:
         if result is not None and name != "send":
-            self.outbox.push(Packet(encode_reply(command_id, name, result)))
+            self.outbox.push(PreparedMessage(encode_reply(command_id, name, result)))
 
     # Connecting
 
@@ -361,7 +361,7 @@ class Client(Connection):
             return
         interval = self.config.ping_interval
         result |= {"ping": max(1, round(interval)), "pong": True, "node": self.services.node.id}
-        reply = Packet(encode_reply(command_id, "connect", result))
+        reply = PreparedMessage(encode_reply(command_id, "connect", result))
         self._connected = True
         if self._timer is not None:
             self._timer.cancel()
@@ -460,7 +460,7 @@ class Client(Connection):
         subscribe: dict[str, Any] = {"recoverable": result.recoverable, "positioned": result.positioned}
         if result.positioned:
             subscribe |= {"epoch": result.epoch, "offset": result.offset}
-        self.outbox.push(Packet(encode_push("subscribe", subscribe, channel=room)))
+        self.outbox.push(PreparedMessage(encode_push("subscribe", subscribe, channel=room)))
 
     async def leave(self, room: str) -> None:
         """End a subscription, and send the client the end."""
@@ -470,7 +470,7 @@ class Client(Connection):
 
     def _tell_unsubscribed(self, room: str, code: int, reason: str) -> None:
         push = encode_push("unsubscribe", {"code": code, "reason": reason}, channel=room)
-        self.outbox.push(Packet(push))
+        self.outbox.push(PreparedMessage(push))
 
     def _lost(self, room: str) -> None:
         """Publications are lost: the client subscribes again and gets what there is."""

@@ -30,7 +30,7 @@ from asgi_cluster.rooms.rooms import Entered
 from asgi_cluster.rooms.rules import Permission, RoomRequest, RoomRule
 
 if TYPE_CHECKING:
-    from asgi_cluster.centrifuge.client_session import Client
+    from asgi_cluster.centrifuge.client_session import ClientSession
 
 __all__ = ["COMMANDS", "decoded", "describe", "subscribe_here"]
 
@@ -40,7 +40,7 @@ _EMPTY = Empty()
 _LONGEST_SHOWN = 100
 
 
-def _rule(client: Client, channel: str) -> tuple[RoomRule, dict[str, str]]:
+def _rule(client: ClientSession, channel: str) -> tuple[RoomRule, dict[str, str]]:
     found = client.services.rooms.rule(channel)
     if found is None:
         raise ReplyError(ErrorCode.UNKNOWN_CHANNEL)
@@ -53,7 +53,7 @@ def _check_supported(request: SubscribeCommand | PublishCommand) -> None:
         raise ReplyError(ErrorCode.NOT_AVAILABLE, f"not available: {request.unsupported}")
 
 
-async def _position(client: Client, channel: str, offset: int, epoch: str) -> Position:
+async def _position(client: ClientSession, channel: str, offset: int, epoch: str) -> Position:
     if not epoch:
         # A client without an epoch means the present one, as on the reference server.
         epoch = (await client.services.rooms.read(channel, limit=0, since=None)).top.epoch
@@ -61,7 +61,7 @@ async def _position(client: Client, channel: str, offset: int, epoch: str) -> Po
 
 
 async def _permit(
-    client: Client,
+    client: ClientSession,
     name: Literal["subscribe", "publish"],
     rule: RoomRule,
     channel: str,
@@ -90,7 +90,7 @@ async def _permit(
     raise ReplyError(ErrorCode.PERMISSION_DENIED)
 
 
-def describe(client: Client, name: str, channel: str | None = None, method: str | None = None) -> str:
+def describe(client: ClientSession, name: str, channel: str | None = None, method: str | None = None) -> str:
     """A function of the app that a client's command calls, for a log line: which, of what rule, for whom."""
     by = f"called by user {client.user_id!r}"
     if method is not None:
@@ -102,7 +102,7 @@ def describe(client: Client, name: str, channel: str | None = None, method: str 
     return f"{name} of {rule}, for room {channel!r}, {by}"
 
 
-async def subscribe(client: Client, request: SubscribeCommand) -> Result:
+async def subscribe(client: ClientSession, request: SubscribeCommand) -> Result:
     """Nothing is pushed from the room before the reply, and nothing is missed after it."""
     channel = request.channel
     _check_supported(request)
@@ -126,7 +126,9 @@ async def subscribe(client: Client, request: SubscribeCommand) -> Result:
     return result
 
 
-async def subscribe_here(client: Client, room: str, request: SubscribeCommand | None) -> SubscribeResult:
+async def subscribe_here(
+    client: ClientSession, room: str, request: SubscribeCommand | None
+) -> SubscribeResult:
     """A server-side subscription; ``request`` is what the client said of it when it connected."""
     since = None if request is None or not request.recover else Position(request.offset, request.epoch)
     entered = await client.services.rooms.enter(client, check_room(room), since=since)
@@ -152,14 +154,14 @@ def _subscribed(room: str, entered: Entered, request: SubscribeCommand) -> Subsc
     )
 
 
-async def unsubscribe(client: Client, request: RoomCommand) -> Result:
+async def unsubscribe(client: ClientSession, request: RoomCommand) -> Result:
     """Harmless when there is no such subscription."""
     client.server_side.pop(request.channel, None)
     await client.services.rooms.leave(client, request.channel)
     return _EMPTY
 
 
-async def publish(client: Client, request: PublishCommand) -> Result:
+async def publish(client: ClientSession, request: PublishCommand) -> Result:
     """To a room whose rule lets this client publish; it need not be subscribed."""
     _check_supported(request)
     rule, params = _rule(client, request.channel)
@@ -173,7 +175,7 @@ async def publish(client: Client, request: PublishCommand) -> Result:
     return _EMPTY
 
 
-def _check_feature(client: Client, channel: str, feature: str) -> None:
+def _check_feature(client: ClientSession, channel: str, feature: str) -> None:
     rule, _ = _rule(client, channel)
     if channel not in client.rooms:
         raise ReplyError(ErrorCode.PERMISSION_DENIED)
@@ -181,21 +183,21 @@ def _check_feature(client: Client, channel: str, feature: str) -> None:
         raise ReplyError(ErrorCode.NOT_AVAILABLE)
 
 
-async def presence(client: Client, request: RoomCommand) -> Result:
+async def presence(client: ClientSession, request: RoomCommand) -> Result:
     """For subscribers of a room with presence."""
     _check_feature(client, request.channel, "presence")
     members = await client.services.rooms.present(request.channel)
     return {"presence": {member: Raw(info) for member, info in members.items()}}
 
 
-async def presence_stats(client: Client, request: RoomCommand) -> Result:
+async def presence_stats(client: ClientSession, request: RoomCommand) -> Result:
     """As ``presence``: how many connections and users."""
     _check_feature(client, request.channel, "presence")
     clients, users = await client.services.rooms.presence_stats(request.channel)
     return {"num_clients": clients, "num_users": users}
 
 
-async def history(client: Client, request: HistoryCommand) -> Result:
+async def history(client: ClientSession, request: HistoryCommand) -> Result:
     """For subscribers of a room with history; error 112 when something after ``since`` is not there any
     more.
     """
@@ -217,7 +219,7 @@ async def history(client: Client, request: HistoryCommand) -> Result:
     return {"publications": publications, "epoch": page.top.epoch, "offset": page.top.offset}
 
 
-def rpc(client: Client, request: RpcCommand) -> Result | Awaitable[Result]:
+def rpc(client: ClientSession, request: RpcCommand) -> Result | Awaitable[Result]:
     """Call the app's function of that name."""
     if not client.config.rpc:
         raise ReplyError(ErrorCode.NOT_AVAILABLE)
@@ -236,17 +238,17 @@ def _rpc_result(answer: Any) -> Result:
     return _EMPTY if answer is None else {"data": Raw(msgspec.json.encode(answer))}
 
 
-def ping(client: Client, request: Empty) -> Result:
+def ping(client: ClientSession, request: Empty) -> Result:
     """The client's own ping (not the pong to ours)."""
     return _EMPTY
 
 
-def sub_refresh(client: Client, request: RoomCommand) -> NoReturn:
+def sub_refresh(client: ClientSession, request: RoomCommand) -> NoReturn:
     """Subscriptions have no tokens here."""
     raise ReplyError(ErrorCode.NOT_AVAILABLE)
 
 
-COMMANDS: dict[str, Callable[[Client, Any], Result | Awaitable[Result]]] = {
+COMMANDS: dict[str, Callable[[ClientSession, Any], Result | Awaitable[Result]]] = {
     "subscribe": subscribe,
     "unsubscribe": unsubscribe,
     "publish": publish,

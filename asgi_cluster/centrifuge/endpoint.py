@@ -11,7 +11,7 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from asgi_cluster.centrifuge.client_session import Client
+from asgi_cluster.centrifuge.client_session import ClientSession
 from asgi_cluster.centrifuge.limits import ConnectionLimits
 from asgi_cluster.centrifuge.services import Services
 from asgi_cluster.centrifuge.wire import JSON
@@ -95,7 +95,7 @@ class Endpoint:
 
     async def _accept(
         self, name: str, scope: Mapping[str, Any], receive: Receive, send: Send
-    ) -> Client | None:
+    ) -> ClientSession | None:
         await receive()  # websocket.connect
         refused = 404 if name != "websocket" else 403 if not self._origins.permit(scope) else None
         if refused is not None:
@@ -114,7 +114,9 @@ class Endpoint:
             return None
         subprotocol = _SUBPROTOCOL if _SUBPROTOCOL in offered else None
         await send({"type": "websocket.accept", "subprotocol": subprotocol, "headers": []})
-        client = Client(self._services, socket, self._cluster, state.session, self._hub.outbox(socket, JSON))
+        client = ClientSession(
+            self._services, socket, self._cluster, state.session, self._hub.outbox(socket, JSON)
+        )
         socket.connection = client
         return client
 

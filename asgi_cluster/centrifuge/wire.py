@@ -8,7 +8,7 @@ from asgi_cluster.bus.messages import PayloadKind, Published
 from asgi_cluster.centrifuge.protocol import Pub, encode_push, to_json
 from asgi_cluster.rooms.history import Entry
 from asgi_cluster.rooms.publications import published
-from asgi_cluster.sockets.prepared import Packet
+from asgi_cluster.sockets.prepared import PreparedMessage
 from asgi_cluster.sockets.wire import Wire
 
 __all__ = ["JSON", "pub_of"]
@@ -17,20 +17,22 @@ __all__ = ["JSON", "pub_of"]
 class _Json:
     joins = True
 
-    def message(self, kind: PayloadKind, data: bytes) -> Packet:
-        return Packet(encode_push("message", {"data": to_json(kind, data)}))
+    def message(self, kind: PayloadKind, data: bytes) -> PreparedMessage:
+        return PreparedMessage(encode_push("message", {"data": to_json(kind, data)}))
 
-    def publication(self, room: str, message: Published, offset: int | None, *, local: bool) -> Packet:
+    def publication(
+        self, room: str, message: Published, offset: int | None, *, local: bool
+    ) -> PreparedMessage:
         pub = _pub(message, offset)
         if local:
             pub = msgspec.structs.replace(pub, tags={"delivery": "local"})
-        return Packet(encode_push("pub", pub, channel=room))
+        return PreparedMessage(encode_push("pub", pub, channel=room))
 
-    def join(self, room: str, info: bytes) -> Packet:
-        return Packet(encode_push("join", {"info": msgspec.Raw(info)}, channel=room))
+    def join(self, room: str, info: bytes) -> PreparedMessage:
+        return PreparedMessage(encode_push("join", {"info": msgspec.Raw(info)}, channel=room))
 
-    def leave(self, room: str, info: bytes) -> Packet:
-        return Packet(encode_push("leave", {"info": msgspec.Raw(info)}, channel=room))
+    def leave(self, room: str, info: bytes) -> PreparedMessage:
+        return PreparedMessage(encode_push("leave", {"info": msgspec.Raw(info)}, channel=room))
 
 
 JSON: Wire = _Json()

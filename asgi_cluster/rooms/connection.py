@@ -17,7 +17,7 @@ from asgi_cluster.sockets.socket import Message, Receive, Socket
 from asgi_cluster.tasks import spawn
 
 if TYPE_CHECKING:
-    from asgi_cluster.rooms.local_room import Audience
+    from asgi_cluster.rooms.local_room import LocalRoom
     from asgi_cluster.sessions.session import Session
     from asgi_cluster.sockets.hub import Hub
 
@@ -85,7 +85,7 @@ class Connection:
         """The ``Cluster`` that it belongs to."""
         self.session = session
         self.outbox = outbox
-        self.rooms: dict[str, Audience] = {}
+        self.rooms: dict[str, LocalRoom] = {}
         # Ordered sets, as dicts: an empty set takes 216 bytes, and most stay empty.
         self._present: dict[str, None] = {}
         self._announced: dict[str, None] = {}

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from asgi_cluster.bus.messages import Disconnect, Joined, Left, MalformedMessage, Published, decode
 from asgi_cluster.rooms.history import open_envelope
-from asgi_cluster.rooms.local_room import Audience
+from asgi_cluster.rooms.local_room import LocalRoom
 from asgi_cluster.rooms.local_rooms import LocalRooms
 
 if TYPE_CHECKING:
     from asgi_cluster.rooms.connection import Connection
 
-__all__ = ["Reception"]
+__all__ = ["Delivery"]
 
 logger = logging.getLogger("asgi_cluster.realtime")
 
@@ -25,7 +25,7 @@ _IDS_KEPT = 1024
 _SLICE = 0.01  # seconds that may hold the loop
 
 
-class Reception:
+class Delivery:
     """From bytes to deliveries. Synchronous."""
 
     def __init__(self, rooms: LocalRooms) -> None:
@@ -44,35 +44,35 @@ class Reception:
 
     def receive(self, room: str, payload: bytes) -> None:
         """What the bus brought for a room. Raises nothing: the bus's reader goes on."""
-        audience = self._rooms.get(room)
-        if audience is not None:
+        local_room = self._rooms.get(room)
+        if local_room is not None:
             try:
-                self._receive(audience, payload)
+                self._receive(local_room, payload)
             except Exception:
                 logger.exception("a room message could not be delivered")
 
-    def _receive(self, audience: Audience, payload: bytes) -> None:
+    def _receive(self, local_room: LocalRoom, payload: bytes) -> None:
         try:
             position, previous, body = open_envelope(payload)
         except ValueError:
             self._complain("a room message without envelope arrived (another version?)")
             return
         if position is None:
-            self.deliver(audience, body)
-        elif audience.sequence is None:
-            if not self._rooms.members(audience):
+            self.deliver(local_room, body)
+        elif local_room.stream is None:
+            if not self._rooms.members(local_room):
                 return  # a member is about to enter, and reads history after this
             self._complain("a room has history on another node and none here: the nodes' rules differ")
-            self.deliver(audience, body)
+            self.deliver(local_room, body)
         else:
-            audience.sequence.receive(position, previous, body)
+            local_room.stream.receive(position, previous, body)
 
     def _complain(self, what: str) -> None:
         if what not in self._complained:
             self._complained.add(what)
             logger.warning("%s", what)
 
-    def deliver(self, audience: Audience, body: bytes, offset: int | None = None) -> None:
+    def deliver(self, local_room: LocalRoom, body: bytes, offset: int | None = None) -> None:
         """Hand one encoded message, of whatever kind, to the members here."""
         try:
             message = decode(body)
@@ -86,27 +86,27 @@ class Reception:
                 if message.id in self._local_ids:
                     del self._local_ids[message.id]
                     return
-                self._deliver_published(audience, message, offset)
+                self._deliver_published(local_room, message, offset)
             case Joined() | Left():
-                name, info, joined = audience.name, message.info, isinstance(message, Joined)
-                audience.deliver(lambda wire: (wire.join if joined else wire.leave)(name, info))
+                name, info, joined = local_room.name, message.info, isinstance(message, Joined)
+                local_room.deliver(lambda wire: (wire.join if joined else wire.leave)(name, info))
             case Disconnect():
                 self._for_each(
                     (
                         member
-                        for member in self._rooms.members(audience)
+                        for member in self._rooms.members(local_room)
                         if message.user is None or member.user_id == message.user
                     ),
-                    lambda member: member._expelled(audience.name, message.code, message.reason),
+                    lambda member: member._expelled(local_room.name, message.code, message.reason),
                 )
             case _:
                 self._complain("a message arrived in a room that does not belong in one")
 
     def _deliver_published(
-        self, audience: Audience, message: Published, offset: int | None, *, local: bool = False
+        self, local_room: LocalRoom, message: Published, offset: int | None, *, local: bool = False
     ) -> None:
-        audience.deliver(
-            lambda wire: wire.publication(audience.name, message, offset, local=local),
+        local_room.deliver(
+            lambda wire: wire.publication(local_room.name, message, offset, local=local),
             key=message.key,
             exclude=message.exclude,
         )
@@ -117,23 +117,23 @@ class Reception:
         self._local_ids[message.id] = None
         if len(self._local_ids) > _IDS_KEPT:
             self._local_ids.popitem(last=False)
-        audience = self._rooms.get(room)
-        if audience is not None:
-            self._deliver_published(audience, message, None, local=True)
+        local_room = self._rooms.get(room)
+        if local_room is not None:
+            self._deliver_published(local_room, message, None, local=True)
 
-    def lost(self, audience: Audience) -> None:
+    def lost(self, local_room: LocalRoom) -> None:
         """Publications are lost for the members here: their membership ends, and clients come back for what
         there is.
         """
         # All are taken out at once, and get the message in slices: what comes after the loss must not reach a
         # member that has not got the message, because it would go on from there.
-        members = self._rooms.members(audience)
-        audience.clear()
+        members = self._rooms.members(local_room)
+        local_room.clear()
         logger.warning(
             "publications of a room were lost for its %d members here: they are unsubscribed or closed",
             len(members),
         )
-        self._for_each(iter(members), lambda member: member._lost(audience.name))
+        self._for_each(iter(members), lambda member: member._lost(local_room.name))
 
     def _for_each(self, members: Iterator[Connection], act: Callable[[Connection], None]) -> None:
         """Each on its own loop, in slices: a room of ten thousand must not hold this one."""

@@ -6,25 +6,25 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING
 
 from asgi_cluster.sockets.outbox import Outbox, SlowPolicy
-from asgi_cluster.sockets.prepared import Packet
+from asgi_cluster.sockets.prepared import PreparedMessage
 from asgi_cluster.sockets.wire import Wire
 
 if TYPE_CHECKING:
-    from asgi_cluster.rooms.stream import Sequence
+    from asgi_cluster.rooms.stream import RoomStream
 
-__all__ = ["Audience"]
+__all__ = ["LocalRoom"]
 
-_WAVE = 8  # members from which on it pays to write to them in one pass
+_BATCH_FROM = 8  # members from which on it pays to write to them in one pass
 
 
-class Audience:
+class LocalRoom:
     """The members of one room on this node.
 
     ``holds`` counts members and those who are about to become one; at zero the room is unsubscribed. Attached
     members get what arrives.
     """
 
-    __slots__ = ("_members", "crosses", "holds", "name", "sequence", "slow", "subscribed")
+    __slots__ = ("_members", "crosses", "holds", "name", "slow", "stream", "subscribed")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -32,7 +32,7 @@ class Audience:
         self.subscribed = False
         self.crosses = False
         self.slow: SlowPolicy = "disconnect"
-        self.sequence: Sequence | None = None
+        self.stream: RoomStream | None = None
         # By form, because each form is encoded once.
         self._members: dict[Wire, dict[str, Outbox]] = {}
 
@@ -40,13 +40,13 @@ class Audience:
         """From now on the socket of ``outbox`` gets what arrives."""
         if outbox.closed:
             return
-        outbox.spill()
+        outbox.scatter()
         self._members.setdefault(outbox.wire, {})[outbox.socket.id] = outbox
         self.crosses = self.crosses or outbox.socket.crosses_loops
 
     def detach(self, outbox: Outbox) -> None:
         """It gets nothing any more."""
-        outbox.spill()
+        outbox.scatter()
         members = self._members.get(outbox.wire)
         if members is not None and members.pop(outbox.socket.id, None) is not None and not members:
             del self._members[outbox.wire]
@@ -60,13 +60,13 @@ class Audience:
     def clear(self) -> None:
         """No member gets anything any more."""
         for outbox in self.outboxes():
-            outbox.spill()
+            outbox.scatter()
             break
         self._members.clear()
 
     def deliver(
         self,
-        prepare: Callable[[Wire], Packet | None],
+        prepare: Callable[[Wire], PreparedMessage | None],
         *,
         key: Hashable = None,
         exclude: str | None = None,
@@ -85,7 +85,7 @@ class Audience:
             for wire, members in self._members.items()
             if (packet := prepare(wire)) is not None
         ]
-        if exclude is None and len(parts) == 1 and len(parts[0][0]) >= _WAVE:
+        if exclude is None and len(parts) == 1 and len(parts[0][0]) >= _BATCH_FROM:
             members, packet = parts[0]
             next(iter(members.values())).broadcast(members, packet, slow, key)
             return
@@ -99,7 +99,7 @@ class Audience:
                         outbox.push(packet, slow, key)
 
     def _deliver_across(
-        self, prepare: Callable[[Wire], Packet | None], key: Hashable, exclude: str | None
+        self, prepare: Callable[[Wire], PreparedMessage | None], key: Hashable, exclude: str | None
     ) -> None:
         # memory:// calls on the publisher's thread. Even on the right one it takes the queue, or one could
         # overtake another.
@@ -109,8 +109,8 @@ class Audience:
                     outbox.push_threadsafe(packet, self.slow, key)
 
     def _prepared(
-        self, prepare: Callable[[Wire], Packet | None]
-    ) -> Iterator[tuple[tuple[tuple[str, Outbox], ...], Packet]]:
+        self, prepare: Callable[[Wire], PreparedMessage | None]
+    ) -> Iterator[tuple[tuple[tuple[str, Outbox], ...], PreparedMessage]]:
         for wire, members in tuple(self._members.items()):
             packet = prepare(wire)
             if packet is not None:

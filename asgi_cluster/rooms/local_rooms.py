@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from asgi_cluster.rooms.connection import Connection
-from asgi_cluster.rooms.local_room import Audience
+from asgi_cluster.rooms.local_room import LocalRoom
 from asgi_cluster.sockets.hub import Hub
 
 __all__ = ["LocalRooms", "Subscriptions"]
@@ -31,58 +31,58 @@ class LocalRooms:
     def __init__(self, subscriptions: Subscriptions, hub: Hub) -> None:
         self._subscriptions = subscriptions
         self._hub = hub
-        self._rooms: dict[str, Audience] = {}
+        self._rooms: dict[str, LocalRoom] = {}
         # memory:// joins loops in several threads; elsewhere it is never contended.
         self._lock = threading.RLock()
 
-    async def hold(self, room: str) -> Audience:
+    async def acquire(self, room: str) -> LocalRoom:
         """Count one more for ``room``; returns when its messages arrive here. ``release`` once for each
-        ``hold``.
+        ``acquire``.
 
         Raises:
             BusUnavailable: the server refuses the channel. Nothing is held then, nor after a cancellation.
         """
         with self._lock:
-            audience = self._rooms.get(room)
-            if audience is None:
-                audience = self._rooms[room] = Audience(room)
-            audience.holds += 1
+            local_room = self._rooms.get(room)
+            if local_room is None:
+                local_room = self._rooms[room] = LocalRoom(room)
+            local_room.holds += 1
         try:
-            if not audience.subscribed:
+            if not local_room.subscribed:
                 # Each caller before the acknowledgement waits for it separately (the port is idempotent): the
                 # cancellation of one does not cancel the others.
                 await self._subscriptions.subscribe(room)
-                audience.subscribed = True
+                local_room.subscribed = True
         except BaseException:
-            self.release(audience)
+            self.release(local_room)
             raise
-        return audience
+        return local_room
 
-    def release(self, audience: Audience) -> None:
+    def release(self, local_room: LocalRoom) -> None:
         """One less; the last one unsubscribes."""
         with self._lock:
-            audience.holds -= 1
-            if audience.holds == 0 and self._rooms.get(audience.name) is audience:
-                del self._rooms[audience.name]
+            local_room.holds -= 1
+            if local_room.holds == 0 and self._rooms.get(local_room.name) is local_room:
+                del self._rooms[local_room.name]
                 # Here, under the lock: a join that comes after this subscribes after this.
-                self._subscriptions.unsubscribe(audience.name)
-                if audience.sequence is not None:
-                    audience.sequence.close()
+                self._subscriptions.unsubscribe(local_room.name)
+                if local_room.stream is not None:
+                    local_room.stream.close()
 
-    def get(self, room: str) -> Audience | None:
+    def get(self, room: str) -> LocalRoom | None:
         """The members of ``room`` here; ``None`` when there are none."""
         return self._rooms.get(room)
 
-    def members(self, audience: Audience) -> tuple[Connection, ...]:
+    def members(self, local_room: LocalRoom) -> tuple[Connection, ...]:
         """The members of a room here."""
-        found = (outbox.socket.connection for outbox in audience.outboxes())
+        found = (outbox.socket.connection for outbox in local_room.outboxes())
         return tuple(member for member in found if isinstance(member, Connection))
 
     def connections(self) -> tuple[Connection, ...]:
         """Every socket here that the cluster serves."""
         return tuple(found for found in self._hub.served() if isinstance(found, Connection))
 
-    def __iter__(self) -> Iterator[Audience]:
+    def __iter__(self) -> Iterator[LocalRoom]:
         return iter(tuple(self._rooms.values()))
 
     def __len__(self) -> int:

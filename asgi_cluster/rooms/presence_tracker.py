@@ -13,7 +13,7 @@ from asgi_cluster.exceptions import ClusterError
 from asgi_cluster.rooms.connection import Connection
 from asgi_cluster.rooms.presence import PresenceStore
 
-__all__ = ["Attendance"]
+__all__ = ["PresenceTracker"]
 
 logger = logging.getLogger("asgi_cluster.realtime")
 
@@ -24,7 +24,7 @@ _RETRY = 0.5
 _TRIES = 10
 
 
-class Attendance:
+class PresenceTracker:
     """Keeps this node's entries in the presence store.
 
     ``info`` gives a connection's client info as JSON.
@@ -40,9 +40,9 @@ class Attendance:
         self._ghosts: set[tuple[str, str]] = set()
         self._incarnation: str | None = None
 
-    async def appear(self, connection: Connection, room: str, *, limit: int | None = None) -> bool:
+    async def add(self, connection: Connection, room: str, *, limit: int | None = None) -> bool:
         """The connection is in ``room``, unless its outbox is closed or is closed meanwhile; False when
-        ``limit`` others are. Raises ``BusUnavailable``. ``vanish`` is due in each case.
+        ``limit`` others are. Raises ``BusUnavailable``. ``remove`` is due in each case.
         """
         if connection.outbox.closed:
             return True
@@ -56,9 +56,9 @@ class Attendance:
             if connection.outbox.closed:
                 # The connection ended meanwhile, and what removed its entries may have come before this one.
                 connection._present[room] = None
-                await self.vanish(connection, room)
+                await self.remove(connection, room)
 
-    async def vanish(self, connection: Connection, room: str) -> None:
+    async def remove(self, connection: Connection, room: str) -> None:
         """It is not (any more). If the store does not answer now, the entry is removed when it is back."""
         if room not in connection._present:
             return
@@ -68,9 +68,9 @@ class Attendance:
         except ClusterError:
             self._ghosts.add((room, connection.id))
 
-    async def vanish_everywhere(self, connection: Connection, rooms: Iterable[str]) -> None:
-        """``vanish`` from several rooms at once."""
-        await _together(lambda room: self.vanish(connection, room), rooms)
+    async def remove_from(self, connection: Connection, rooms: Iterable[str]) -> None:
+        """``remove`` from several rooms at once."""
+        await _together(lambda room: self.remove(connection, room), rooms)
 
     async def members(self, room: str) -> Mapping[str, bytes]:
         """Connection ids with their client info, of all living nodes. Raises ``BusUnavailable``."""
@@ -125,7 +125,7 @@ class Attendance:
             await self._store.leave(room, connection.id, timeout=self._timeout)
 
     def __repr__(self) -> str:
-        return f"<Attendance, {len(self._ghosts)} ghosts>"
+        return f"<PresenceTracker, {len(self._ghosts)} ghosts>"
 
 
 async def _together(work: Callable[[T], Coroutine[Any, Any, None]], items: Iterable[T]) -> None:

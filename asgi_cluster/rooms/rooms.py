@@ -28,15 +28,15 @@ from asgi_cluster.exceptions import BusUnavailable, ClusterError
 from asgi_cluster.ids import new_token
 from asgi_cluster.node import Node
 from asgi_cluster.rooms.connection import Connection
-from asgi_cluster.rooms.delivery import Reception
+from asgi_cluster.rooms.delivery import Delivery
 from asgi_cluster.rooms.history import Entry, HistoryStore, Page, Position, seal_envelope
-from asgi_cluster.rooms.local_room import Audience
+from asgi_cluster.rooms.local_room import LocalRoom
 from asgi_cluster.rooms.local_rooms import LocalRooms
 from asgi_cluster.rooms.presence import ClientInfo, PresenceStore, read_info
-from asgi_cluster.rooms.presence_tracker import Attendance
+from asgi_cluster.rooms.presence_tracker import PresenceTracker
 from asgi_cluster.rooms.retention import Kept, Retention
 from asgi_cluster.rooms.rules import RoomRule, find_rule
-from asgi_cluster.rooms.stream import Sequence as RoomSequence
+from asgi_cluster.rooms.stream import RoomStream
 from asgi_cluster.sockets.hub import Hub
 from asgi_cluster.tasks import spawn
 
@@ -73,11 +73,11 @@ class Rooms:
     ) -> None:
         self._bus = bus
         self._history = history
-        self._attendance = Attendance(presence, bus, info=self.client_info, timeout=node.deadline)
+        self._presence = PresenceTracker(presence, bus, info=self.client_info, timeout=node.deadline)
         self._local = LocalRooms(bus, hub)
         self._config = config
         self.node = node
-        self._reception = Reception(self._local)
+        self._delivery = Delivery(self._local)
         self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
         self.retention = Retention(config.rules, history, node=node)
         bus.on_dead = self.report_dead
@@ -119,7 +119,7 @@ class Rooms:
         payload = encode(message)
         local = self._config.on_bus_error == "local"
         if local:
-            self._reception.follow(message.id)
+            self._delivery.follow(message.id)
         try:
             timeout = await self.retention.refresh(self.node.deadline)
             kept = self.retention.of(room)
@@ -142,12 +142,12 @@ class Rooms:
         except BusUnavailable:
             if not local:
                 raise
-            if not self._reception.followed(message.id):
-                self._reception.deliver_here(room, message)
+            if not self._delivery.followed(message.id):
+                self._delivery.deliver_here(room, message)
             return None
         finally:
             if local:
-                self._reception.followed(message.id)
+                self._delivery.followed(message.id)
 
     async def read(
         self, room: str, *, limit: int | None, since: Position | None, reverse: bool = False
@@ -176,14 +176,14 @@ class Rooms:
     async def present(self, room: str) -> Mapping[str, bytes]:
         """Connection ids, with their client info as JSON. As ``Room.presence``."""
         self._check_presence(room)
-        found = await self._attendance.members(room)
+        found = await self._presence.members(room)
         # Entries go to clients as they are, so one that is malformed is left out.
         return {client: info for client, info in found.items() if read_info(info) is not None}
 
     async def presence_stats(self, room: str) -> tuple[int, int]:
         """Connections and distinct users. Raises as ``Room.presence``."""
         self._check_presence(room)
-        return await self._attendance.stats(room)
+        return await self._presence.stats(room)
 
     def _check_presence(self, room: str) -> None:
         self.node.ensure_started("presence")
@@ -195,12 +195,12 @@ class Rooms:
         """Enter a counting room (presence, and nothing else) if fewer than ``limit`` are in it. Raises
         ``BusUnavailable``.
         """
-        return await self._attendance.appear(connection, room, limit=limit)
+        return await self._presence.add(connection, room, limit=limit)
 
     async def count_out(self, connection: Connection) -> None:
         """Leave the counting rooms."""
         counting = [room for room in connection._present if room not in connection.rooms]
-        await self._attendance.vanish_everywhere(connection, counting)
+        await self._presence.remove_from(connection, counting)
 
     async def expel(self, room: str, user: str | None) -> None:
         """As ``Room.disconnect``."""
@@ -226,7 +226,7 @@ class Rooms:
         async with self._turn(connection, room):
             already = connection.rooms.get(room)
             if already is not None:
-                return Entered(None if already.sequence is None else already.sequence.last, None)
+                return Entered(None if already.stream is None else already.stream.last, None)
             if connection._over:
                 return Entered(None, None)
             return await self._enter(connection, room, since)
@@ -240,30 +240,30 @@ class Rooms:
             # Entering publishes nothing, and a room without history can be entered while the bus is down.
             logger.debug("a room is entered by the rules that were read last")
         kept = self.retention.of(room)
-        audience = await self._local.hold(room)
+        local_room = await self._local.acquire(room)
         try:
             if rule is not None and rule.presence:
-                await self._attendance.appear(connection, room)
+                await self._presence.add(connection, room)
             missed: Sequence[Entry] | None = None
             position: Position | None = None
             if kept is not None:
-                missed, position = await self._sequence(audience, kept).recover(since)
+                missed, position = await self._stream(local_room, kept).recover(since)
         except BaseException:
-            self._local.release(audience)
-            await self._attendance.vanish(connection, room)
+            self._local.release(local_room)
+            await self._presence.remove(connection, room)
             raise
         if connection._over:
-            self._local.release(audience)
+            self._local.release(local_room)
             # ``leave_all`` may have run while the entry was on its way to the store: withdraw it again.
             connection._present[room] = None
-            await self._attendance.vanish(connection, room)
+            await self._presence.remove(connection, room)
             return Entered(None, None)
         # No await from here to the return: what is delivered after this goes to this member too.
         if rule is not None:
             # In a room with history no message may be dropped for a slow member, whatever the rule here says.
-            audience.slow = rule.slow if kept is None else "disconnect"
-        connection.rooms[room] = audience
-        audience.attach(connection.outbox)
+            local_room.slow = rule.slow if kept is None else "disconnect"
+        connection.rooms[room] = local_room
+        local_room.attach(connection.outbox)
         if rule is not None and rule.join_leave:
             connection._announced[room] = None
             self._tell(connection, room, Joined(connection.id, self.client_info(connection)))
@@ -273,7 +273,7 @@ class Rooms:
         """End a membership; False when there was none. Waits for an ``enter`` that began before."""
         async with self._turn(connection, room):
             left = self.drop(connection, room)
-            await self._attendance.vanish(connection, room)
+            await self._presence.remove(connection, room)
             return left
 
     def _turn(self, connection: Connection, room: str) -> asyncio.Lock:
@@ -286,7 +286,7 @@ class Rooms:
         """The connection is over."""
         for room in {*connection.rooms, *connection._announced}:
             self.drop(connection, room)
-        await self._attendance.vanish_everywhere(connection, tuple(connection._present))
+        await self._presence.remove_from(connection, tuple(connection._present))
 
     def drop(self, connection: Connection, room: str) -> bool:
         """End a membership here and now; False when there was none. ``leave`` or ``leave_all`` is due for the
@@ -295,18 +295,18 @@ class Rooms:
         if room in connection._announced:
             connection._announced.pop(room, None)
             self._tell(connection, room, Left(connection.id, self.client_info(connection)))
-        audience = connection.rooms.pop(room, None)
-        if audience is None:
+        local_room = connection.rooms.pop(room, None)
+        if local_room is None:
             return False
-        audience.detach(connection.outbox)
-        self._local.release(audience)
+        local_room.detach(connection.outbox)
+        self._local.release(local_room)
         return True
 
     async def settle(self, connection: Connection, room: str) -> None:
         """After ``drop``: it is not present any more, unless it has entered again."""
         async with self._turn(connection, room):
             if room not in connection.rooms:
-                await self._attendance.vanish(connection, room)
+                await self._presence.remove(connection, room)
 
     def _tell(self, connection: Connection, room: str, message: Message) -> None:
         connection.socket.call(self._tell_soon, connection.socket.tasks, room, message)
@@ -327,14 +327,14 @@ class Rooms:
             info = msgspec.structs.replace(info, conn_info=msgspec.Raw(msgspec.json.encode(connection._info)))
         return msgspec.json.encode(info)
 
-    def _sequence(self, audience: Audience, kept: Kept) -> RoomSequence:
-        if audience.sequence is None:
-            room = audience.name
+    def _stream(self, local_room: LocalRoom, kept: Kept) -> RoomStream:
+        if local_room.stream is None:
+            room = local_room.name
 
             def start(work: Coroutine[Any, Any, None]) -> None:
-                self._start(audience, work)
+                self._start(local_room, work)
 
-            audience.sequence = RoomSequence(
+            local_room.stream = RoomStream(
                 room,
                 history=self._history,
                 size=kept.size,
@@ -342,20 +342,20 @@ class Rooms:
                 timeout=self.node.deadline,
                 epoch=lambda: self.retention.epoch,
                 lease=lambda: self._bus.room_lease(room),
-                deliver=lambda entry: self._reception.deliver(audience, entry.payload, entry.offset),
-                lost=lambda: self._reception.lost(audience),
+                deliver=lambda entry: self._delivery.deliver(local_room, entry.payload, entry.offset),
+                lost=lambda: self._delivery.lost(local_room),
                 spawn=start,
             )
-        return audience.sequence
+        return local_room.stream
 
-    def _start(self, audience: Audience | None, work: Coroutine[Any, Any, None]) -> None:
+    def _start(self, local_room: LocalRoom | None, work: Coroutine[Any, Any, None]) -> None:
         """Run ``work`` in the cluster's task group; where there is none, in that of a member's socket."""
         tasks = self.node.tasks
         # On memory:// the work belongs to other loops, too, and goes with a socket there.
         if tasks is not None and not self.node.crosses_loops:
             _spawn(tasks, work)
             return
-        for found in self._local if audience is None else (audience,):
+        for found in self._local if local_room is None else (local_room,):
             for member in self._local.members(found):
                 member.socket.call(_spawn, member.socket.tasks, work)
                 return
@@ -365,33 +365,33 @@ class Rooms:
 
     def receive(self, room: str, payload: bytes) -> None:
         """What the bus brought for a room. Raises nothing: the bus's reader has others to serve."""
-        self._reception.receive(room, payload)
+        self._delivery.receive(room, payload)
 
     def gap(self, rooms: frozenset[str] | None) -> None:
         """Publications may have been missed."""
-        for audience in self._local:
-            if audience.sequence is not None and (rooms is None or audience.name in rooms):
-                audience.sequence.gap()
+        for local_room in self._local:
+            if local_room.stream is not None and (rooms is None or local_room.name in rooms):
+                local_room.stream.gap()
 
     def restored(self, rooms: frozenset[str] | None) -> None:
         """What was missed can be read now."""
-        for audience in self._local:
-            if audience.sequence is not None and (rooms is None or audience.name in rooms):
-                audience.sequence.restored()
-        self._start(None, self._attendance.restore(self._local.connections))
+        for local_room in self._local:
+            if local_room.stream is not None and (rooms is None or local_room.name in rooms):
+                local_room.stream.restored()
+        self._start(None, self._presence.restore(self._local.connections))
 
     def node_died(self, node: str, incarnation: str) -> None:
         """A node is dead, as the registry found: take its members out of the rooms that have members here."""
-        for audience in self._local:
-            found = self.rule(audience.name)
+        for local_room in self._local:
+            found = self.rule(local_room.name)
             if found is not None and found[0].presence:
-                work = self._reap(audience.name, node, incarnation, found[0].join_leave)
-                self._start(audience, work)
+                work = self._reap(local_room.name, node, incarnation, found[0].join_leave)
+                self._start(local_room, work)
 
     async def _reap(self, room: str, node: str, incarnation: str, tell: bool) -> None:
         try:
             # Every node with members here asks; the one that removed an entry publishes the leave.
-            for client, info in (await self._attendance.reap(room, node, incarnation)).items():
+            for client, info in (await self._presence.reap(room, node, incarnation)).items():
                 if tell:
                     await self._send(room, Left(client, info))
         except ClusterError as error:

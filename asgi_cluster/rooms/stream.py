@@ -23,7 +23,7 @@ from asgi_cluster.bus.lease import Lease
 from asgi_cluster.exceptions import ClusterError
 from asgi_cluster.rooms.history import Entry, HistoryStore, Page, Position
 
-__all__ = ["Sequence"]
+__all__ = ["RoomStream"]
 
 logger = logging.getLogger("asgi_cluster.realtime")
 
@@ -34,7 +34,7 @@ _RETRY = 0.25
 _LONGEST_RETRY = 5.0
 
 
-class Sequence:
+class RoomStream:
     """One room's order. ``deliver`` gets each publication once, in order; ``lost`` is called when some are
     lost for good.
 
@@ -325,4 +325,4 @@ class Sequence:
         self._drop_tail()
 
     def __repr__(self) -> str:
-        return f"<Sequence at {self.last}, {len(self._held)} held>"
+        return f"<RoomStream at {self.last}, {len(self._held)} held>"

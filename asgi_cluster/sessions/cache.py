@@ -1,14 +1,14 @@
 """The node's local session cache: TTL, LRU, statistics, and the rules that bound its age.
 
-Pure and synchronous: it does no I/O and takes its time from the lease's clock. A *flight* is a read of the
+Pure and synchronous: it does no I/O and takes its time from the lease's clock. A *read* is a read of the
 store that is under way:
 
-    flight = cache.depart(handle)       # before the read is sent
+    read = cache.begin(handle)       # before the read is sent
     record = await store.read(handle)
-    cache.land(flight, record)          # kept only if nothing happened in between
+    cache.finish(read, record)          # kept only if nothing happened in between
 
 An invalidation, a local write or a gap *detaches* the flights it touches: their result may be from before the
-change, so their waiters get it, it is not cached, and later readers start a new flight. Entries are served
+change, so their waiters get it, it is not cached, and later readers start a new read. Entries are served
 only while their bucket's lease is live, at the moment they are returned.
 """
 
@@ -24,7 +24,7 @@ from asgi_cluster.ids import Handle, UserId, bucket_of
 from asgi_cluster.sessions.codec import Decoded
 from asgi_cluster.sessions.store import Record
 
-__all__ = ["CacheStats", "Entry", "Flight", "SessionCache"]
+__all__ = ["CacheStats", "Entry", "PendingRead", "SessionCache"]
 
 _MAX_ABSENT = 1024
 
@@ -78,14 +78,14 @@ class Entry:
         self._decoded.into(target)
 
 
-class Flight:
+class PendingRead:
     """One read of the store under way."""
 
-    __slots__ = ("attached", "departed_at", "handle", "lease", "waiters")
+    __slots__ = ("attached", "begun_at", "handle", "lease", "waiters")
 
-    def __init__(self, handle: Handle, departed_at: float, lease: Lease) -> None:
+    def __init__(self, handle: Handle, begun_at: float, lease: Lease) -> None:
         self.handle = handle
-        self.departed_at = departed_at
+        self.begun_at = begun_at
         self.lease = lease
         self.attached = True
         self.waiters: object = None
@@ -111,7 +111,7 @@ class SessionCache:
         # sessions out.
         self._absent: OrderedDict[Handle, Entry] = OrderedDict()
         self._flushed: OrderedDict[Handle, Entry] = OrderedDict()
-        self._flights: dict[Handle, Flight] = {}
+        self._reads: dict[Handle, PendingRead] = {}
         self._by_user: dict[UserId, set[Handle]] = {}
         self._hits = self._misses = self._bypassed = 0
         self._evictions = self._invalidations = self._flushes = 0
@@ -149,32 +149,32 @@ class SessionCache:
 
     # Reading
 
-    def flight(self, handle: Handle) -> Flight | None:
+    def pending(self, handle: Handle) -> PendingRead | None:
         """The read under way that a new reader may join: one that nothing has overtaken."""
-        return self._flights.get(handle)
+        return self._reads.get(handle)
 
-    def depart(self, handle: Handle) -> Flight:
+    def begin(self, handle: Handle) -> PendingRead:
         """A read of the store is about to be sent."""
         lease = self.lease(handle)
-        flight = Flight(handle, lease.clock(), lease)
-        self._flights[handle] = flight
-        return flight
+        read = PendingRead(handle, lease.clock(), lease)
+        self._reads[handle] = read
+        return read
 
-    def land(self, flight: Flight, record: Record | None) -> Entry:
-        """The store answered. The answer is kept if the flight is still attached and the lease is live."""
-        entry = Entry(record, flight.departed_at, self._ttl, flight.lease)
-        if self._may_keep(flight):
-            self._keep(flight.handle, entry)
-        self.abort(flight)
+    def finish(self, read: PendingRead, record: Record | None) -> Entry:
+        """The store answered. The answer is kept if the read is still attached and the lease is live."""
+        entry = Entry(record, read.begun_at, self._ttl, read.lease)
+        if self._may_keep(read):
+            self._keep(read.handle, entry)
+        self.abort(read)
         return entry
 
-    def abort(self, flight: Flight) -> None:
+    def abort(self, read: PendingRead) -> None:
         """The read has ended, with or without an answer: no reader can join it any more."""
-        if self._flights.get(flight.handle) is flight:
-            del self._flights[flight.handle]
+        if self._reads.get(read.handle) is read:
+            del self._reads[read.handle]
 
-    def _may_keep(self, flight: Flight) -> bool:
-        return flight.attached and flight.lease.live
+    def _may_keep(self, read: PendingRead) -> bool:
+        return read.attached and read.lease.live
 
     def _keep(self, handle: Handle, entry: Entry) -> None:
         self._remove(handle)
@@ -222,7 +222,7 @@ class SessionCache:
         for handle in [h for h, e in self._flushed.items() if e.record is not None and e.record.user == user]:
             if handle != keep:
                 del self._flushed[handle]
-        # A flight has no user yet, but the user's sessions live in the user's bucket.
+        # A read has no user yet, but the user's sessions live in the user's bucket.
         self._detach_bucket(bucket_of(user))
 
     def flush(self, buckets: frozenset[int] | None = None) -> None:
@@ -236,7 +236,7 @@ class SessionCache:
             self._entries.clear()
             self._absent.clear()
             self._by_user.clear()
-            for handle in list(self._flights):
+            for handle in list(self._reads):
                 self._detach(handle)
             return
         for handle in [h for h in (*self._entries, *self._absent) if int(h[:2], 16) in buckets]:
@@ -245,13 +245,13 @@ class SessionCache:
             self._detach_bucket(bucket)
 
     def _detach(self, handle: Handle) -> None:
-        flight = self._flights.pop(handle, None)
-        if flight is not None:
-            flight.attached = False
+        read = self._reads.pop(handle, None)
+        if read is not None:
+            read.attached = False
 
     def _detach_bucket(self, bucket: int) -> None:
         prefix = f"{bucket:02x}."
-        for handle in [h for h in self._flights if h.startswith(prefix)]:
+        for handle in [h for h in self._reads if h.startswith(prefix)]:
             self._detach(handle)
 
     def stats(self) -> CacheStats:
@@ -268,4 +268,4 @@ class SessionCache:
         )
 
     def __repr__(self) -> str:
-        return f"<SessionCache {len(self._entries)}/{self._max_entries}, {len(self._flights)} in flight>"
+        return f"<SessionCache {len(self._entries)}/{self._max_entries}, {len(self._reads)} pending>"

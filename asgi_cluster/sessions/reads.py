@@ -8,12 +8,12 @@ from contextlib import contextmanager
 
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import Handle, UserId
-from asgi_cluster.sessions.cache import Entry, Flight, SessionCache
+from asgi_cluster.sessions.cache import Entry, PendingRead, SessionCache
 from asgi_cluster.sessions.damage import Damage
 from asgi_cluster.sessions.store import (
     Device,
-    Draft,
-    Ending,
+    EndResult,
+    NewSession,
     Record,
     SessionStore,
     UserLogout,
@@ -51,39 +51,41 @@ class CachedStore:
     async def fetch(self, handle: Handle, *, timeout: float) -> Entry:
         """The same, after a miss: without another look at the cache. Raises as the store."""
         loop = asyncio.get_running_loop()
-        flight = self.cache.flight(handle)
+        pending = self.cache.pending(handle)
         if (
-            flight is not None
-            and isinstance(flight.waiters, asyncio.Future)
-            and flight.waiters.get_loop() is loop
+            pending is not None
+            and isinstance(pending.waiters, asyncio.Future)
+            and pending.waiters.get_loop() is loop
         ):
             try:
                 async with asyncio.timeout(timeout):
-                    shared: Entry = await asyncio.shield(flight.waiters)
+                    shared: Entry = await asyncio.shield(pending.waiters)
                 return shared
             except TimeoutError as error:
                 raise StoreUnavailable(f"no answer within {timeout:.2f} s") from error
             except asyncio.CancelledError:
                 # Either this request was cancelled, or the one that had begun the read: then this one reads.
-                if not flight.waiters.cancelled() or _cancelling():
+                if not pending.waiters.cancelled() or _cancelling():
                     raise
-        return await self._fly(self.cache.depart(handle), loop, timeout)
+        return await self._read_store(self.cache.begin(handle), loop, timeout)
 
-    async def _fly(self, flight: Flight, loop: asyncio.AbstractEventLoop, timeout: float) -> Entry:
-        landed: asyncio.Future[Entry] = loop.create_future()
-        flight.waiters = landed
+    async def _read_store(
+        self, pending: PendingRead, loop: asyncio.AbstractEventLoop, timeout: float
+    ) -> Entry:
+        result: asyncio.Future[Entry] = loop.create_future()
+        pending.waiters = result
         try:
-            record = await self.read_fresh(flight.handle, timeout=timeout)
+            record = await self.read_fresh(pending.handle, timeout=timeout)
         except BaseException as error:
-            self.cache.abort(flight)
+            self.cache.abort(pending)
             if isinstance(error, StoreUnavailable):
-                landed.set_exception(error)
-                landed.exception()  # retrieved here: there may be no waiter
+                result.set_exception(error)
+                result.exception()  # retrieved here: there may be no waiter
             else:
-                landed.cancel()
+                result.cancel()
             raise
-        entry = self.cache.land(flight, record)
-        landed.set_result(entry)
+        entry = self.cache.finish(pending, record)
+        result.set_result(entry)
         return entry
 
     async def read_fresh(self, handle: Handle, *, timeout: float) -> Record | None:
@@ -98,7 +100,7 @@ class CachedStore:
     @contextmanager
     def _changing(self, handle: Handle) -> Iterator[None]:
         # Before the write: no read on this node may get the old value once the write can have happened. After
-        # it, whatever its outcome: a read that departed in between may have got the old value, and an unknown
+        # it, whatever its outcome: a read that began in between may have got the old value, and an unknown
         # outcome counts as changed.
         self.cache.drop(handle)
         try:
@@ -106,7 +108,7 @@ class CachedStore:
         finally:
             self.cache.drop(handle)
 
-    async def create(self, draft: Draft, *, timeout: float) -> float:
+    async def create(self, draft: NewSession, *, timeout: float) -> float:
         """Raises as the store."""
         with self._changing(draft.handle):
             return await self._store.create(draft, timeout=timeout)
@@ -167,14 +169,14 @@ class CachedStore:
 
     async def end(
         self, handle: Handle, *, message: bytes, expected: str | None = None, timeout: float
-    ) -> Ending:
+    ) -> EndResult:
         """Raises as the store."""
         with self._changing(handle):
             return await self._store.end(handle, message=message, expected=expected, timeout=timeout)
 
     async def end_all(
         self, user: UserId, *, keep: Handle | None, epoch: str, message: bytes, timeout: float
-    ) -> Ending:
+    ) -> EndResult:
         """Raises as the store."""
         self.cache.drop_user(user, keep=keep)
         try:

@@ -23,7 +23,7 @@ from asgi_cluster.sessions.reads import CachedStore
 from asgi_cluster.sessions.store import UserLogout
 from asgi_cluster.tasks import spawn
 
-__all__ = ["OpenSockets", "Verifier"]
+__all__ = ["OpenSockets", "Revalidator"]
 
 logger = logging.getLogger("asgi_cluster.sessions")
 
@@ -74,7 +74,7 @@ class OpenSockets(Protocol):
         ...
 
 
-class Verifier:
+class Revalidator:
     """Closes sockets whose session is over: 4501 ended, 4502 expired, 4101 when the store did not
     answer for too long.
     """

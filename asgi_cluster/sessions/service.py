@@ -20,7 +20,7 @@ from asgi_cluster.sessions.cookies import Cookie
 from asgi_cluster.sessions.ended import SessionEnded
 from asgi_cluster.sessions.reads import CachedStore
 from asgi_cluster.sessions.receipts import Acknowledgements, LogoutReceipt, PendingAck
-from asgi_cluster.sessions.store import UNKNOWN_NODES, Ending, Record
+from asgi_cluster.sessions.store import UNKNOWN_NODES, EndResult, Record
 from asgi_cluster.sessions.tombstones import Tombstones
 
 __all__ = ["LocalSockets", "Overtaken", "SessionService"]
@@ -149,7 +149,7 @@ class SessionService:
             Overtaken: something was written since; the session goes on.
         """
 
-        async def commit(pending: PendingAck, budget: Budget) -> Ending:
+        async def commit(pending: PendingAck, budget: Budget) -> EndResult:
             message = encode(Ended(handle, code, reason, self.node.id, pending.id))
             # Asked before: whatever the server is replaced with afterwards, that is then another one.
             run_id = self.store.run_id(int(handle[:2], 16))
@@ -180,7 +180,7 @@ class SessionService:
     ) -> LogoutReceipt:
         """End every session of a user but ``keep``. Returns and raises as ``end``."""
 
-        async def commit(pending: PendingAck, budget: Budget) -> Ending:
+        async def commit(pending: PendingAck, budget: Budget) -> EndResult:
             message = encode(UserEnded(user, keep, code, reason, self.node.id, pending.id))
             run_id = self.store.run_id(bucket_of(user))
             ending = await budget.spend(
@@ -227,8 +227,8 @@ class SessionService:
 
     async def _end(
         self,
-        commit: Callable[[PendingAck, Budget], Awaitable[Ending]],
-        close_here: Callable[[Ending], int],
+        commit: Callable[[PendingAck, Budget], Awaitable[EndResult]],
+        close_here: Callable[[EndResult], int],
         *,
         timeout: float,
         budget: Budget | None,

@@ -22,8 +22,8 @@ __all__ = [
     "LOGOUT_KEPT",
     "UNKNOWN_NODES",
     "Device",
-    "Draft",
-    "Ending",
+    "EndResult",
+    "NewSession",
     "Record",
     "SessionStore",
     "UserLogout",
@@ -37,7 +37,7 @@ its user was logged out; nothing was written.
 """
 
 UNKNOWN_NODES = "?"
-"""In ``Ending.nodes``: the registry did not answer. No node has this id and none will acknowledge, so that
+"""In ``EndResult.nodes``: the registry did not answer. No node has this id and none will acknowledge, so that
 a caller that waits for all of them waits for the lease."""
 
 LOGOUT_KEPT = 86400.0
@@ -72,7 +72,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """The application's values, each in msgpack."""
 
 
-class Draft(msgspec.Struct, frozen=True, kw_only=True):
+class NewSession(msgspec.Struct, frozen=True, kw_only=True):
     """A session to be created."""
 
     handle: Handle
@@ -105,7 +105,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
     address: str
 
 
-class Ending(msgspec.Struct, frozen=True, kw_only=True):
+class EndResult(msgspec.Struct, frozen=True, kw_only=True):
     """What ending sessions did."""
 
     sessions: int
@@ -149,7 +149,7 @@ class SessionStore(Protocol):
         """The record, or ``None`` when there is none, it has expired, or its user was logged out."""
         ...
 
-    async def create(self, draft: Draft, *, timeout: float) -> float:
+    async def create(self, draft: NewSession, *, timeout: float) -> float:
         """Store a new session; with a user, enter it in the user's index. Publishes nothing: no node
         can have cached it. Its ``created_at``.
         """
@@ -199,11 +199,11 @@ class SessionStore(Protocol):
 
     async def end(
         self, handle: Handle, *, message: bytes, expected: str | None = None, timeout: float
-    ) -> Ending:
+    ) -> EndResult:
         """Remove one session, and its entry in the user's index. Published even when there was none.
 
-        ``expected`` is the write id that the caller read: another one means ``Ending.overtaken``, and nothing
-        is removed or published. ``None``: whatever was written.
+        ``expected`` is the write id that the caller read: another one means ``EndResult.overtaken``, and
+        nothing is removed or published. ``None``: whatever was written.
         """
         ...
 
@@ -213,7 +213,7 @@ class SessionStore(Protocol):
 
     async def end_all(
         self, user: UserId, *, keep: Handle | None, epoch: str, message: bytes, timeout: float
-    ) -> Ending:
+    ) -> EndResult:
         """Give the user a new epoch, so that every session but ``keep`` is dead at once, and remove their
         records. ``messages.name_ended`` says which in the message. ``epoch`` also names this logout.
         """

@@ -27,7 +27,7 @@ from asgi_cluster.sessions.data import SessionData
 from asgi_cluster.sessions.device import device_of
 from asgi_cluster.sessions.ended import SessionEnded
 from asgi_cluster.sessions.service import Budget, Overtaken, SessionService
-from asgi_cluster.sessions.store import Draft, Record
+from asgi_cluster.sessions.store import NewSession, Record
 
 __all__ = ["StoredSession"]
 
@@ -403,7 +403,7 @@ class StoredSession(SessionData):
         own: set[str] = set().union(*self._differences()) if carries else set()
         fields = {key: encode_value(key, value, known.get(key)) for key, value in dict.items(self)}
         agent, address = device_of(self._scope)
-        draft = Draft(
+        draft = NewSession(
             handle=handle,
             secret=secret_hash(secret.encode()),
             user=user,
@@ -439,7 +439,7 @@ class StoredSession(SessionData):
         self._created = True
         self._lost = False
 
-    def _new_record(self, draft: Draft, created_at: float) -> Record:
+    def _new_record(self, draft: NewSession, created_at: float) -> Record:
         return Record(
             handle=draft.handle,
             secret=draft.secret,

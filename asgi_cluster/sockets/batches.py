@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from asgi_cluster.sockets.outbox import Outbox, SlowPolicy
-    from asgi_cluster.sockets.prepared import Packet
+    from asgi_cluster.sockets.prepared import PreparedMessage
 
 __all__ = ["Flusher"]
 
 _SLICE = 0.01  # seconds the flusher may hold the loop: a large room must not make everything else wait
-_WAVE_BYTES = 1 << 16
+_BATCH_BYTES = 1 << 16
 
 
-class Wave:
+class SharedBatch:
     """What one room got during a tick, for all of its members alike."""
 
     __slots__ = ("members", "messages", "size", "started")
 
     def __init__(self, members: Mapping[str, Outbox]) -> None:
         self.members = members
-        self.messages: list[tuple[Packet, SlowPolicy, Hashable]] = []
+        self.messages: list[tuple[PreparedMessage, SlowPolicy, Hashable]] = []
         self.size = 0
         self.started: list[Outbox] | None = None
         """The outboxes that are still to be written to, once some have been."""
@@ -33,19 +33,19 @@ class Wave:
 class Flusher:
     """Writes, at the end of a loop tick, what the outboxes of this loop got during it.
 
-    In most ticks that is messages to one room. They are not put into each outbox but kept once, as a *wave*,
-    and written to all members in one pass. Before anything else is put into an outbox, the wave is put into
-    the outboxes (``spill``): then each outbox holds what it would have held without waves. So what is in an
-    outbox always comes before the wave.
+    In most ticks that is messages to one room. They are not put into each outbox but kept once, as a *shared
+    batch*, and written to all members in one pass. Before anything else is put into an outbox, the shared
+    batch is put into the outboxes (``scatter``): then each outbox holds what it would have held without it.
+    So what is in an outbox always comes before the shared batch.
     """
 
-    __slots__ = ("__weakref__", "_dirty", "_loop", "_scheduled", "wave")
+    __slots__ = ("__weakref__", "_dirty", "_loop", "_scheduled", "batch")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._dirty: list[Outbox] = []
         self._scheduled = False
-        self.wave: Wave | None = None
+        self.batch: SharedBatch | None = None
 
     def add(self, outbox: Outbox) -> None:
         """``outbox`` has something to write."""
@@ -58,33 +58,33 @@ class Flusher:
             self._loop.call_soon(self._flush)
 
     def broadcast(
-        self, members: Mapping[str, Outbox], packet: Packet, slow: SlowPolicy, key: Hashable
+        self, members: Mapping[str, Outbox], packet: PreparedMessage, slow: SlowPolicy, key: Hashable
     ) -> None:
-        """A message to all of ``members``, who may not change while there is a wave."""
-        wave = self.wave
-        if wave is None:
-            wave = self.wave = Wave(members)
-        elif wave.members is not members or wave.started is not None or wave.size > _WAVE_BYTES:
-            # Several rooms may have members in common, and theirs belong in one write: not in a wave.
-            self.spill()
+        """A message to all of ``members``, who may not change while there is a shared batch."""
+        batch = self.batch
+        if batch is None:
+            batch = self.batch = SharedBatch(members)
+        elif batch.members is not members or batch.started is not None or batch.size > _BATCH_BYTES:
+            # Several rooms may have members in common, and theirs belong in one write: not in a shared batch.
+            self.scatter()
             for outbox in members.values():
                 outbox.put(packet, slow, key)
             return
-        wave.messages.append((packet, slow, key))
-        wave.size += packet.size
+        batch.messages.append((packet, slow, key))
+        batch.size += packet.size
         self._schedule()
 
-    def spill(self) -> None:
-        """Put what the wave carries into the outboxes of the members that it has not reached."""
-        wave, self.wave = self.wave, None
-        if wave is not None:
-            for outbox in tuple(wave.members.values()) if wave.started is None else wave.started:
-                for message in wave.messages:
+    def scatter(self) -> None:
+        """Put what the shared batch carries into the outboxes of the members that it has not reached."""
+        batch, self.batch = self.batch, None
+        if batch is not None:
+            for outbox in tuple(batch.members.values()) if batch.started is None else batch.started:
+                for message in batch.messages:
                     outbox.put(*message)
 
     def _flush(self) -> None:
         until = perf_counter() + _SLICE
-        if self._flush_outboxes(until) and self._flush_wave(until) and self._flush_outboxes(until):
+        if self._flush_outboxes(until) and self._flush_shared(until) and self._flush_outboxes(until):
             self._scheduled = False
         else:
             self._loop.call_soon(self._flush)
@@ -98,13 +98,13 @@ class Flusher:
                 break
         return not self._dirty
 
-    def _flush_wave(self, until: float) -> bool:
+    def _flush_shared(self, until: float) -> bool:
         """True when it is over."""
-        wave = self.wave
-        if wave is None:
+        batch = self.batch
+        if batch is None:
             return True
-        members = list(wave.members.values()) if wave.started is None else wave.started
-        packets = [packet for packet, _, _ in wave.messages]
+        members = list(batch.members.values()) if batch.started is None else batch.started
+        packets = [packet for packet, _, _ in batch.messages]
         frames = packets[0].frame if len(packets) == 1 else b"".join([packet.frame for packet in packets])
         missed: list[Outbox] = []
         failed: list[tuple[Outbox, Exception]] = []
@@ -114,15 +114,15 @@ class Flusher:
                 if not outbox.write(frames, len(packets)):
                     missed.append(outbox)
             except Exception as error:
-                failed.append((outbox, error))  # later: closing a socket would break the wave
+                failed.append((outbox, error))  # later: closing a socket would break the shared batch
             if index & 31 == 31 and perf_counter() > until:
                 done = index + 1
                 break
-        wave.started = members[done:]
-        self.wave = wave if wave.started else None
+        batch.started = members[done:]
+        self.batch = batch if batch.started else None
         for outbox in missed:
-            for message in wave.messages:
+            for message in batch.messages:
                 outbox.put(*message)
         for outbox, raised in failed:
             outbox.fail(raised)
-        return self.wave is None
+        return self.batch is None

@@ -15,7 +15,7 @@ from asgi_cluster.codes import CloseCode
 from asgi_cluster.sockets.batches import Flusher
 from asgi_cluster.sockets.logouts import RecentLogouts
 from asgi_cluster.sockets.outbox import Counters, Outbox
-from asgi_cluster.sockets.prepared import Packet
+from asgi_cluster.sockets.prepared import PreparedMessage
 from asgi_cluster.sockets.server import reloads
 from asgi_cluster.sockets.socket import Closes, Member, Socket
 from asgi_cluster.sockets.wire import Wire
@@ -330,7 +330,7 @@ def _discard(index: dict[str, set[S]], key: str | None, found: S) -> None:
 
 
 def _send_to(sockets: Iterable[Socket], message: PersonalMessage) -> int:
-    prepared: dict[Wire, Packet] = {}
+    prepared: dict[Wire, PreparedMessage] = {}
     count = 0
     for socket in tuple(sockets):
         outbox = socket.outbox

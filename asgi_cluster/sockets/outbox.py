@@ -17,7 +17,7 @@ from websockets.protocol import State
 
 from asgi_cluster.codes import CloseCode
 from asgi_cluster.sockets.batches import Flusher
-from asgi_cluster.sockets.prepared import Packet
+from asgi_cluster.sockets.prepared import PreparedMessage
 from asgi_cluster.sockets.server import discard, drive
 from asgi_cluster.sockets.socket import Socket
 from asgi_cluster.sockets.wire import Wire
@@ -80,8 +80,8 @@ class Outbox:
         self._limit = limit
         self.wire = wire
         # Not a deque: an empty one takes 760 bytes, and most sockets are idle.
-        self._pending: list[Packet] = []
-        self._latest: dict[Hashable, Packet] | None = None
+        self._pending: list[PreparedMessage] = []
+        self._latest: dict[Hashable, PreparedMessage] | None = None
         self._drained: asyncio.Future[None] | None = None
         self._bytes = 0
         self._dirty = False
@@ -91,16 +91,16 @@ class Outbox:
         self.closed = False
         self.direct = socket.server is not None and not socket.why_not_direct
 
-    def push(self, packet: Packet, slow: SlowPolicy = "disconnect", key: Hashable = None) -> None:
+    def push(self, packet: PreparedMessage, slow: SlowPolicy = "disconnect", key: Hashable = None) -> None:
         """Send ``packet`` after what was pushed before; ``slow`` says what happens when too much waits
         already.
         """
-        if self._flusher.wave is not None:
-            self._flusher.spill()
+        if self._flusher.batch is not None:
+            self._flusher.scatter()
         self.put(packet, slow, key)
 
-    def put(self, packet: Packet, slow: SlowPolicy = "disconnect", key: Hashable = None) -> None:
-        """``push`` where no wave is under way."""
+    def put(self, packet: PreparedMessage, slow: SlowPolicy = "disconnect", key: Hashable = None) -> None:
+        """``push`` where no batch is under way."""
         if self.blocked or self._bytes + packet.size > self._limit:
             self._push_slowly(packet, slow, key)
             return
@@ -112,14 +112,16 @@ class Outbox:
             self._dirty = True
             self._flusher.add(self)
 
-    def push_threadsafe(self, packet: Packet, slow: SlowPolicy = "disconnect", key: Hashable = None) -> None:
+    def push_threadsafe(
+        self, packet: PreparedMessage, slow: SlowPolicy = "disconnect", key: Hashable = None
+    ) -> None:
         """``push`` from any thread."""
         try:
             self.socket.loop.call_soon_threadsafe(self.push, packet, slow, key)
         except RuntimeError:
             self.closed = True  # its loop is closed, and so is the socket
 
-    def _push_slowly(self, packet: Packet, slow: SlowPolicy, key: Hashable) -> None:
+    def _push_slowly(self, packet: PreparedMessage, slow: SlowPolicy, key: Hashable) -> None:
         if self.closed:
             return
         if not self.blocked:
@@ -151,13 +153,13 @@ class Outbox:
                 self._dirty = True
                 self._flusher.add(self)
 
-    def spill(self) -> None:
-        """Whatever was sent to this socket is here from now on, and not in a wave."""
-        if self._flusher.wave is not None:
-            self._flusher.spill()
+    def scatter(self) -> None:
+        """Whatever was sent to this socket is here from now on, and not in a shared batch."""
+        if self._flusher.batch is not None:
+            self._flusher.scatter()
 
     def broadcast(
-        self, members: Mapping[str, Outbox], packet: Packet, slow: SlowPolicy, key: Hashable
+        self, members: Mapping[str, Outbox], packet: PreparedMessage, slow: SlowPolicy, key: Hashable
     ) -> None:
         """``push`` to all of ``members``, of which this is one."""
         self._flusher.broadcast(members, packet, slow, key)
@@ -251,7 +253,7 @@ class Outbox:
     def _next_frames(self) -> bytes:
         return b"".join([packet.frame for packet in self._take()])
 
-    def _take(self) -> list[Packet]:
+    def _take(self) -> list[PreparedMessage]:
         """Of what waits, what goes out in one piece."""
         pending = self._pending
         count = size = 0
@@ -313,7 +315,7 @@ class Outbox:
             self.flush()
         self.blocked = self._held = not self.closed
 
-    def release(self, first: Packet | None) -> None:
+    def release(self, first: PreparedMessage | None) -> None:
         """Send ``first``, and what was held after it; ``None``: forget what was held. Harmless when nothing
         is held.
         """

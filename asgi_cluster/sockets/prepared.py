@@ -6,10 +6,10 @@ from typing import Any
 
 from websockets.frames import Frame, Opcode
 
-__all__ = ["Packet"]
+__all__ = ["PreparedMessage"]
 
 
-class Packet:
+class PreparedMessage:
     """One message in one wire form, encoded and framed once, whoever gets it."""
 
     __slots__ = ("_event", "_frame", "binary", "data", "size")

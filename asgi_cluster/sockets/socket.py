@@ -204,7 +204,7 @@ class Socket:
         outbox = self.outbox
         if outbox is not None:
             # What was sent before the close goes out before it, unless the client is slow.
-            outbox.spill()
+            outbox.scatter()
             outbox.flush()
             outbox.close()
         self.state = "closed"

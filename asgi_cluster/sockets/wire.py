@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from asgi_cluster.bus.messages import PayloadKind, Published
-from asgi_cluster.sockets.prepared import Packet
+from asgi_cluster.sockets.prepared import PreparedMessage
 
 __all__ = ["BARE", "Wire"]
 
@@ -21,21 +21,23 @@ class Wire(Protocol):
         """Whether several messages, all of them text, may travel as one, joined by newlines."""
         ...
 
-    def message(self, kind: PayloadKind, data: bytes) -> Packet:
+    def message(self, kind: PayloadKind, data: bytes) -> PreparedMessage:
         """What the app sends to one connection, user or session."""
         ...
 
-    def publication(self, room: str, message: Published, offset: int | None, *, local: bool) -> Packet:
+    def publication(
+        self, room: str, message: Published, offset: int | None, *, local: bool
+    ) -> PreparedMessage:
         """A publication. ``offset`` is ``None`` without history; ``local``: it did not go over the bus
         (``on_bus_error="local"``).
         """
         ...
 
-    def join(self, room: str, info: bytes) -> Packet | None:
+    def join(self, room: str, info: bytes) -> PreparedMessage | None:
         """A member has come; ``info`` is its client info as JSON. ``None``: not said in this form."""
         ...
 
-    def leave(self, room: str, info: bytes) -> Packet | None:
+    def leave(self, room: str, info: bytes) -> PreparedMessage | None:
         """A member has gone. As ``join``."""
         ...
 
@@ -45,11 +47,13 @@ class _Bare:
 
     joins = False
 
-    def message(self, kind: PayloadKind, data: bytes) -> Packet:
-        return Packet(data, binary=kind == "b")
+    def message(self, kind: PayloadKind, data: bytes) -> PreparedMessage:
+        return PreparedMessage(data, binary=kind == "b")
 
-    def publication(self, room: str, message: Published, offset: int | None, *, local: bool) -> Packet:
-        return Packet(message.data, binary=message.kind == "b")
+    def publication(
+        self, room: str, message: Published, offset: int | None, *, local: bool
+    ) -> PreparedMessage:
+        return PreparedMessage(message.data, binary=message.kind == "b")
 
     def join(self, room: str, info: bytes) -> None:
         return None

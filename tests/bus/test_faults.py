@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from asgi_cluster.bus.lease import Echo, Lease
+from asgi_cluster.bus.lease import Heartbeats, Lease
 from tests.bus.faults import CLUSTER, SENTINEL, SINGLE, Scene, many, nothing, our_objects, play, single
 from tests.bus.partition import LAGS, partition
 from tests.bus.traffic import CacheReceiver
@@ -46,5 +46,5 @@ def test_our_objects_are_counted_beside_a_class_without_a_module_name() -> None:
     """An extension module that the whole suite imports has a class with a descriptor there."""
     unnamed = type("Unnamed", (), {"__module__": property(lambda self: "extension")})()
     before = our_objects()
-    echo = Echo(Lease(1.0))
-    assert our_objects() - before == {"Echo": 1, "Lease": 1}, (unnamed, echo)
+    echo = Heartbeats(Lease(1.0))
+    assert our_objects() - before == {"Heartbeats": 1, "Lease": 1}, (unnamed, echo)

@@ -12,8 +12,8 @@ from redis._parsers import _AsyncHiredisParser, _AsyncRESP3Parser
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ResponseError
 
-from asgi_cluster.backends.redis.connection import Link, OnPush
-from asgi_cluster.backends.redis.errors import LinkBroken, first_word
+from asgi_cluster.backends.redis.connection import MultiplexedConnection, OnPush
+from asgi_cluster.backends.redis.errors import ConnectionBroken, first_word
 from asgi_cluster.backends.redis.urls import Address
 from tests.bus.fake import FakeServer, bulk, push
 from tests.support.proxy import Proxy
@@ -35,7 +35,7 @@ def parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 @asynccontextmanager
-async def linked(url: str, on_push: OnPush | None = None) -> AsyncIterator[Link]:
+async def linked(url: str, on_push: OnPush | None = None) -> AsyncIterator[MultiplexedConnection]:
     link = await Address(url).dial(on_push)
     running = asyncio.ensure_future(link.run())
     try:
@@ -76,10 +76,10 @@ async def test_a_broken_link_fails_what_waits_as_unknown(valkey: Server) -> None
         waiting = link.send("INCR", "x")
         await asyncio.sleep(0)
         proxy.cut()
-        with pytest.raises(LinkBroken) as unknown:
+        with pytest.raises(ConnectionBroken) as unknown:
             await waiting
         assert unknown.value.sent
-        with pytest.raises(LinkBroken) as refused:
+        with pytest.raises(ConnectionBroken) as refused:
             link.send("INCR", "x")
         assert not refused.value.sent
 
@@ -160,7 +160,7 @@ async def test_a_reply_that_nobody_asked_for_breaks_the_link() -> None:
     async with FakeServer() as server, linked(server.url) as link:
         server.say(bulk(b"surprise"))
         await eventually(lambda: not link.up)
-        with pytest.raises(LinkBroken, match="a reply to no command"):
+        with pytest.raises(ConnectionBroken, match="a reply to no command"):
             link.send("PING")
 
 
@@ -172,7 +172,7 @@ async def test_the_number_of_waiting_commands_is_bounded(monkeypatch: pytest.Mon
     async with FakeServer({b"GET": b""}) as server, linked(server.url) as link:
         for _ in range(10):
             link.post("GET", "x")
-        with pytest.raises(LinkBroken, match="waiting") as error:
+        with pytest.raises(ConnectionBroken, match="waiting") as error:
             link.post("GET", "x")
         assert not error.value.sent
 

@@ -13,7 +13,7 @@ import websockets
 from asgi_cluster import Cluster, ClusterMiddleware, CookieConfig, SessionConfig, StoreUnavailable
 from asgi_cluster.ids import Handle, new_handle
 from asgi_cluster.sessions.reads import CachedStore
-from asgi_cluster.sessions.store import Ending
+from asgi_cluster.sessions.store import EndResult
 from asgi_cluster.sessions.tombstones import Tombstones
 from tests.bus.nodes import opened
 from tests.contract.drafts import create, end, end_all
@@ -215,7 +215,7 @@ async def test_a_logout_that_is_refused_is_not_heard_of(prefix: str, kind: str) 
             store = node.backend.store
             made = await create(store, "ada")
 
-            async def logout() -> Ending:
+            async def logout() -> EndResult:
                 return await (end(store, made.handle) if kind == "end" else end_all(store, "ada"))
 
             with server.client() as client:

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from asgi_cluster import Cluster
-from asgi_cluster.backends.redis.quorum import Standing, common_ground
+from asgi_cluster.backends.redis.quorum import PrimaryReport, common_ground
 from asgi_cluster.ids import Handle
 from asgi_cluster.sessions.reads import CachedStore
 from tests.contract.drafts import create
@@ -104,7 +104,7 @@ def test_common_ground() -> None:
     """The newest epoch that a majority stands at, and since when; none while there is no such majority."""
 
     def ground(*standings: tuple[float, int], primaries: int = 3, size: int = 3) -> tuple[int, float] | None:
-        return common_ground([Standing(sent, epoch, size) for sent, epoch in standings], primaries)
+        return common_ground([PrimaryReport(sent, epoch, size) for sent, epoch in standings], primaries)
 
     assert ground() is None
     assert ground((1.0, 5), primaries=1, size=1) == (5, 1.0)

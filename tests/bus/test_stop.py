@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from asgi_cluster.backends.redis.connection import Link
+from asgi_cluster.backends.redis.connection import MultiplexedConnection
 from tests.bus.nodes import opened, our_tasks
 from tests.support.topologies import SentinelSet
 
-LINKS: dict[str, Callable[[Any], Link]] = {
+LINKS: dict[str, Callable[[Any], MultiplexedConnection]] = {
     "commands": lambda backend: backend._topology._commands._link,
     "subscriber": lambda backend: next(iter(backend.bus._sessions._subscribers.values()))._link,
     "sentinel": lambda backend: backend._topology._sentinels[0].link,

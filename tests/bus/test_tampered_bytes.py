@@ -172,9 +172,9 @@ async def test_malformed_room_message_reaches_no_member(valkey: Server, prefix: 
     got: list[Any] = []
 
     async with Cluster(valkey.url, prefix=prefix, realtime=RealtimeConfig(rules=rules)) as cluster:
-        await cluster._parts.rooms._local.hold("r")
-        deliver = cluster._parts.rooms._reception._deliver_published
-        cluster._parts.rooms._reception._deliver_published = lambda audience, message, offset, **how: (  # type: ignore[method-assign]
+        await cluster._parts.rooms._local.acquire("r")
+        deliver = cluster._parts.rooms._delivery._deliver_published
+        cluster._parts.rooms._delivery._deliver_published = lambda audience, message, offset, **how: (  # type: ignore[method-assign]
             got.append(message.data),
             deliver(audience, message, offset, **how),
         )[1]

@@ -16,7 +16,7 @@ from asgi_cluster import BusUnavailable, Cluster, ClusterMiddleware, RoomRule, S
 from asgi_cluster.backends.redis.scripts import load
 from asgi_cluster.ids import UserId, new_token
 from asgi_cluster.rooms.history import Position
-from asgi_cluster.sessions.store import Draft
+from asgi_cluster.sessions.store import NewSession
 from tests.bus.nodes import Node, opened
 from tests.bus.test_lost_logouts import Visitor, node
 from tests.contract.drafts import alive, create, draft, end, end_all, rotate, write
@@ -165,7 +165,7 @@ async def test_logout(valkey: Server, prefix: str, loss: Loss, kind: str) -> Non
         assert len(seen.heard) == (loss == "reply")
 
 
-async def logout_in_doubt(seen: Witness, loss: Loss, kind: str, made: Draft) -> None:
+async def logout_in_doubt(seen: Witness, loss: Loss, kind: str, made: NewSession) -> None:
     seen.lose(loss, load(f"session_{kind}").sha)
     if kind == "end":
         await end(seen.store, made.handle)

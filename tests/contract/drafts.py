@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from asgi_cluster.ids import Handle, UserId, new_handle, new_token
-from asgi_cluster.sessions.store import Draft, Ending, SessionStore, UserLogout, WriteOutcome
+from asgi_cluster.sessions.store import EndResult, NewSession, SessionStore, UserLogout, WriteOutcome
 from tests.contract.sites import TIMEOUT
 
 
-def draft(user: str | None = None, **changes: Any) -> Draft:
+def draft(user: str | None = None, **changes: Any) -> NewSession:
     """An ordinary session."""
     values: dict[str, Any] = {
         "handle": new_handle(user),
@@ -23,10 +23,10 @@ def draft(user: str | None = None, **changes: Any) -> Draft:
         "agent": "Browser/1",
         "address": "192.0.2.1",
     }
-    return Draft(**(values | changes))
+    return NewSession(**(values | changes))
 
 
-async def create(store: SessionStore, user: str | None = None, **changes: Any) -> Draft:
+async def create(store: SessionStore, user: str | None = None, **changes: Any) -> NewSession:
     """Store one."""
     made = draft(user, **changes)
     await store.create(made, timeout=TIMEOUT)
@@ -62,12 +62,12 @@ async def rotate(
     )
 
 
-async def end(store: SessionStore, handle: Handle) -> Ending:
+async def end(store: SessionStore, handle: Handle) -> EndResult:
     """Log one out."""
     return await store.end(handle, message=b"ended", timeout=TIMEOUT)
 
 
-async def end_all(store: SessionStore, user: str, keep: Handle | None = None, epoch: str = "") -> Ending:
+async def end_all(store: SessionStore, user: str, keep: Handle | None = None, epoch: str = "") -> EndResult:
     """Log a user out."""
     return await store.end_all(
         UserId(user), keep=keep, epoch=epoch or new_token(), message=b"all ended", timeout=TIMEOUT

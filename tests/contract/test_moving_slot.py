@@ -18,7 +18,7 @@ from asgi_cluster.backends.redis.scripts import Script
 from asgi_cluster.backends.redis.store import RedisSessionStore
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import UserId, bucket_of, new_token
-from asgi_cluster.sessions.store import UNKNOWN_NODES, Draft
+from asgi_cluster.sessions.store import UNKNOWN_NODES, NewSession
 from tests.contract.drafts import alive, create, end, end_all, last_logout, rotate, write
 from tests.contract.sites import TIMEOUT
 from tests.support.machine import LOCAL
@@ -113,7 +113,7 @@ async def moving(
         each.finish()
 
 
-OPERATIONS: dict[str, Callable[[RedisSessionStore, Draft], Any]] = {
+OPERATIONS: dict[str, Callable[[RedisSessionStore, NewSession], Any]] = {
     "read": lambda store, made: alive(store, made.handle),
     "write": lambda store, made: write(store, made.handle),
     "touch": lambda store, made: store.touch(made.handle, timeout=TIMEOUT),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from asgi_cluster.ids import Handle, UserId, bucket_of, new_token
 from asgi_cluster.rooms.history import Entry, Page, Position, open_envelope
-from asgi_cluster.sessions.store import Draft
+from asgi_cluster.sessions.store import NewSession
 from tests.contract.drafts import end, end_all, write
 from tests.contract.sites import TIMEOUT, Member, Site
 
@@ -94,7 +94,7 @@ class Pair:
             return
         self.user[slot] = user
         handle, self.count = self.handle(slot), self.count + 1
-        draft = Draft(
+        draft = NewSession(
             handle=handle,
             secret=b"%d" % self.count,
             user=None if user is None else UserId(self.name(user)),

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from asgi_cluster.ids import Handle, UserId, bucket_of, new_handle
-from asgi_cluster.sessions.store import Draft, Ending
+from asgi_cluster.sessions.store import EndResult, NewSession
 from tests.contract.drafts import alive, create, draft, end, end_all, last_logout, rotate, write
 from tests.contract.sites import TIMEOUT, Site
 from tests.support.waiting import eventually
@@ -157,7 +157,7 @@ async def test_end_that_was_overtaken(site: Site) -> None:
     values = {f"k{n}": b"\xc4\x00" for n in range(3000)}
     await write(store, made.handle, changed=values, removed=["theme"], write_id="w2")
 
-    async def attempt(handle: Handle, expected: str) -> Ending:
+    async def attempt(handle: Handle, expected: str) -> EndResult:
         return await store.end(handle, message=b"ended", expected=expected, timeout=TIMEOUT)
 
     overtaken = await attempt(made.handle, "w1")
@@ -488,7 +488,7 @@ async def test_writes_at_once_from_two_nodes(site: Site) -> None:
 async def test_writes_at_once_that_expect_the_same(site: Site) -> None:
     """Of writers that compare the write id exactly one wins."""
     a, b = await site.node(), await site.node()
-    made: Draft = await create(a.backend.store)
+    made: NewSession = await create(a.backend.store)
     outcomes = await asyncio.gather(
         *(
             write(

@@ -22,16 +22,16 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from asgi_cluster.bus.lease import Echo
+from asgi_cluster.bus.lease import Heartbeats
 from asgi_cluster.ids import Handle
-from asgi_cluster.sessions.cache import Entry, Flight, SessionCache
+from asgi_cluster.sessions.cache import Entry, PendingRead, SessionCache
 from tests.model.world import HANDLE, LEASE, Node, StaleRead, World
 
 # The guards, each removed
 
 
 class FillsAnyway(SessionCache):
-    def _may_keep(self, flight: Flight) -> bool:
+    def _may_keep(self, flight: PendingRead) -> bool:
         return True
 
 
@@ -49,11 +49,11 @@ class IgnoresLease(SessionCache):
     def get(self, handle: Handle) -> Entry | None:
         return self._entries.get(handle)
 
-    def _may_keep(self, flight: Flight) -> bool:
+    def _may_keep(self, flight: PendingRead) -> bool:
         return flight.attached
 
 
-class CountsEveryBeat(Echo):
+class CountsEveryBeat(Heartbeats):
     def beat(self) -> None:
         self._beats.append((self.lease.clock(), True))
 
@@ -61,12 +61,14 @@ class CountsEveryBeat(Echo):
         self._beats.clear()
 
 
-class CountsRedirects(Echo):
+class CountsRedirects(Heartbeats):
     def reply(self, renewed: bool) -> None:
         super().reply(True)
 
 
-def world_with(cache: type[SessionCache] = SessionCache, echo: type[Echo] = Echo) -> Callable[[], World]:
+def world_with(
+    cache: type[SessionCache] = SessionCache, echo: type[Heartbeats] = Heartbeats
+) -> Callable[[], World]:
     return lambda: World(1, cache, echo)
 
 
@@ -79,7 +81,7 @@ def without_drop(which: str) -> Callable[[], World]:
     return make
 
 
-def redirecting(echo: type[Echo]) -> Callable[[], World]:
+def redirecting(echo: type[Heartbeats]) -> Callable[[], World]:
     """The slot moves: the connection stands, the beats are answered with MOVED, and nothing is pushed any
     more.
     """
@@ -242,7 +244,7 @@ def test_redirected_echo_counted_breaks_the_bound() -> None:
     receives nothing.
     """
 
-    def run(echo: type[Echo]) -> None:
+    def run(echo: type[Heartbeats]) -> None:
         world = trusted(redirecting(echo)())
         node = world.nodes[0]
         node.get()
@@ -257,7 +259,7 @@ def test_redirected_echo_counted_breaks_the_bound() -> None:
             node.receive()
             node.get()
 
-    run(Echo)
+    run(Heartbeats)
     with pytest.raises(StaleRead):
         run(CountsRedirects)
 
@@ -266,7 +268,7 @@ class CacheMachine(RuleBasedStateMachine):
     """Hypothesis drives two nodes, and shrinks what it finds."""
 
     cache: type[SessionCache] = SessionCache
-    echo: type[Echo] = Echo
+    echo: type[Heartbeats] = Heartbeats
 
     @initialize()
     def start(self) -> None:

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from asgi_cluster.bus.lease import Echo, Lease
+from asgi_cluster.bus.lease import Heartbeats, Lease
 from asgi_cluster.ids import Handle
-from asgi_cluster.sessions.cache import Flight, SessionCache
+from asgi_cluster.sessions.cache import PendingRead, SessionCache
 from asgi_cluster.sessions.store import Record
 
 LEASE = 2.0
@@ -70,7 +70,7 @@ class Write:
 class Read:
     """One request that waits for the store."""
 
-    flight: Flight
+    flight: PendingRead
     floor: int
     answer: int | None = None
     joined: list[int] = field(default_factory=list)
@@ -81,7 +81,7 @@ class Node:
     its subscriptions.
     """
 
-    def __init__(self, world: World, cache: type[SessionCache], echo: type[Echo]) -> None:
+    def __init__(self, world: World, cache: type[SessionCache], echo: type[Heartbeats]) -> None:
         self.world = world
         self.lease = Lease(LEASE, clock=lambda: world.now)
         self.echo = echo(self.lease)
@@ -152,13 +152,13 @@ class Node:
             assert entry.record is not None
             self.check(entry.record.version, self.acknowledged)
             return
-        flight = self.cache.flight(HANDLE)
+        flight = self.cache.pending(HANDLE)
         if flight is not None:
             for read in self.reads:
                 if read.flight is flight:
                     read.joined.append(self.acknowledged)
                     return
-        self.reads.append(Read(self.cache.depart(HANDLE), self.acknowledged))
+        self.reads.append(Read(self.cache.begin(HANDLE), self.acknowledged))
 
     def store_answers(self, read: Read) -> None:
         read.answer = self.world.server.value
@@ -166,7 +166,7 @@ class Node:
     def land(self, read: Read) -> None:
         self.reads.remove(read)
         assert read.answer is not None
-        self.cache.land(read.flight, record(read.answer))
+        self.cache.finish(read.flight, record(read.answer))
         for floor in (read.floor, *read.joined):
             if read.answer < floor:
                 raise StaleRead(f"a request got {read.answer} after its node had received {floor}")
@@ -202,7 +202,7 @@ class World:
     """
 
     def __init__(
-        self, nodes: int = 1, cache: type[SessionCache] = SessionCache, echo: type[Echo] = Echo
+        self, nodes: int = 1, cache: type[SessionCache] = SessionCache, echo: type[Heartbeats] = Heartbeats
     ) -> None:
         self.now = 100.0
         self.lossy = False

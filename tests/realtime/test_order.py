@@ -12,11 +12,11 @@ import pytest
 from websockets.protocol import State
 
 from asgi_cluster.centrifuge.wire import JSON
-from asgi_cluster.rooms.local_room import Audience
+from asgi_cluster.rooms.local_room import LocalRoom
 from asgi_cluster.sockets import batches as flushing
 from asgi_cluster.sockets.batches import Flusher
 from asgi_cluster.sockets.outbox import Counters, Outbox
-from asgi_cluster.sockets.prepared import Packet
+from asgi_cluster.sockets.prepared import PreparedMessage
 from asgi_cluster.sockets.socket import Closes, Socket
 from asgi_cluster.sockets.wire import Wire
 
@@ -46,9 +46,9 @@ class Transport:
         return 0 if self.writable.is_set() else 100_000
 
 
-def always(text: bytes) -> Callable[[Wire], Packet]:
+def always(text: bytes) -> Callable[[Wire], PreparedMessage]:
     """The same in every form."""
-    packet = Packet(text)
+    packet = PreparedMessage(text)
     return lambda _: packet
 
 
@@ -95,13 +95,13 @@ async def test_what_is_sent_in_any_order_arrives_in_that(monkeypatch: pytest.Mon
             Member(number, flusher, tasks, direct=bool(seed % 5 == 0 and number % 7) or seed % 5 > 0)
             for number in range(_SOCKETS)
         ]
-        rooms = [Audience(f"r{number}") for number in range(_ROOMS)]
+        rooms = [LocalRoom(f"r{number}") for number in range(_ROOMS)]
         inside: list[set[Member]] = [set(), set(), set()]
         for room, people in zip(rooms, inside, strict=True):
             for member in choose.sample(members, 40):
                 room.attach(member.outbox)
                 people.add(member)
-        # Mostly one room, as in life: or there would hardly be a wave.
+        # Mostly one room, as in life: or there would hardly be a shared batch.
         weights = (20, 2, 1)
         for number in range(_OPERATIONS):
             (index,) = choose.choices(range(_ROOMS), weights)
@@ -120,7 +120,7 @@ async def test_what_is_sent_in_any_order_arrives_in_that(monkeypatch: pytest.Mon
                     for each in people - {member}:
                         each.expected.append(text)
                 case "personal" if not member.closed:
-                    member.outbox.push(Packet(text))
+                    member.outbox.push(PreparedMessage(text))
                     member.expected.append(text)
                 case "join" if not member.closed and member not in people:
                     room.attach(member.outbox)
@@ -156,12 +156,12 @@ async def test_a_wave_reaches_everybody_who_was_there() -> None:
     flusher = Flusher(asyncio.get_running_loop())
     async with asyncio.TaskGroup() as tasks:
         members = [Member(number, flusher, tasks, direct=True) for number in range(20)]
-        room = Audience("r")
+        room = LocalRoom("r")
         for member in members[:-1]:
             room.attach(member.outbox)
         room.deliver(always(b"1"))
         room.deliver(always(b"2"))
-        assert flusher.wave is not None
+        assert flusher.batch is not None
         room.detach(members[0].outbox)
         room.attach(members[-1].outbox)
         room.deliver(always(b"3"))

@@ -16,7 +16,7 @@ from websockets.exceptions import ConnectionClosed
 from asgi_cluster import Connection, RoomRule
 from asgi_cluster.scope import ScopeState
 from asgi_cluster.sockets.batches import Flusher
-from asgi_cluster.sockets.prepared import Packet
+from asgi_cluster.sockets.prepared import PreparedMessage
 from tests.realtime.site import Node, Site
 from tests.support.waiting import eventually
 
@@ -169,7 +169,7 @@ def deliver(node: Node, data: str | bytes, key: str | None = None) -> None:
     audience = node.cluster._parts.rooms._local.get("room")
     assert audience is not None
     binary = isinstance(data, bytes)
-    packet = Packet(data if isinstance(data, bytes) else data.encode(), binary=binary)
+    packet = PreparedMessage(data if isinstance(data, bytes) else data.encode(), binary=binary)
     audience.deliver(lambda _: packet, key=key)
 
 
@@ -309,7 +309,7 @@ async def test_endpoint_joins_what_waits(redis_site: Site, path: str) -> None:
         assert [await client.pub() for _ in range(100)] == list(range(100))
 
 
-class Unwritable(Packet):
+class Unwritable(PreparedMessage):
     """A message that no way to the client can take."""
 
     @property

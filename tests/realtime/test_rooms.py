@@ -243,17 +243,17 @@ async def test_first_members_together(lone_site: Site) -> None:
     bus = Subscriptions()
     rooms = LocalRooms(bus, Hub(outbox_bytes=1))
     async with asyncio.TaskGroup() as tasks:
-        holders = [tasks.create_task(rooms.hold("room")) for _ in range(3)]
+        holders = [tasks.create_task(rooms.acquire("room")) for _ in range(3)]
         await asyncio.sleep(0)
         holders[0].cancel()
         await asyncio.sleep(0)
         assert not any(holder.done() for holder in holders[1:])
         bus.gate.set()
     assert bus.subscribed == {"room"}
-    audience = holders[1].result()
-    rooms.release(audience)
+    local_room = holders[1].result()
+    rooms.release(local_room)
     assert bus.subscribed == {"room"}
-    rooms.release(audience)
+    rooms.release(local_room)
     assert bus.subscribed == set()
     assert len(rooms) == 0
 
@@ -263,13 +263,13 @@ async def test_join_after_the_last_left() -> None:
     bus = Subscriptions()
     bus.gate.set()
     rooms = LocalRooms(bus, Hub(outbox_bytes=1))
-    rooms.release(await rooms.hold("room"))
-    audience = await rooms.hold("room")
+    rooms.release(await rooms.acquire("room"))
+    local_room = await rooms.acquire("room")
     assert bus.log == ["+room", "-room", "+room"]
-    rooms.release(audience)
+    rooms.release(local_room)
     bus.refuses = True
     with pytest.raises(BusUnavailable):
-        await rooms.hold("room")
+        await rooms.acquire("room")
     assert len(rooms) == 0
     assert bus.log[-1] == "-room"
 

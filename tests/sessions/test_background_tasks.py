@@ -14,10 +14,10 @@ import pytest
 import websockets
 
 from asgi_cluster import Cluster, CookieConfig, SessionConfig
-from asgi_cluster.backends.redis.client import CommandLink
+from asgi_cluster.backends.redis.client import PrimaryClient
 from asgi_cluster.backends.redis.registry import Registry
 from asgi_cluster.backends.redis.subscriber import Subscriber
-from asgi_cluster.backends.redis.subscribers import Feed
+from asgi_cluster.backends.redis.subscribers import SubscriberSet
 from asgi_cluster.sessions.tombstones import Tombstones
 from asgi_cluster.sockets.hub import Hub
 from asgi_cluster.tasks import Failing, keep_running, spawn
@@ -84,8 +84,8 @@ async def test_background_work_that_fails(
     [
         (Registry, "observe", "registry"),
         (Subscriber, "_one_connection", "subscriber"),
-        (Feed, "gap", "subscriber"),
-        (CommandLink, "_one_connection", "commands"),
+        (SubscriberSet, "gap", "subscriber"),
+        (PrimaryClient, "_one_connection", "commands"),
     ],
 )
 async def test_work_of_the_backend_that_fails(
@@ -111,12 +111,12 @@ async def test_work_of_the_backend_that_fails(
         for subscriber in list(bus._sessions._subscribers.values()):
             subscriber._link.abort("broken by the test")
         backend: Any = cluster._parts.backend
-        if kind is CommandLink:
+        if kind is PrimaryClient:
             backend._topology.drop("broken by the test")
         await eventually(lambda: cluster.stats().failing == {name: "KeyError"}, timeout=15)
         assert not cluster.ready
         assert "KeyError: 'injected'" in caplog.text
-        if kind is not CommandLink:
+        if kind is not PrimaryClient:
             assert (await browser.post("/login?user=ada")).json()["user"] == "ada"
         broken.mended = True
         await eventually(lambda: cluster.ready, timeout=20)

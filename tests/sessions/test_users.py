@@ -12,7 +12,7 @@ from asgi_cluster import Cluster
 from asgi_cluster.bus.messages import Ended, encode
 from asgi_cluster.codes import CloseCode
 from asgi_cluster.ids import Handle, UserId, new_handle, new_token
-from asgi_cluster.sessions.store import Draft
+from asgi_cluster.sessions.store import NewSession
 from tests.sessions.app import nodes
 from tests.support.servers import Server, start_valkey
 
@@ -26,7 +26,7 @@ async def crowd() -> AsyncIterator[tuple[Server, Cluster]]:
 
 def login(cluster: Cluster, user: str) -> tuple[Handle, Any]:
     handle = new_handle(user)
-    draft = Draft(
+    draft = NewSession(
         handle=handle,
         secret=b"s" * 32,
         user=UserId(user),

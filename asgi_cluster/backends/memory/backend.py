@@ -10,7 +10,7 @@ from asgi_cluster.backends.memory.bus import MemoryBus
 from asgi_cluster.backends.memory.history import MemoryHistory
 from asgi_cluster.backends.memory.presence import MemoryPresence
 from asgi_cluster.backends.memory.store import MemorySessionStore
-from asgi_cluster.backends.memory.world import Seat, World
+from asgi_cluster.backends.memory.world import Attachment, MemoryBroker
 from asgi_cluster.bus.bus import Receiver
 from asgi_cluster.bus.lease import Clock, boot_clock
 from asgi_cluster.exceptions import NotStarted
@@ -34,13 +34,13 @@ class MemoryBackend:
     def __init__(
         self, name: str | None = None, *, lease_duration: float = 2.0, clock: Clock = boot_clock
     ) -> None:
-        self._world = World.named(name, clock)
+        self._world = MemoryBroker.named(name, clock)
         self._presence = MemoryPresence(self._world, self._incarnation)
         self._bus = MemoryBus(self._world, lease_duration=lease_duration)
         self.store = MemorySessionStore(self._world)
         self.history = MemoryHistory(self._world)
         self._opened = False
-        self._letterbox: Seat | None = None  # of a publisher
+        self._letterbox: Attachment | None = None  # of a publisher
 
     @property
     def bus(self) -> MemoryBus:
@@ -62,7 +62,7 @@ class MemoryBackend:
         self, node: NodeId, receiver: Receiver, *, listen: bool, failing: Failing | None = None
     ) -> AsyncIterator[None]:
         """See ``Backend.open``. Registers the node until it is left; that is all there is to do."""
-        self._sit(Seat(node, lambda: receiver, self._bus.rooms, listens=listen))
+        self._sit(Attachment(node, lambda: receiver, self._bus.rooms, listens=listen))
         self._opened = True
         try:
             yield
@@ -77,9 +77,9 @@ class MemoryBackend:
         seat = self._bus.seat or self._letterbox
         if self._opened or (seat is not None and seat.node == node):
             return
-        self._sit(Seat(node, weakref.ref(receiver), self._bus.rooms, listens=listen))
+        self._sit(Attachment(node, weakref.ref(receiver), self._bus.rooms, listens=listen))
 
-    def _sit(self, seat: Seat) -> None:
+    def _sit(self, seat: Attachment) -> None:
         with self._world.lock:
             self._rise()
             if seat.listens:

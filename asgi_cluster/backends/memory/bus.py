@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from asgi_cluster.backends.memory.world import Seat, World
+from asgi_cluster.backends.memory.world import Attachment, MemoryBroker
 from asgi_cluster.bus.bus import BusStats, NodeInfo
 from asgi_cluster.bus.lease import Clock, Lease
 from asgi_cluster.ids import NodeId
@@ -34,11 +34,11 @@ class _Unbroken(Lease):
 class MemoryBus:
     """``bus.Bus`` for one node of a world. Receivers are called in the publisher's thread."""
 
-    def __init__(self, world: World, *, lease_duration: float) -> None:
+    def __init__(self, world: MemoryBroker, *, lease_duration: float) -> None:
         self._world = world
         self._lease = _Unbroken(lease_duration, clock=world.clock)
         self.rooms: set[str] = set()
-        self.seat: Seat | None = None
+        self.seat: Attachment | None = None
         self.on_dead: Callable[[str, str], None] | None = None
         """See ``Bus.on_dead``: never called, the members of a node of this process go with it."""
 

@@ -9,7 +9,7 @@ from itertools import islice
 import msgspec
 
 from asgi_cluster.backends.memory.expiring import Expiring
-from asgi_cluster.backends.memory.world import World
+from asgi_cluster.backends.memory.world import MemoryBroker
 from asgi_cluster.ids import new_token
 from asgi_cluster.rooms.history import (
     EPOCH_LASTS,
@@ -32,7 +32,7 @@ class _Numbering(msgspec.Struct):
 
 
 class _Logs:
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: MemoryBroker) -> None:
         self.numbering: Expiring[str, _Numbering] = Expiring(world.clock)
         self.entries: Expiring[str, deque[Entry]] = Expiring(world.clock)
         self.once: Expiring[str, Position] = Expiring(world.clock)
@@ -43,7 +43,7 @@ class _Logs:
 class MemoryHistory:
     """``rooms.history.HistoryStore`` for ``memory://``."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: MemoryBroker) -> None:
         self._world = world
         self._logs: _Logs = world.part(_Logs)
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from asgi_cluster.backends.memory.world import Seat, World
+from asgi_cluster.backends.memory.world import Attachment, MemoryBroker
 from asgi_cluster.rooms.presence import count_people
 
 __all__ = ["MemoryPresence"]
 
 
 class _Rooms:
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: MemoryBroker) -> None:
         self.members: dict[str, dict[str, tuple[str, bytes]]] = {}
         world.on_leave.append(self.forget)
 
-    def forget(self, seat: Seat) -> None:
+    def forget(self, seat: Attachment) -> None:
         """A node has left: so have its members, in every room."""
         for room in list(self.members):
             self.remove(room, seat.incarnation)
@@ -34,7 +34,7 @@ class _Rooms:
 class MemoryPresence:
     """``rooms.presence.PresenceStore`` for one node of a world. ``incarnation()`` is that node's own."""
 
-    def __init__(self, world: World, incarnation: Callable[[], str]) -> None:
+    def __init__(self, world: MemoryBroker, incarnation: Callable[[], str]) -> None:
         self._world = world
         self._rooms: _Rooms = world.part(_Rooms)
         self._incarnation = incarnation

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from asgi_cluster.backends.memory.expiring import Expiring
-from asgi_cluster.backends.memory.world import World
+from asgi_cluster.backends.memory.world import MemoryBroker
 from asgi_cluster.bus.messages import name_ended
 from asgi_cluster.ids import Handle, UserId
 from asgi_cluster.sessions.store import (
     LOGOUT_KEPT,
     Device,
-    Draft,
-    Ending,
+    EndResult,
+    NewSession,
     Record,
     UserLogout,
     WriteOutcome,
@@ -50,7 +50,7 @@ class _Logout(msgspec.Struct, kw_only=True):
 class _Sessions:
     """All records, and which of them belong to whom."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: MemoryBroker) -> None:
         self.records: Expiring[Handle, _Stored] = Expiring(world.clock, on_expired=self.forget)
         self.of_user: dict[UserId, set[Handle]] = {}
         self.locks: Expiring[Handle, str] = Expiring(world.clock)
@@ -78,7 +78,7 @@ class MemorySessionStore:
     reached.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: MemoryBroker) -> None:
         self._world = world
         self._sessions: _Sessions = world.part(_Sessions)
 
@@ -110,7 +110,7 @@ class MemorySessionStore:
                 fields=dict(stored.fields),
             )
 
-    async def create(self, draft: Draft, *, timeout: float) -> float:
+    async def create(self, draft: NewSession, *, timeout: float) -> float:
         """See ``SessionStore.create``."""
         with self._world.lock:
             now = self._world.clock()
@@ -208,15 +208,15 @@ class MemorySessionStore:
 
     async def end(
         self, handle: Handle, *, message: bytes, expected: str | None = None, timeout: float
-    ) -> Ending:
+    ) -> EndResult:
         """See ``SessionStore.end``."""
         with self._world.lock:
             nodes = [seat.node for seat in self._world.living()]
             stored = self._sessions.records.get(handle)
             if stored is not None and expected not in (None, stored.write_id):
-                return Ending(sessions=0, nodes=(), overtaken=stored.write_id, fields=dict(stored.fields))
+                return EndResult(sessions=0, nodes=(), overtaken=stored.write_id, fields=dict(stored.fields))
             self._world.tell_sessions(message)
-            return Ending(sessions=int(self._sessions.remove(handle)), nodes=nodes)
+            return EndResult(sessions=int(self._sessions.remove(handle)), nodes=nodes)
 
     async def devices(self, user: UserId, *, timeout: float) -> Sequence[Device]:
         """See ``SessionStore.devices``."""
@@ -243,7 +243,7 @@ class MemorySessionStore:
 
     async def end_all(
         self, user: UserId, *, keep: Handle | None, epoch: str, message: bytes, timeout: float
-    ) -> Ending:
+    ) -> EndResult:
         """See ``SessionStore.end_all``. Removing the records is all it takes here: nothing can come in
         between.
         """
@@ -254,7 +254,7 @@ class MemorySessionStore:
             self._logged_out(user, epoch, None if keep in mine else keep)
             self._world.tell_sessions(name_ended(message, [handle[3:] for handle in ended]))
             count = sum(self._sessions.remove(handle) for handle in ended)
-            return Ending(sessions=count, nodes=nodes, handles=ended)
+            return EndResult(sessions=count, nodes=nodes, handles=ended)
 
     def _logged_out(self, user: UserId, name: str, keep: Handle | None) -> None:
         logouts, now = self._sessions.logouts, self._world.clock()

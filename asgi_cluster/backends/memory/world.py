@@ -18,12 +18,12 @@ from asgi_cluster.bus.bus import Receiver
 from asgi_cluster.bus.lease import Clock, boot_clock
 from asgi_cluster.ids import NodeId, new_token
 
-__all__ = ["Seat", "World"]
+__all__ = ["Attachment", "MemoryBroker"]
 
 logger = logging.getLogger("asgi_cluster.memory")
 
 
-class Seat:
+class Attachment:
     """One node's place: its receiver, and the rooms that it is subscribed to.
 
     ``listens=False``: of a publisher, which is no node and receives only what is posted to it.
@@ -48,25 +48,25 @@ class Seat:
         self.received = 0
 
 
-class World:
+class MemoryBroker:
     """The shared state. ``clock`` is the store's own clock, in seconds, and never goes back."""
 
-    _named: ClassVar[weakref.WeakValueDictionary[str, World]] = weakref.WeakValueDictionary()
+    _named: ClassVar[weakref.WeakValueDictionary[str, MemoryBroker]] = weakref.WeakValueDictionary()
     _naming = threading.Lock()
 
     def __init__(self, clock: Clock = boot_clock) -> None:
         self.lock = threading.RLock()
         self.clock = clock
         self._unix = time.time() - clock()
-        self.seats: dict[NodeId, Seat] = {}
+        self.seats: dict[NodeId, Attachment] = {}
         self._letters: deque[tuple[str, str, bytes]] = deque()
         self._delivering = False
         self._shared: dict[type, Any] = {}
-        self.on_leave: list[Callable[[Seat], None]] = []
+        self.on_leave: list[Callable[[Attachment], None]] = []
         """Called under the lock for every node that leaves."""
 
     @classmethod
-    def named(cls, name: str | None, clock: Clock = boot_clock) -> World:
+    def named(cls, name: str | None, clock: Clock = boot_clock) -> MemoryBroker:
         """The world that clusters of this process with this ``name`` share; a private one for ``None``."""
         if name is None:
             return cls(clock)
@@ -87,22 +87,22 @@ class World:
         """Now, as Unix time."""
         return self._unix + self.clock()
 
-    def living(self) -> list[Seat]:
+    def living(self) -> list[Attachment]:
         """The nodes that are there. A node that was attached and whose cluster object is gone has left."""
         return [seat for seat in self._seated() if seat.listens]
 
-    def _seated(self) -> list[Seat]:
+    def _seated(self) -> list[Attachment]:
         with self.lock:
             for seat in [seat for seat in self.seats.values() if seat.receiver() is None]:
                 self.leave(seat)
             return list(self.seats.values())
 
-    def sit(self, seat: Seat) -> None:
+    def sit(self, seat: Attachment) -> None:
         """A node arrives."""
         with self.lock:
             self.seats[seat.node] = seat
 
-    def leave(self, seat: Seat) -> None:
+    def leave(self, seat: Attachment) -> None:
         """A node leaves."""
         with self.lock:
             if self.seats.get(seat.node) is seat:

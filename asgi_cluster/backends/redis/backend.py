@@ -96,4 +96,4 @@ class RedisBackend:
     @property
     def ready(self) -> bool:
         """See ``Backend.ready``."""
-        return not self.bus.deaf
+        return not self.bus.receiving_nothing

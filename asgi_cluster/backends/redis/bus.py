@@ -14,7 +14,7 @@ from asgi_cluster.backends.redis.lifetime import background
 from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.registry import Registry
 from asgi_cluster.backends.redis.single import Topology
-from asgi_cluster.backends.redis.subscribers import Feed
+from asgi_cluster.backends.redis.subscribers import SubscriberSet
 from asgi_cluster.bus.bus import BusStats, NodeInfo, Receiver
 from asgi_cluster.bus.lease import Lease
 from asgi_cluster.bus.messages import Ack, encode
@@ -45,7 +45,7 @@ class RedisBus:
         stale_for: float = 0.0,
         rooms: tuple[Topology, Names] | None = None,
     ) -> None:
-        self._sessions = Feed(
+        self._sessions = SubscriberSet(
             topology,
             names,
             lease_duration=lease_duration,
@@ -55,9 +55,11 @@ class RedisBus:
         )
         self._rooms = self._sessions
         if rooms is not None:
-            self._rooms = Feed(*rooms, lease_duration=lease_duration, sessions=False, rooms=True)
+            self._rooms = SubscriberSet(*rooms, lease_duration=lease_duration, sessions=False, rooms=True)
         self._feeds = [self._sessions] if rooms is None else [self._sessions, self._rooms]
-        self._inbox = Feed(topology, names, lease_duration=lease_duration, sessions=False, rooms=False)
+        self._inbox = SubscriberSet(
+            topology, names, lease_duration=lease_duration, sessions=False, rooms=False
+        )
         self._inbox_wanted: asyncio.Event | None = None
         self._inbox_open = asyncio.Event()
         self._node: NodeId | None = None
@@ -171,7 +173,7 @@ class RedisBus:
         channel = self._sessions.names.sessions_channel(f"{bucket:02x}")
         await self._publish(self._sessions, channel, payload, timeout)
 
-    async def _publish(self, feed: Feed, channel: str, payload: bytes, timeout: float) -> None:
+    async def _publish(self, feed: SubscriberSet, channel: str, payload: bytes, timeout: float) -> None:
         try:
             await feed.topology.call(channel, feed.names.publish, channel, payload, timeout=timeout)
         except StoreUnavailable as error:
@@ -198,7 +200,7 @@ class RedisBus:
         """See ``Bus.nodes``."""
         return await self._registry(self._sessions).observe(None, timeout=timeout)
 
-    def _registry(self, feed: Feed) -> Registry:
+    def _registry(self, feed: SubscriberSet) -> Registry:
         # A publisher that does not listen is not registered, and may look all the same.
         return feed.registry or feed.registry_for(self._node or NodeId(""), lambda: (0, 0))
 
@@ -224,7 +226,7 @@ class RedisBus:
     # Figures
 
     @property
-    def deaf(self) -> bool:
+    def receiving_nothing(self) -> bool:
         """The store answers and the echo does not."""
         return self._listening and not self._sessions.trusted and self._sessions.topology.answering
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from asgi_cluster.backends.redis.connection import Link
+from asgi_cluster.backends.redis.connection import MultiplexedConnection
 from asgi_cluster.backends.redis.errors import (
     NOT_EXECUTED,
     PATIENCE_AT_START,
-    LinkBroken,
+    ConnectionBroken,
     first_of,
     first_word,
     is_timeout,
@@ -24,7 +24,7 @@ from asgi_cluster.backends.redis.primary import Primary
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.tasks import check_loop, stop_if_cancelled
 
-__all__ = ["CommandLink"]
+__all__ = ["PrimaryClient"]
 
 logger = logging.getLogger("asgi_cluster.redis")
 
@@ -36,7 +36,7 @@ _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 0.5
 
 
-class CommandLink:
+class PrimaryClient:
     """Commands to one primary.
 
     A breaker spares callers the wait: when the server has not answered for a second, or cannot be reached for
@@ -46,9 +46,9 @@ class CommandLink:
     def __init__(self, primary: Primary) -> None:
         self._primary = primary
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._link: Link | None = None
+        self._link: MultiplexedConnection | None = None
         self._changed = asyncio.Event()
-        self._hurried = asyncio.Event()
+        self._reconnect_wanted = asyncio.Event()
         self._failing_since: float | None = None
         self._reason = "not connected yet"
         self.run_id = ""
@@ -67,7 +67,7 @@ class CommandLink:
                 await self._one_connection(started)
             except* Exception as group:
                 error = first_of(group)
-                if not isinstance(error, LinkBroken | StoreUnavailable | RedisError | OSError):
+                if not isinstance(error, ConnectionBroken | StoreUnavailable | RedisError | OSError):
                     unexpected = error
                 if self._link is not None:
                     pause = _FIRST_PAUSE
@@ -87,18 +87,18 @@ class CommandLink:
         raise unexpected
 
     async def _rest(self, pause: float) -> None:
-        self._hurried.clear()
+        self._reconnect_wanted.clear()
         try:
             async with asyncio.timeout(pause):
-                await self._hurried.wait()
+                await self._reconnect_wanted.wait()
         except TimeoutError:
             return
 
-    def hurry(self) -> None:
+    def reconnect_now(self) -> None:
         """Another connection has reached the server: try at once, and let callers wait for it again."""
         if self._link is None:
             self._failing_since = asyncio.get_running_loop().time()
-            self._hurried.set()
+            self._reconnect_wanted.set()
 
     async def _one_connection(self, started: asyncio.Future[None] | None) -> None:
         link = await self._primary.dial(None)
@@ -108,7 +108,7 @@ class CommandLink:
                 async with asyncio.timeout(_INTRODUCTION):
                     # Another run id means another history of writes: the store that numbers writes gets it
                     # before the first command.
-                    self.run_id = await self._primary.introduce(link)
+                    self.run_id = await self._primary.check_server(link)
                 self._link = link
                 self._failing_since = None
                 self._changed.set()
@@ -124,7 +124,7 @@ class CommandLink:
         if self._failing_since is None:
             self._failing_since = asyncio.get_running_loop().time()
 
-    async def _probe(self, link: Link) -> None:
+    async def _probe(self, link: MultiplexedConnection) -> None:
         # One PING at a time tells a stopped server from an idle one, so that requests need not find out by
         # waiting.
         loop = asyncio.get_running_loop()
@@ -137,7 +137,7 @@ class CommandLink:
                     self._failing_since = asked
                     self._reason = "the server does not answer"
                 if loop.time() - asked >= _GIVE_UP_AFTER:
-                    raise LinkBroken(f"no answer for {_GIVE_UP_AFTER:g} s")
+                    raise ConnectionBroken(f"no answer for {_GIVE_UP_AFTER:g} s")
                 await asyncio.wait([answer], timeout=0.1)
             self._failing_since = None
 
@@ -151,7 +151,7 @@ class CommandLink:
     async def drained(self, timeout: float) -> None:
         """Returns when everything that was sent is answered.
 
-        Raises ``TimeoutError``, ``LinkBroken``, ``RedisError``.
+        Raises ``TimeoutError``, ``ConnectionBroken``, ``RedisError``.
         """
         if self._link is not None:
             async with asyncio.timeout(timeout):
@@ -187,7 +187,7 @@ class CommandLink:
         except TimeoutError as error:
             reason = f"no answer within {timeout:.2f} s" if sent else self._reason
             raise StoreUnavailable(f"{self._primary.name}: {reason}", outcome_unknown=sent) from error
-        except LinkBroken as error:
+        except ConnectionBroken as error:
             reason = f"{self._primary.name}: {error.reason}"
             raise StoreUnavailable(reason, outcome_unknown=sent and error.sent) from error
         except RedisError as error:
@@ -201,21 +201,21 @@ class CommandLink:
             return False
         try:
             self._link.post(*args)
-        except LinkBroken:
+        except ConnectionBroken:
             return False
         return True
 
-    async def _answering(self) -> Link:
+    async def _answering(self) -> MultiplexedConnection:
         # A reconnect in progress is worth waiting for; a server that has been away for a second is not.
         loop = asyncio.get_running_loop()
         while not self.answering:
             since = self._failing_since
             if since is not None and loop.time() - since >= _SILENT_AFTER:
-                raise LinkBroken(self._reason, sent=False)
+                raise ConnectionBroken(self._reason, sent=False)
             await self._changed.wait()
         assert self._link is not None
         return self._link
 
     def __repr__(self) -> str:
         state = "up" if self.answering else f"down ({self._reason})"
-        return f"<CommandLink {self._primary.name} {state}>"
+        return f"<PrimaryClient {self._primary.name} {state}>"

@@ -23,9 +23,9 @@ from typing import Any
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import BusyLoadingError, ConnectionError, RedisError, ResponseError
 
-from asgi_cluster.backends.redis.errors import LinkBroken, reason_of
+from asgi_cluster.backends.redis.errors import ConnectionBroken, reason_of
 
-__all__ = ["Link", "OnPush", "Refusals"]
+__all__ = ["MultiplexedConnection", "OnPush", "Refusals"]
 
 OnPush = Callable[[bytes, bytes, Any], None]
 """Kind (``message``, ``smessage``, or an unsolicited ``unsubscribe``/``sunsubscribe``), channel, payload.
@@ -70,16 +70,16 @@ class _Batch:
     def closed(self, reply: Any) -> None:
         """The reply to the PING.
 
-        Raises ``LinkBroken`` when it is none, or acks are missing: then nothing can be trusted.
+        Raises ``ConnectionBroken`` when it is none, or acks are missing: then nothing can be trusted.
         """
         subscribing = self.verb in (b"subscribe", b"ssubscribe")
         if reply != self.nonce or (subscribing and self.commands):
-            raise LinkBroken("replies are out of step")
+            raise ConnectionBroken("replies are out of step")
         if not self.future.done():
             self.future.set_result(self.refused)
 
 
-class Link:
+class MultiplexedConnection:
     """A connection while it lasts: ``await open()``, then ``run()`` in a task until it breaks; it is not
     opened again.
     """
@@ -98,14 +98,14 @@ class Link:
         """Connect, authenticate, switch to RESP3.
 
         Raises:
-            LinkBroken: with the reason; nothing was sent.
+            ConnectionBroken: with the reason; nothing was sent.
         """
         try:
             async with asyncio.timeout(timeout):
                 await self._connection.connect()  # type: ignore[no-untyped-call]
         except (RedisError, OSError, TimeoutError) as error:
             await self._connection.disconnect(nowait=True)
-            raise LinkBroken(reason_of(error), sent=False) from error
+            raise ConnectionBroken(reason_of(error), sent=False) from error
         except BaseException:
             await self._connection.disconnect(nowait=True)
             raise
@@ -125,7 +125,7 @@ class Link:
         ``RedisError``.
 
         Raises:
-            LinkBroken: not sent.
+            ConnectionBroken: not sent.
         """
         self._check()
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -152,9 +152,9 @@ class Link:
 
     def _check(self) -> None:
         if self._broken is not None:
-            raise LinkBroken(self._broken, sent=False)
+            raise ConnectionBroken(self._broken, sent=False)
         if len(self._pending) >= _MAX_PENDING:
-            raise LinkBroken(f"{_MAX_PENDING} commands are waiting for their replies", sent=False)
+            raise ConnectionBroken(f"{_MAX_PENDING} commands are waiting for their replies", sent=False)
 
     def _write(self, args: Sequence[str | bytes | int], waiter: asyncio.Future[Any] | _Batch | None) -> None:
         if not self._outgoing or isinstance(waiter, _Batch):
@@ -175,18 +175,18 @@ class Link:
         """Read until the connection breaks.
 
         Raises:
-            LinkBroken: always, unless cancelled.
+            ConnectionBroken: always, unless cancelled.
         """
         try:
             await self._read_all()
-        except (RedisError, OSError, LinkBroken) as error:
+        except (RedisError, OSError, ConnectionBroken) as error:
             self._fail(reason_of(error))
-            raise LinkBroken(self._broken or "the connection was closed") from error
+            raise ConnectionBroken(self._broken or "the connection was closed") from error
         finally:
             await self.close()
 
     async def close(self) -> None:
-        """Close the connection; callers that still wait get ``LinkBroken``."""
+        """Close the connection; callers that still wait get ``ConnectionBroken``."""
         self._fail("the connection was closed")
         await self._connection.disconnect(nowait=True)
         if self._writer is not None and self._tls:
@@ -206,7 +206,7 @@ class Link:
             waiter = self._pending.popleft()
             future = waiter.future if isinstance(waiter, _Batch) else waiter
             if future is not None and not future.done():
-                future.set_exception(LinkBroken(reason))
+                future.set_exception(ConnectionBroken(reason))
                 future.exception()  # its caller may have gone
 
     async def _read_all(self) -> None:
@@ -248,7 +248,7 @@ class Link:
 
     def _next(self) -> asyncio.Future[Any] | _Batch | None:
         if not self._pending:
-            raise LinkBroken("a reply to no command")
+            raise ConnectionBroken("a reply to no command")
         return self._pending.popleft()
 
     async def _pushed(self, push: Sequence[Any]) -> Any:
@@ -268,4 +268,4 @@ class Link:
         return _PUSHED
 
     def __repr__(self) -> str:
-        return f"<Link {'up' if self.up else self._broken}, {len(self._pending)} waiting>"
+        return f"<MultiplexedConnection {'up' if self.up else self._broken}, {len(self._pending)} waiting>"

@@ -22,7 +22,7 @@ from asgi_cluster.exceptions import StoreUnavailable
 __all__ = [
     "NOT_EXECUTED",
     "PATIENCE_AT_START",
-    "LinkBroken",
+    "ConnectionBroken",
     "first_of",
     "first_word",
     "is_timeout",
@@ -41,7 +41,7 @@ _COMMAND = re.compile(r"no permissions to run the '([\w|-]+)' command")
 _IN_SCRIPT = re.compile(r"@user_script: ?\d+: -?([A-Z]{3,}) ")
 
 
-class LinkBroken(Exception):
+class ConnectionBroken(Exception):
     """The connection is gone. ``sent``: whether the command may have reached the server."""
 
     def __init__(self, reason: str, *, sent: bool = True) -> None:
@@ -90,7 +90,7 @@ def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 def reason_of(error: BaseException) -> str:
     """What is wrong, for people, without secrets."""
-    if isinstance(error, LinkBroken | StoreUnavailable):
+    if isinstance(error, ConnectionBroken | StoreUnavailable):
         return error.reason
     if isinstance(error, AuthenticationError | AuthorizationError) and not isinstance(
         error, NoPermissionError
@@ -119,7 +119,7 @@ def reason_of(error: BaseException) -> str:
 
 def is_timeout(error: BaseException) -> bool:
     """Whether it was time that ran out: the server may only be busy."""
-    cause = error.__cause__ if isinstance(error, LinkBroken) and error.__cause__ is not None else error
+    cause = error.__cause__ if isinstance(error, ConnectionBroken) and error.__cause__ is not None else error
     return isinstance(cause, TimeoutError | RedisTimeoutError)
 
 

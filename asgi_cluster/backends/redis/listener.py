@@ -52,7 +52,7 @@ class Listener(Protocol):
         ...
 
     def standing(self, subscriber: Subscriber) -> None:
-        """A primary of a Cluster has reported its epoch (``Standing``), and answered a heartbeat."""
+        """A primary of a Cluster has reported its epoch (``PrimaryReport``), and answered a heartbeat."""
         ...
 
     def moved(self, subscriber: Subscriber) -> None:

@@ -6,13 +6,13 @@ from collections.abc import Awaitable, Callable
 
 from redis.exceptions import ResponseError
 
-from asgi_cluster.backends.redis.connection import Link, OnPush
-from asgi_cluster.backends.redis.errors import LinkBroken
+from asgi_cluster.backends.redis.connection import MultiplexedConnection, OnPush
+from asgi_cluster.backends.redis.errors import ConnectionBroken
 
 __all__ = ["Dial", "Primary"]
 
-Dial = Callable[[OnPush | None], Awaitable[Link]]
-"""Opens a link to the primary, wherever it is now; raises ``LinkBroken``."""
+Dial = Callable[[OnPush | None], Awaitable[MultiplexedConnection]]
+"""Opens a link to the primary, wherever it is now; raises ``ConnectionBroken``."""
 
 _MODES = {"standalone": "redis://", "sentinel": "redis+sentinel://", "cluster": "redis+cluster://"}
 
@@ -41,11 +41,11 @@ class Primary:
         """Where it is, for people."""
         return self._name()
 
-    async def introduce(self, link: Link) -> str:
+    async def check_server(self, link: MultiplexedConnection) -> str:
         """Its run id. ``link`` runs already.
 
         Raises:
-            LinkBroken: it is too old, or no primary, or of another kind.
+            ConnectionBroken: it is too old, or no primary, or of another kind.
         """
         try:
             hello, info = link.send("HELLO", "3"), link.send("INFO", "server")
@@ -54,23 +54,23 @@ class Primary:
                 line.split(":", 1) for line in (await info).decode().splitlines() if ":" in line
             )
         except ResponseError as error:
-            raise LinkBroken(f"cannot ask the server what it is: {error}", sent=False) from error
+            raise ConnectionBroken(f"cannot ask the server what it is: {error}", sent=False) from error
         version = facts.get("redis_version", "0")
         if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < self._minimum:
             needed = "{}.{}".format(*self._minimum)
-            raise LinkBroken(
+            raise ConnectionBroken(
                 f"the server is too old: Redis {needed} or newer is needed, this is {version}", sent=False
             )
         mode = answer[b"mode"].decode()
         if mode != self._mode:
-            raise LinkBroken(
+            raise ConnectionBroken(
                 f"this server is in {mode} mode: its URL starts with {_MODES.get(mode)}", sent=False
             )
         role = answer[b"role"].decode()
         if role != "master":
             # Behind a name that moves with the primary this passes; until then nothing written here would
             # last.
-            raise LinkBroken(f"this server is a {role}, not a primary", sent=False)
+            raise ConnectionBroken(f"this server is a {role}, not a primary", sent=False)
         return facts.get("run_id", "")
 
     def __repr__(self) -> str:

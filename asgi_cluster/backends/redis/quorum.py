@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 import msgspec
 
-from asgi_cluster.bus.lease import Echo, Lease
+from asgi_cluster.bus.lease import Heartbeats, Lease
 
-__all__ = ["HeldEcho", "Standing", "common_ground"]
+__all__ = ["PrimaryReport", "QuorumHeartbeats", "common_ground"]
 
 
-class Standing(msgspec.Struct, frozen=True):
+class PrimaryReport(msgspec.Struct, frozen=True):
     """What a primary reports of the Cluster (``CLUSTER INFO``)."""
 
     sent_at: float
@@ -29,7 +29,7 @@ class Standing(msgspec.Struct, frozen=True):
     """How many primaries it reports."""
 
 
-def common_ground(standings: Sequence[Standing], primaries: int) -> tuple[int, float] | None:
+def common_ground(standings: Sequence[PrimaryReport], primaries: int) -> tuple[int, float] | None:
     """The newest epoch that any of them reports, and the moment at which a majority still stood at it.
 
     ``None`` while there is no such majority. ``primaries``: how many there are in this node's table.
@@ -42,7 +42,7 @@ def common_ground(standings: Sequence[Standing], primaries: int) -> tuple[int, f
     return (newest, agreeing[majority - 1]) if len(agreeing) >= majority else None
 
 
-class HeldEcho(Echo):
+class QuorumHeartbeats(Heartbeats):
     """An echo that renews nothing before it is proven that the primary has not been replaced."""
 
     __slots__ = ("proven",)
@@ -53,11 +53,11 @@ class HeldEcho(Echo):
         """When the last beat was sent whose echo counts; ``None`` since the last gap."""
 
     def prove(self, sent_at: float) -> None:
-        """See ``Echo.prove``: the lease is renewed by ``confirm``."""
+        """See ``Heartbeats.prove``: the lease is renewed by ``confirm``."""
         self.proven = sent_at
 
     def gap(self) -> None:
-        """See ``Echo.gap``."""
+        """See ``Heartbeats.gap``."""
         self.proven = None
         super().gap()
 

@@ -16,8 +16,8 @@ from weakref import WeakKeyDictionary
 
 from redis.exceptions import RedisError
 
-from asgi_cluster.backends.redis.connection import Link, OnPush
-from asgi_cluster.backends.redis.errors import LinkBroken, first_of, reason_of
+from asgi_cluster.backends.redis.connection import MultiplexedConnection, OnPush
+from asgi_cluster.backends.redis.errors import ConnectionBroken, first_of, reason_of
 from asgi_cluster.backends.redis.lifetime import background
 from asgi_cluster.backends.redis.primary import Primary
 from asgi_cluster.backends.redis.single import OnePrimary
@@ -36,7 +36,7 @@ _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 1.0
 _PROBE_EVERY = 1.0
 
-Place = tuple[str, int]
+HostPort = tuple[str, int]
 
 
 class _Sentinel:
@@ -45,7 +45,7 @@ class _Sentinel:
     def __init__(self, address: Address, topology: SentinelTopology) -> None:
         self.address = address
         self._topology = topology
-        self.link: Link | None = None
+        self.link: MultiplexedConnection | None = None
         self.reason = "not connected yet"
 
     async def run(self) -> None:
@@ -56,7 +56,7 @@ class _Sentinel:
                 await self._one_connection()
             except* Exception as group:
                 error = first_of(group)
-                if not isinstance(error, LinkBroken | RedisError | OSError):
+                if not isinstance(error, ConnectionBroken | RedisError | OSError):
                     unexpected = error
                 self.reason = reason_of(error)
             finally:
@@ -92,7 +92,7 @@ class _Sentinel:
             service, _, _, host, port = payload.decode().split(" ")
             self._topology.switched(service, (host, int(port)))
 
-    async def ask(self, service: str) -> tuple[int, Place] | None:
+    async def ask(self, service: str) -> tuple[int, HostPort] | None:
         """Its config epoch for the service, and where the primary is; ``None`` when it has no such service or
         does not answer.
         """
@@ -107,7 +107,7 @@ class _Sentinel:
                     self.reason = f"has no service {service!r}"
                     return None
                 return int((await details)[b"config-epoch"]), (place[0].decode(), int(place[1]))
-        except (RedisError, LinkBroken, TimeoutError) as error:
+        except (RedisError, ConnectionBroken, TimeoutError) as error:
             self.reason = reason_of(error)
             return None
 
@@ -120,10 +120,10 @@ class SentinelTopology(OnePrimary):
         self._service = target.service
         self._sentinels = [_Sentinel(address, self) for address in target.addresses]
         self._heard = asyncio.Event()
-        self._place: Place | None = None
+        self._place: HostPort | None = None
         self._epoch = -1
-        self._places: WeakKeyDictionary[Link, Place] = WeakKeyDictionary()
-        self._dialing: dict[asyncio.Timeout, Place] = {}
+        self._places: WeakKeyDictionary[MultiplexedConnection, HostPort] = WeakKeyDictionary()
+        self._dialing: dict[asyncio.Timeout, HostPort] = {}
         super().__init__(Primary(self._dial, lambda: self._name))
 
     @property
@@ -153,15 +153,15 @@ class SentinelTopology(OnePrimary):
 
     # Locating the primary
 
-    async def _dial(self, on_push: OnPush | None) -> Link:
-        error = LinkBroken("no sentinel was asked", sent=False)
+    async def _dial(self, on_push: OnPush | None) -> MultiplexedConnection:
+        error = ConnectionBroken("no sentinel was asked", sent=False)
         for place in await self._locate():
             dialing = asyncio.timeout(None)  # runs out when the sentinels name another one meanwhile
             self._dialing[dialing] = place
             try:
                 async with dialing:
                     link = await self._address.at(*place).dial(on_push)
-            except LinkBroken as broken:
+            except ConnectionBroken as broken:
                 error = broken
             except TimeoutError:
                 return await self._dial(on_push)
@@ -172,7 +172,7 @@ class SentinelTopology(OnePrimary):
                 del self._dialing[dialing]
         raise error
 
-    async def _locate(self) -> list[Place]:
+    async def _locate(self) -> list[HostPort]:
         """Where the primary may be, the newest config epoch first."""
         deadline = asyncio.get_running_loop().time() + _PATIENCE
         while True:
@@ -189,7 +189,7 @@ class SentinelTopology(OnePrimary):
                 told = "; ".join(
                     f"{sentinel.address.name}: {sentinel.reason}" for sentinel in self._sentinels
                 )
-                raise LinkBroken(f"no sentinel names the primary ({told})", sent=False) from None
+                raise ConnectionBroken(f"no sentinel names the primary ({told})", sent=False) from None
 
     def heard_of_sentinels(self) -> None:
         """One of them is there, or gone."""
@@ -204,7 +204,7 @@ class SentinelTopology(OnePrimary):
             self._epoch = epoch
             self.switched(self._service, place)
 
-    def switched(self, service: str, place: Place) -> None:
+    def switched(self, service: str, place: HostPort) -> None:
         """A sentinel says that the primary is there now."""
         if service != self._service:
             return
@@ -217,4 +217,4 @@ class SentinelTopology(OnePrimary):
             if at != place:
                 self._dialing[dialing] = place  # once: the other sentinels will say the same
                 dialing.reschedule(asyncio.get_running_loop().time())
-        self.hurry(self.primary)
+        self.reconnect_now(self.primary)

@@ -8,27 +8,27 @@ from functools import partial
 
 from redis.exceptions import RedisError
 
-from asgi_cluster.backends.redis.client import CommandLink
-from asgi_cluster.backends.redis.errors import LinkBroken, reason_of
+from asgi_cluster.backends.redis.client import PrimaryClient
+from asgi_cluster.backends.redis.errors import ConnectionBroken, reason_of
 from asgi_cluster.backends.redis.lifetime import Background
 from asgi_cluster.backends.redis.primary import Primary
-from asgi_cluster.backends.redis.slots import Place
+from asgi_cluster.backends.redis.slots import HostPort
 from asgi_cluster.backends.redis.urls import Address
 
-__all__ = ["Member"]
+__all__ = ["Shard"]
 
 logger = logging.getLogger("asgi_cluster.redis")
 
 _FAREWELL = 1.0
 
 
-class Member:
+class Shard:
     """A primary, its command link, and the task that keeps it."""
 
-    def __init__(self, place: Place, address: Address, tasks: Background) -> None:
+    def __init__(self, place: HostPort, address: Address, tasks: Background) -> None:
         self.place = place
         self.primary = Primary(address.dial, lambda: address.name, mode="cluster", minimum=(7, 0))
-        self.commands = CommandLink(self.primary)
+        self.commands = PrimaryClient(self.primary)
         self.started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.started.add_done_callback(lambda done: done.cancelled() or done.exception())
         self.task = tasks.keep(partial(self.commands.run, self.started), name="commands")
@@ -41,7 +41,7 @@ class Member:
         """
         try:
             await self.commands.drained(timeout=_FAREWELL)
-        except (TimeoutError, LinkBroken, RedisError) as error:
+        except (TimeoutError, ConnectionBroken, RedisError) as error:
             logger.debug(
                 "%s was closed before it had answered everything: %s", self.primary.name, reason_of(error)
             )

@@ -11,15 +11,15 @@ from typing import Any
 
 from redis.exceptions import AskError, MovedError, NoScriptError, RedisError, ResponseError
 
-from asgi_cluster.backends.redis.connection import Link
-from asgi_cluster.backends.redis.errors import LinkBroken, reason_of, unavailable
+from asgi_cluster.backends.redis.connection import MultiplexedConnection
+from asgi_cluster.backends.redis.errors import ConnectionBroken, reason_of, unavailable
 from asgi_cluster.backends.redis.lifetime import Background, background
 from asgi_cluster.backends.redis.primary import Primary
-from asgi_cluster.backends.redis.shard import Member
+from asgi_cluster.backends.redis.shard import Shard
 from asgi_cluster.backends.redis.single import Routed
 from asgi_cluster.backends.redis.slots import (
     SLOTS,
-    Place,
+    HostPort,
     View,
     facts_of,
     parse_redirect,
@@ -52,10 +52,10 @@ class ClusterTopology(Routed):
 
     def __init__(self, target: Target) -> None:
         self._seeds = target.addresses
-        self._members: dict[Place, Member] = {}
+        self._members: dict[HostPort, Shard] = {}
         self._slots: View = [None] * SLOTS
         self._tasks: Background | None = None
-        self._doubted = asyncio.Event()
+        self._refresh_wanted = asyncio.Event()
         self._changed: Callable[[], None] | None = None
 
     @asynccontextmanager
@@ -63,7 +63,7 @@ class ClusterTopology(Routed):
         """See ``Topology.opened``."""
         async with background(failing) as tasks:
             self._tasks = tasks
-            self._doubted = asyncio.Event()
+            self._refresh_wanted = asyncio.Event()
             try:
                 self._adopt(await self._look_from_outside())
                 await asyncio.gather(*[member.started for member in self._members.values()])
@@ -94,7 +94,7 @@ class ClusterTopology(Routed):
                 finally:
                     running.cancel()
                     await link.close()
-            except (LinkBroken, RedisError, OSError) as error:
+            except (ConnectionBroken, RedisError, OSError) as error:
                 told.append(f"{seed.name}: {_said(error)}")
                 continue
             if any(view):
@@ -109,7 +109,7 @@ class ClusterTopology(Routed):
         known = [view for view in views if view is not None]
         return max(known, key=lambda seen: seen[0])[1] if known else None
 
-    async def _ask(self, member: Member) -> tuple[tuple[bool, int, int], View] | None:
+    async def _ask(self, member: Shard) -> tuple[tuple[bool, int, int], View] | None:
         try:
             info, slots = await asyncio.gather(
                 member.commands.call("CLUSTER", "INFO", timeout=_ANSWER),
@@ -124,10 +124,10 @@ class ClusterTopology(Routed):
             pause = _LOOK_EVERY if self.answering and all(self._slots) else _LOOK_WHILE_TROUBLED
             try:
                 async with asyncio.timeout(pause * random.uniform(0.5, 1.0)):
-                    await self._doubted.wait()
+                    await self._refresh_wanted.wait()
             except TimeoutError:
                 pass
-            self._doubted.clear()
+            self._refresh_wanted.clear()
             try:
                 view = await self._look() or await self._look_from_outside()
             except StoreUnavailable as error:
@@ -147,25 +147,25 @@ class ClusterTopology(Routed):
         if changed:
             self._tell()
 
-    def _member(self, place: Place) -> Member:
+    def _member(self, place: HostPort) -> Shard:
         member = self._members.get(place)
         if member is None:
             assert self._tasks is not None
-            member = self._members[place] = Member(place, self._seeds[0].at(*place), self._tasks)
+            member = self._members[place] = Shard(place, self._seeds[0].at(*place), self._tasks)
         return member
 
     def _tell(self) -> None:
         if self._changed is not None:
             self._changed()
 
-    def _moved(self, error: MovedError, asked: Place) -> None:
+    def _moved(self, error: MovedError, asked: HostPort) -> None:
         # The redirect is newer than the table; the rest of the table is looked up soon.
         slot, place = parse_redirect(error, asked)
         if self._slots[slot] != place:
             self._slots = [*self._slots[:slot], place, *self._slots[slot + 1 :]]
             self._member(place)
             self._tell()
-        self.doubt()
+        self.refresh_soon()
 
     # The port
 
@@ -174,7 +174,7 @@ class ClusterTopology(Routed):
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         slot = slot_of(key)
-        asking: Place | None = None
+        asking: HostPort | None = None
         failure: RedisError
         hops = 0
         while True:
@@ -196,7 +196,7 @@ class ClusterTopology(Routed):
                 assert place is not None
                 asking, failure = parse_redirect(error, place)[1], error
             except RedisError as error:
-                self.doubt()
+                self.refresh_soon()
                 asking, failure, hops = None, error, hops + 5
             hops += 1
             if hops > 5:  # two nodes that send us to and fro, or one that is not ready
@@ -209,7 +209,7 @@ class ClusterTopology(Routed):
         member = self._home(key)
         return member is not None and member.commands.post(*args)
 
-    def _home(self, key: str) -> Member | None:
+    def _home(self, key: str) -> Shard | None:
         place = self._slots[slot_of(key)]
         return None if place is None else self._members.get(place)
 
@@ -247,24 +247,24 @@ class ClusterTopology(Routed):
         """See ``Topology.watch``."""
         self._changed = changed
 
-    def doubt(self) -> None:
-        """See ``Topology.doubt``."""
-        self._doubted.set()
+    def refresh_soon(self) -> None:
+        """See ``Topology.refresh_soon``."""
+        self._refresh_wanted.set()
 
-    def hurry(self, primary: Primary) -> None:
-        """See ``Topology.hurry``."""
+    def reconnect_now(self, primary: Primary) -> None:
+        """See ``Topology.reconnect_now``."""
         for member in self._members.values():
             if member.primary is primary:
-                member.commands.hurry()
+                member.commands.reconnect_now()
 
     def __repr__(self) -> str:
         return f"<ClusterTopology of {len(self._members)} primaries>"
 
 
-async def _until_broken(link: Link) -> None:
+async def _until_broken(link: MultiplexedConnection) -> None:
     try:
         await link.run()
-    except LinkBroken:
+    except ConnectionBroken:
         return  # its callers have got the error
 
 

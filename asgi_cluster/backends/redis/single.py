@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from redis.exceptions import NoScriptError, RedisError
 
-from asgi_cluster.backends.redis.client import CommandLink
+from asgi_cluster.backends.redis.client import PrimaryClient
 from asgi_cluster.backends.redis.errors import first_word, unavailable
 from asgi_cluster.backends.redis.lifetime import background
 from asgi_cluster.backends.redis.primary import Primary
@@ -94,11 +94,11 @@ class Topology(Protocol):
         """``changed`` is called whenever homes may have changed."""
         ...
 
-    def doubt(self) -> None:
+    def refresh_soon(self) -> None:
         """A command was redirected or a connection cut: look again where everything is, soon. Never waits."""
         ...
 
-    def hurry(self, primary: Primary) -> None:
+    def reconnect_now(self, primary: Primary) -> None:
         """A subscriber has reached ``primary`` again: the command link need not wait its pause out."""
         ...
 
@@ -131,12 +131,12 @@ class OnePrimary(Routed):
 
     def __init__(self, primary: Primary) -> None:
         self.primary = primary
-        self._commands: CommandLink | None = None
+        self._commands: PrimaryClient | None = None
 
     @asynccontextmanager
     async def opened(self, failing: Failing | None = None) -> AsyncIterator[None]:
         """See ``Topology.opened``."""
-        commands = CommandLink(self.primary)
+        commands = PrimaryClient(self.primary)
         started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         async with background(failing) as tasks:
             tasks.keep(partial(commands.run, started), name="commands")
@@ -147,7 +147,7 @@ class OnePrimary(Routed):
             finally:
                 self._commands = None
 
-    def _link(self) -> CommandLink:
+    def _link(self) -> PrimaryClient:
         if self._commands is None:
             raise StoreUnavailable("not connected")
         return self._commands
@@ -207,13 +207,13 @@ class OnePrimary(Routed):
     def watch(self, changed: Callable[[], None] | None) -> None:
         """See ``Topology.watch``: homes never change."""
 
-    def doubt(self) -> None:
-        """See ``Topology.doubt``: every new connection looks anew anyhow."""
+    def refresh_soon(self) -> None:
+        """See ``Topology.refresh_soon``: every new connection looks anew anyhow."""
 
-    def hurry(self, primary: Primary) -> None:
-        """See ``Topology.hurry``."""
+    def reconnect_now(self, primary: Primary) -> None:
+        """See ``Topology.reconnect_now``."""
         if self._commands is not None:
-            self._commands.hurry()
+            self._commands.reconnect_now()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.primary.name}>"

@@ -7,13 +7,13 @@ from typing import Any
 
 from redis.crc import key_slot
 
-__all__ = ["SLOTS", "Place", "View", "facts_of", "parse_redirect", "parse_slots", "slot_of", "tags"]
+__all__ = ["SLOTS", "HostPort", "View", "facts_of", "parse_redirect", "parse_slots", "slot_of", "tags"]
 
 SLOTS = 16384
 
-Place = tuple[str, int]
+HostPort = tuple[str, int]
 
-View = list[Place | None]
+View = list[HostPort | None]
 """For each slot, host and port of its primary; ``None`` when no primary has it."""
 
 
@@ -23,7 +23,7 @@ def slot_of(key: str) -> int:
     return slot
 
 
-def parse_slots(reply: Sequence[Any], asked: Place) -> View:
+def parse_slots(reply: Sequence[Any], asked: HostPort) -> View:
     """The reply to ``CLUSTER SLOTS``.
 
     An entry without an address means the one that was ``asked``.
@@ -45,7 +45,7 @@ def facts_of(info: bytes) -> tuple[bool, int, int]:
     return facts.get("cluster_state") == "ok", int(epoch), int(size)
 
 
-def parse_redirect(error: Any, asked: Place) -> tuple[int, Place]:
+def parse_redirect(error: Any, asked: HostPort) -> tuple[int, HostPort]:
     """Slot and target of redis-py's ``MovedError`` or ``AskError``."""
     return int(error.slot_id), (error.host or asked[0], int(error.port))
 

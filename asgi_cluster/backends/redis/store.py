@@ -26,8 +26,8 @@ from asgi_cluster.sessions.store import (
     LOGOUT_KEPT,
     UNKNOWN_NODES,
     Device,
-    Draft,
-    Ending,
+    EndResult,
+    NewSession,
     Record,
     UserLogout,
     WriteOutcome,
@@ -57,7 +57,7 @@ class RedisSessionStore:
 
     Meta fields of a session's hash start with ``@``, the application's with ``.``. Times are milliseconds of
     the server's clock. ``wait_replicas`` above 0 asks, after a logout, how many replicas have it
-    (``Ending.replicas``).
+    (``EndResult.replicas``).
     """
 
     def __init__(self, topology: Topology, names: Names, *, wait_replicas: int = 0) -> None:
@@ -99,7 +99,7 @@ class RedisSessionStore:
     def _corrupted(self, handle: Handle) -> None:
         self._damage.found(handle, "has a corrupt record")
 
-    async def create(self, draft: Draft, *, timeout: float) -> float:
+    async def create(self, draft: NewSession, *, timeout: float) -> float:
         """See ``SessionStore.create``."""
         args: list[str | bytes | int] = [
             draft.handle[3:],
@@ -170,7 +170,7 @@ class RedisSessionStore:
 
     async def end(
         self, handle: Handle, *, message: bytes, expected: str | None = None, timeout: float
-    ) -> Ending:
+    ) -> EndResult:
         """See ``SessionStore.end``."""
         channel = self._names.sessions_channel(handle[:2])
         args = [handle[3:], self._publish, channel, message, self._registry(), expected or ""]
@@ -185,7 +185,7 @@ class RedisSessionStore:
             fields = decode_fields(lengths, contents)[1]
         except ValueError:  # of the decoder: no UTF-8
             self._corrupted(handle)
-        return Ending(sessions=0, nodes=(), overtaken=_text(write_id), fields=fields)
+        return EndResult(sessions=0, nodes=(), overtaken=_text(write_id), fields=fields)
 
     async def devices(self, user: UserId, *, timeout: float) -> Sequence[Device]:
         """See ``SessionStore.devices``."""
@@ -208,7 +208,7 @@ class RedisSessionStore:
 
     async def end_all(
         self, user: UserId, *, keep: Handle | None, epoch: str, message: bytes, timeout: float
-    ) -> Ending:
+    ) -> EndResult:
         """See ``SessionStore.end_all``."""
         bucket, keys = self._of_user(user)
         args: list[str | bytes | int] = [
@@ -297,7 +297,7 @@ class RedisSessionStore:
         # On a Cluster the registry is in another slot, and a script must not touch it.
         return "" if self._topology.sharded else self._names.nodes()
 
-    async def _ending(self, key: str, reply: Any, timeout: float) -> Ending:
+    async def _ending(self, key: str, reply: Any, timeout: float) -> EndResult:
         # The change is committed: whatever fails from here on is reported, and does not make the logout fail.
         ended, nodes = reply
         if self._topology.sharded:
@@ -309,7 +309,7 @@ class RedisSessionStore:
                     "a session was ended, but the registry of nodes could not be read: %s", error.reason
                 )
                 nodes = [UNKNOWN_NODES.encode()]
-        return Ending(
+        return EndResult(
             sessions=ended,
             nodes=[_text(node) for node in nodes],
             replicas=await self._replicated(key, timeout) if self._wait_replicas else None,

@@ -17,10 +17,10 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from asgi_cluster.backends.redis.connection import Link, Refusals
+from asgi_cluster.backends.redis.connection import MultiplexedConnection, Refusals
 from asgi_cluster.backends.redis.errors import (
     PATIENCE_AT_START,
-    LinkBroken,
+    ConnectionBroken,
     first_of,
     first_word,
     is_timeout,
@@ -28,9 +28,9 @@ from asgi_cluster.backends.redis.errors import (
 )
 from asgi_cluster.backends.redis.listener import Heartbeat, Listener
 from asgi_cluster.backends.redis.primary import Primary
-from asgi_cluster.backends.redis.quorum import HeldEcho, Standing
+from asgi_cluster.backends.redis.quorum import PrimaryReport, QuorumHeartbeats
 from asgi_cluster.backends.redis.slots import facts_of
-from asgi_cluster.bus.lease import Echo, Lease
+from asgi_cluster.bus.lease import Heartbeats, Lease
 from asgi_cluster.exceptions import BusUnavailable
 from asgi_cluster.tasks import stop_if_cancelled
 
@@ -69,8 +69,8 @@ class Subscriber:
     ) -> None:
         self.primary = primary
         self.lease = lease
-        self.echo = HeldEcho(lease) if sharded else Echo(lease)
-        self.standing: Standing | None = None
+        self.echo = QuorumHeartbeats(lease) if sharded else Heartbeats(lease)
+        self.standing: PrimaryReport | None = None
         """What a primary of a Cluster has reported last on this connection."""
         self._listener = listener
         self._sharded = sharded
@@ -81,7 +81,7 @@ class Subscriber:
         self._acked: set[str] = set()
         self._waiting: dict[str, asyncio.Future[None]] = {}
         self._batches = 0
-        self._link: Link | None = None
+        self._link: MultiplexedConnection | None = None
         self._flushing = False
         self._changed: set[str] = set()
         self._registered = False
@@ -96,7 +96,7 @@ class Subscriber:
         """Whether the connection stands and was subscribed to all that was wanted then."""
         return self._link is not None
 
-    def hears(self, channel: str) -> bool:
+    def is_subscribed(self, channel: str) -> bool:
         """Whether the subscription to ``channel`` stands."""
         return channel in self._acked
 
@@ -160,7 +160,9 @@ class Subscriber:
         size = 1 if self._sharded or apart else _BATCH
         return [channels[start : start + size] for start in range(0, len(channels), size)]
 
-    def _send(self, link: Link, channels: Sequence[str], *, apart: bool = False) -> asyncio.Future[Refusals]:
+    def _send(
+        self, link: MultiplexedConnection, channels: Sequence[str], *, apart: bool = False
+    ) -> asyncio.Future[Refusals]:
         self._batches += 1
         self._sent.update(dict.fromkeys(channels, self._batches))
         done = link.subscribe(f"{self._prefix}SUBSCRIBE", self._commands(channels, apart=apart))
@@ -169,7 +171,7 @@ class Subscriber:
         return done
 
     def _answered(
-        self, link: Link, batch: int, channels: Sequence[str], done: asyncio.Future[Refusals]
+        self, link: MultiplexedConnection, batch: int, channels: Sequence[str], done: asyncio.Future[Refusals]
     ) -> None:
         if done.cancelled() or done.exception() is not None or link is not self._link:
             return  # lost with the connection
@@ -183,7 +185,7 @@ class Subscriber:
         self._answer(heard, None)
         self._refused(link, {channel: refused[channel] for channel in current if channel in refused})
 
-    def _refused(self, link: Link, refused: Refusals) -> None:
+    def _refused(self, link: MultiplexedConnection, refused: Refusals) -> None:
         if not refused:
             return
         for channel in refused:
@@ -231,7 +233,7 @@ class Subscriber:
                 await self._one_connection(started)
             except* Exception as group:
                 error = first_of(group)
-                if not isinstance(error, LinkBroken | RedisError | OSError):
+                if not isinstance(error, ConnectionBroken | RedisError | OSError):
                     unexpected = error
                 reason = reason_of(error)
                 late = asyncio.get_running_loop().time() - began > PATIENCE_AT_START
@@ -264,7 +266,7 @@ class Subscriber:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(link.run(), name="asgi-cluster subscriber link")
                 async with asyncio.timeout(_SETUP):
-                    self.run_id = await self.primary.introduce(link) or _UNKNOWN
+                    self.run_id = await self.primary.check_server(link) or _UNKNOWN
                     await self._register(link)
                     await self._subscribe_all(link)
                 self.connections += 1
@@ -276,7 +278,7 @@ class Subscriber:
         finally:
             await link.close()
 
-    async def _register(self, link: Link) -> None:
+    async def _register(self, link: MultiplexedConnection) -> None:
         # Before the first lease: a logout waits for every registered node that serves from a cache. After a
         # mere reconnect it is registered already: the incarnation stays, and with it the presence entries.
         heartbeat = self._listener.heartbeat(self)
@@ -284,7 +286,7 @@ class Subscriber:
             await link.send(*heartbeat.registration())
             self._registered = True
 
-    async def _subscribe_all(self, link: Link) -> None:
+    async def _subscribe_all(self, link: MultiplexedConnection) -> None:
         channels = sorted(self._wanted)
         if not channels:
             return
@@ -299,7 +301,7 @@ class Subscriber:
         self._acked = set(self._sent) - set(refused)
         self._refused(link, refused)
 
-    async def _beat_forever(self, link: Link, started: asyncio.Future[None]) -> None:
+    async def _beat_forever(self, link: MultiplexedConnection, started: asyncio.Future[None]) -> None:
         loop = asyncio.get_running_loop()
         next_beat = loop.time()
         while True:
@@ -318,15 +320,19 @@ class Subscriber:
                     continue  # this process slept: the echo may be waiting to be read
                 since = self.echo.waiting_since
                 if since is not None and self.lease.clock() - since > _DEAD_AFTER:
-                    raise LinkBroken(f"no echo for {_DEAD_AFTER:g} s")
+                    raise ConnectionBroken(f"no echo for {_DEAD_AFTER:g} s")
 
-    def _stands(self, link: Link, asked: float, done: asyncio.Future[Any]) -> None:
+    def _stands(self, link: MultiplexedConnection, asked: float, done: asyncio.Future[Any]) -> None:
         if not done.cancelled() and done.exception() is None and link is self._link and link.up:
             _, epoch, size = facts_of(done.result())
-            self.standing = Standing(asked, epoch, size)
+            self.standing = PrimaryReport(asked, epoch, size)
 
     def _echoed(
-        self, link: Link, heartbeat: Heartbeat, started: asyncio.Future[None], done: asyncio.Future[Any]
+        self,
+        link: MultiplexedConnection,
+        heartbeat: Heartbeat,
+        started: asyncio.Future[None],
+        done: asyncio.Future[Any],
     ) -> None:
         if done.cancelled() or link is not self._link or not link.up:
             return
@@ -365,7 +371,7 @@ class Subscriber:
             link.abort(reason)
             self._registered = False
 
-    def _pushed(self, link: Link, kind: bytes, channel: bytes, payload: Any) -> None:
+    def _pushed(self, link: MultiplexedConnection, kind: bytes, channel: bytes, payload: Any) -> None:
         name = channel.decode()
         if kind in (b"message", b"smessage"):
             self.received += 1

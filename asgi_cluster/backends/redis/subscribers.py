@@ -8,12 +8,12 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
-from asgi_cluster.backends.redis.errors import LinkBroken
+from asgi_cluster.backends.redis.errors import ConnectionBroken
 from asgi_cluster.backends.redis.lifetime import Background, background
 from asgi_cluster.backends.redis.listener import Heartbeat
 from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.primary import Primary
-from asgi_cluster.backends.redis.quorum import HeldEcho, common_ground
+from asgi_cluster.backends.redis.quorum import QuorumHeartbeats, common_ground
 from asgi_cluster.backends.redis.registry import InboxBeat, Registry, SideBeat
 from asgi_cluster.backends.redis.single import Topology
 from asgi_cluster.backends.redis.subscriber import Subscriber
@@ -23,14 +23,14 @@ from asgi_cluster.exceptions import NotStarted
 from asgi_cluster.ids import BUCKETS, NodeId
 from asgi_cluster.tasks import Failing
 
-__all__ = ["Feed"]
+__all__ = ["SubscriberSet"]
 
 logger = logging.getLogger("asgi_cluster.bus")
 
 _UNKNOWN = "?"
 
 
-class Feed:
+class SubscriberSet:
     """One subscriber, and one lease, per primary. Carries sessions, or rooms, or both.
 
     With neither it carries only what is posted to this node: the node is not registered then, and there is
@@ -186,7 +186,7 @@ class Feed:
             return self._lease
         home = self._homes.get(channel)
         # A primary's lease says nothing of a channel that has yet to be subscribed there.
-        return home.lease if home is not None and home.hears(channel) else self._no_lease
+        return home.lease if home is not None and home.is_subscribed(channel) else self._no_lease
 
     def run_id(self, channel: str) -> str:
         """Of the server where ``channel`` is subscribed."""
@@ -227,7 +227,7 @@ class Feed:
             return self.registry
         tag = self.topology.tag_at(subscriber.primary)
         if tag is None:
-            raise LinkBroken("this primary has no slots", sent=False)
+            raise ConnectionBroken("this primary has no slots", sent=False)
         return SideBeat(self.names, self.registry.node, tag)
 
     def message(self, channel: str, payload: bytes) -> None:
@@ -242,7 +242,7 @@ class Feed:
 
     def gap(self, subscriber: Subscriber, reason: str, channels: frozenset[str]) -> None:
         """See ``Listener.gap``."""
-        self.topology.doubt()
+        self.topology.refresh_soon()
         fresh = channels - self._lost  # the others' gap was reported, and nothing was trusted since
         self._lost |= channels & self._wanted
         if self._receiver is None or not self._open or not fresh:
@@ -257,7 +257,7 @@ class Feed:
 
     def acknowledged(self, subscriber: Subscriber, channels: frozenset[str]) -> None:
         """See ``Listener.acknowledged``."""
-        self.topology.hurry(subscriber.primary)
+        self.topology.reconnect_now(subscriber.primary)
         back = channels & self._lost
         self._lost -= back
         if self._receiver is None or not self._open or not back:
@@ -275,17 +275,21 @@ class Feed:
         ground = common_ground(standings, len(self._subscribers))
         if len({standing.epoch for standing in standings}) > 1:
             # A primary has been replaced, maybe one in our table: look it up soon.
-            self.topology.doubt()
+            self.topology.refresh_soon()
         if ground is None:
             return
         epoch, moment = ground
         for each in self._subscribers.values():
-            if each.standing is not None and each.standing.epoch == epoch and isinstance(each.echo, HeldEcho):
+            if (
+                each.standing is not None
+                and each.standing.epoch == epoch
+                and isinstance(each.echo, QuorumHeartbeats)
+            ):
                 each.echo.confirm(moment)
 
     def moved(self, subscriber: Subscriber) -> None:
         """See ``Listener.moved``."""
-        self.topology.doubt()
+        self.topology.refresh_soon()
 
     def _split(self, channels: frozenset[str]) -> tuple[frozenset[int] | None, frozenset[str] | None]:
         """The buckets and the rooms; ``None`` for all of them, as it always is with one primary."""
@@ -328,7 +332,7 @@ class Feed:
         return self._reconnects + sum(max(0, each.connections - 1) for each in self._subscribers.values())
 
     def __repr__(self) -> str:
-        return f"<Feed of {len(self._wanted)} channels from {len(self._subscribers)} primaries>"
+        return f"<SubscriberSet of {len(self._wanted)} channels from {len(self._subscribers)} primaries>"
 
 
 def _retrieve(done: asyncio.Future[None]) -> None:

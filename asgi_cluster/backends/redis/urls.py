@@ -30,7 +30,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.maint_notifications import MaintNotificationsConfig
 
-from asgi_cluster.backends.redis.connection import Link, OnPush
+from asgi_cluster.backends.redis.connection import MultiplexedConnection, OnPush
 
 __all__ = ["Address", "Target", "parse_target", "parse_targets"]
 
@@ -133,9 +133,9 @@ class Address:
             }
         )
 
-    async def dial(self, on_push: OnPush | None = None) -> Link:
-        """An open link. Raises ``LinkBroken``."""
-        link = Link(self.connection(), on_push)
+    async def dial(self, on_push: OnPush | None = None) -> MultiplexedConnection:
+        """An open link. Raises ``ConnectionBroken``."""
+        link = MultiplexedConnection(self.connection(), on_push)
         await link.open(self._timeout)
         return link
 

@@ -11,7 +11,7 @@ import pytest
 from asgi_cluster.bus.lease import Lease
 from asgi_cluster.exceptions import BusUnavailable
 from asgi_cluster.rooms.history import Entry, Page, Position
-from asgi_cluster.rooms.stream import Sequence
+from asgi_cluster.rooms.stream import RoomStream
 
 
 class Log:
@@ -70,7 +70,7 @@ class Bench:
         def spawn(work: Coroutine[Any, Any, None]) -> None:
             tasks.create_task(work)
 
-        self.sequence = Sequence(
+        self.stream = RoomStream(
             "room",
             history=log,
             size=100,
@@ -86,7 +86,7 @@ class Bench:
     def arrive(self, *offsets: int, epoch: str = "e", previous: int | None = None) -> None:
         for offset in offsets:
             before = offset - 1 if previous is None else previous
-            self.sequence.receive(Position(offset, epoch), before, b"%d" % offset)
+            self.stream.receive(Position(offset, epoch), before, b"%d" % offset)
 
 
 class Alive(Lease):
@@ -109,18 +109,18 @@ async def test_in_order(log: Log) -> None:
     """What comes next is delivered at once, what came before is dropped."""
     async with asyncio.TaskGroup() as tasks:
         bench = Bench(log, tasks, Alive())
-        await bench.sequence.recover(None)
+        await bench.stream.recover(None)
         bench.arrive(1, 2, 2, 1, 3)
         assert bench.delivered == [1, 2, 3]
         assert log.reads == 1
-        bench.sequence.close()
+        bench.stream.close()
 
 
 async def test_missing_is_repaired(log: Log) -> None:
     """A gap is filled from history before anything later is delivered."""
     async with asyncio.TaskGroup() as tasks:
         bench = Bench(log, tasks, Alive())
-        await bench.sequence.recover(None)
+        await bench.stream.recover(None)
         log.add(5)
         bench.arrive(1, 4)
         assert bench.delivered == [1]
@@ -134,7 +134,7 @@ async def test_missing_is_told(log: Log) -> None:
     """What history does not have either is told, and the room goes on after it."""
     async with asyncio.TaskGroup() as tasks:
         bench = Bench(log, tasks, Alive())
-        await bench.sequence.recover(None)
+        await bench.stream.recover(None)
         bench.arrive(1)
         log.add(9)
         del log.entries[:5]
@@ -153,7 +153,7 @@ async def test_lost_numbering_is_told(log: Log) -> None:
     log.entries = [entry(900, 0)]
     async with asyncio.TaskGroup() as tasks:
         bench = Bench(log, tasks, Alive())
-        await bench.sequence.recover(None)
+        await bench.stream.recover(None)
         log.entries = [entry(500, 0)]
         bench.arrive(500, previous=0)
         await settle()
@@ -161,7 +161,7 @@ async def test_lost_numbering_is_told(log: Log) -> None:
         log.entries.append(entry(501))
         bench.arrive(501)
         assert bench.delivered == [501]
-        bench.sequence.close()
+        bench.stream.close()
 
 
 async def test_late_copy_of_the_first(log: Log) -> None:
@@ -169,27 +169,27 @@ async def test_late_copy_of_the_first(log: Log) -> None:
     log.entries = [entry(500, 0), entry(501), entry(502)]
     async with asyncio.TaskGroup() as tasks:
         bench = Bench(log, tasks, Alive())
-        await bench.sequence.recover(None)
+        await bench.stream.recover(None)
         bench.arrive(500, previous=0)
         log.add(1)
         bench.arrive(503)
         await settle()
         assert (bench.delivered, bench.lost) == ([503], 0)
-        bench.sequence.close()
+        bench.stream.close()
 
 
 async def test_new_epoch_is_told(log: Log) -> None:
     """Another numbering: nothing can be compared, everybody is told."""
     async with asyncio.TaskGroup() as tasks:
         bench = Bench(log, tasks, Alive())
-        await bench.sequence.recover(None)
+        await bench.stream.recover(None)
         log.add(3)
         bench.arrive(1, 2, 3)
         log.entries, log.epoch = [entry(1)], "f"
         bench.arrive(1, epoch="f")
         await settle()
         assert bench.lost == 1
-        assert bench.sequence.last == Position(1, "f")
+        assert bench.stream.last == Position(1, "f")
 
 
 async def test_jump_after_a_failover(log: Log) -> None:
@@ -199,28 +199,28 @@ async def test_jump_after_a_failover(log: Log) -> None:
         for seen, lost in ((3, 1), (2, 0)):
             own = Log()
             bench = Bench(own, tasks, Alive())
-            await bench.sequence.recover(None)
+            await bench.stream.recover(None)
             bench.arrive(*range(1, seen + 1))
             own.entries = [entry(1), entry(2), entry(jump, previous=2)]
             bench.arrive(jump, previous=2)
             await settle()
             assert bench.lost == lost
-            assert bench.sequence.last == Position(jump, "e")
+            assert bench.stream.last == Position(jump, "e")
             if not lost:
                 assert bench.delivered == [1, 2, jump]
-                assert await bench.sequence.recover(Position(2, "e")) == (
+                assert await bench.stream.recover(Position(2, "e")) == (
                     [own.entries[-1]],
                     Position(jump, "e"),
                 )
-            assert (await bench.sequence.recover(Position(3, "e")))[0] is None
-            bench.sequence.close()
+            assert (await bench.stream.recover(Position(3, "e")))[0] is None
+            bench.stream.close()
 
 
 async def test_repair_waits_for_the_store(log: Log) -> None:
     """While history does not answer nothing is delivered and nobody is told; then everything is."""
     async with asyncio.TaskGroup() as tasks:
         bench = Bench(log, tasks, Alive())
-        await bench.sequence.recover(None)
+        await bench.stream.recover(None)
         log.add(4)
         log.failing = True
         bench.arrive(1, 3)
@@ -238,11 +238,11 @@ async def test_lost_last_message(log: Log) -> None:
     """After a gap the position is checked, so that a lost *last* message is found without a next one."""
     async with asyncio.TaskGroup() as tasks:
         bench = Bench(log, tasks, Alive())
-        await bench.sequence.recover(None)
+        await bench.stream.recover(None)
         bench.arrive(1)
         log.add(3)
-        bench.sequence.gap()
-        bench.sequence.restored()
+        bench.stream.gap()
+        bench.stream.restored()
         await settle()
         assert bench.delivered == [1, 2, 3]
 
@@ -253,7 +253,7 @@ async def test_recover(log: Log) -> None:
     del log.entries[:4]  # the room keeps 5 to 10
     async with asyncio.TaskGroup() as tasks:
         bench = Bench(log, tasks, Alive())
-        sequence = bench.sequence
+        sequence = bench.stream
         for since, expected in (
             (Position(4, "e"), [5, 6, 7, 8, 9, 10]),
             (Position(9, "e"), [10]),
@@ -278,7 +278,7 @@ async def test_many_recoveries_are_one_read(log: Log) -> None:
         bench = Bench(log, tasks, Alive())
         log.gate.clear()
         waiting = [
-            tasks.create_task(bench.sequence.recover(Position(number % 51, "e"))) for number in range(1000)
+            tasks.create_task(bench.stream.recover(Position(number % 51, "e"))) for number in range(1000)
         ]
         await settle()
         log.gate.set()
@@ -289,11 +289,11 @@ async def test_many_recoveries_are_one_read(log: Log) -> None:
             assert [found.offset for found in missed] == list(range(number % 51 + 1, 51))
         log.add()
         bench.arrive(51)
-        missed, _ = await bench.sequence.recover(Position(49, "e"))
+        missed, _ = await bench.stream.recover(Position(49, "e"))
         assert missed is not None
         assert [found.offset for found in missed] == [50, 51]
         assert log.reads == 1
-        bench.sequence.close()
+        bench.stream.close()
 
 
 async def test_failed_read_is_shared(log: Log) -> None:
@@ -302,14 +302,14 @@ async def test_failed_read_is_shared(log: Log) -> None:
         bench = Bench(log, tasks, Alive())
         log.gate.clear()
         log.failing = True
-        waiting = [tasks.create_task(_fails(bench.sequence)) for _ in range(100)]
+        waiting = [tasks.create_task(_fails(bench.stream)) for _ in range(100)]
         await settle()
         log.gate.set()
         await asyncio.gather(*waiting)
         assert log.reads == 1
 
 
-async def _fails(sequence: Sequence) -> None:
+async def _fails(sequence: RoomStream) -> None:
     with pytest.raises(BusUnavailable):
         await sequence.recover(Position(1, "e"))
 
@@ -320,8 +320,8 @@ async def test_cancelled_reader_takes_nobody_along(log: Log) -> None:
     async with asyncio.TaskGroup() as tasks:
         bench = Bench(log, tasks, Alive())
         log.gate.clear()
-        first = asyncio.ensure_future(bench.sequence.recover(Position(1, "e")))
-        second = tasks.create_task(bench.sequence.recover(Position(1, "e")))
+        first = asyncio.ensure_future(bench.stream.recover(Position(1, "e")))
+        second = tasks.create_task(bench.stream.recover(Position(1, "e")))
         await settle()
         first.cancel()
         await settle()
@@ -329,7 +329,7 @@ async def test_cancelled_reader_takes_nobody_along(log: Log) -> None:
         missed, _ = await second
         assert missed is not None
         assert [found.offset for found in missed] == [2, 3]
-        bench.sequence.close()
+        bench.stream.close()
 
 
 async def test_arrivals_during_a_read(log: Log) -> None:
@@ -338,7 +338,7 @@ async def test_arrivals_during_a_read(log: Log) -> None:
     async with asyncio.TaskGroup() as tasks:
         bench = Bench(log, tasks, Alive())
         log.gate.clear()
-        reading = tasks.create_task(bench.sequence.recover(Position(1, "e")))
+        reading = tasks.create_task(bench.stream.recover(Position(1, "e")))
         await settle()
         bench.arrive(3, 4, 5)
         log.gate.set()
@@ -348,7 +348,7 @@ async def test_arrivals_during_a_read(log: Log) -> None:
         assert [found.offset for found in missed] == [2, 3, 4, 5]
         assert top.offset == 5
         assert bench.delivered == [4, 5]
-        bench.sequence.close()
+        bench.stream.close()
 
 
 async def test_dead_lease_asks_the_store(log: Log) -> None:
@@ -356,12 +356,12 @@ async def test_dead_lease_asks_the_store(log: Log) -> None:
     lease = Alive()
     async with asyncio.TaskGroup() as tasks:
         bench = Bench(log, tasks, lease)
-        await bench.sequence.recover(None)
+        await bench.stream.recover(None)
         log.add(2)
         lease.revoke()
-        missed, top = await bench.sequence.recover(Position(0, "e"))
+        missed, top = await bench.stream.recover(Position(0, "e"))
         assert missed is not None
         assert [found.offset for found in missed] == [1, 2]
         assert top == Position(2, "e")
         assert bench.delivered == [1, 2]
-        bench.sequence.close()
+        bench.stream.close()
