@@ -1,66 +1,28 @@
-"""The public facade, and where the parts of a node are put together."""
+"""The public facade: one object that an app makes, wraps itself with, and calls."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from ssl import SSLContext
 from typing import Any, Self
 
-from asgi_cluster.arguments import expect, expect_callable
 from asgi_cluster.arguments import seconds as in_seconds
-from asgi_cluster.backends.choose import open_backend
-from asgi_cluster.backends.port import Backend
 from asgi_cluster.bus.bus import NodeInfo
-from asgi_cluster.centrifuge.endpoint import Endpoint
 from asgi_cluster.config import RealtimeConfig
-from asgi_cluster.dispatch import Dispatch
 from asgi_cluster.ids import NodeId, check_user
-from asgi_cluster.node import Node
+from asgi_cluster.options import Identify, Options
+from asgi_cluster.parts import Parts
 from asgi_cluster.remote import RemoteSession, RemoteUser, check_handle
 from asgi_cluster.rooms.acceptance import Acceptance
 from asgi_cluster.rooms.names import check_room
 from asgi_cluster.rooms.room import Room
-from asgi_cluster.rooms.rooms import Rooms
-from asgi_cluster.sessions.cache import SessionCache
-from asgi_cluster.sessions.config import CacheConfig, CookieConfig, SessionConfig
-from asgi_cluster.sessions.reads import CachedStore
-from asgi_cluster.sessions.revalidation import Revalidator
-from asgi_cluster.sessions.service import SessionService
-from asgi_cluster.sockets.hub import Hub
-from asgi_cluster.sockets.origin import Origins
+from asgi_cluster.sessions.config import SessionConfig
 from asgi_cluster.stats import ClusterStats
-from asgi_cluster.supervisor import Supervisor
-from asgi_cluster.workers import UnsharedMemory
 
-__all__ = ["Cluster", "Parts"]
-
-_WRAPPED: Mapping[type, str] = {
-    CookieConfig: ": write SessionConfig(cookie=CookieConfig(…))",
-    CacheConfig: ": write SessionConfig(cache=CacheConfig(…))",
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
-    """What a node is made of. For ``asgi_cluster.asgi`` alone: an app uses ``Cluster``."""
-
-    node: Node
-    backend: Backend
-    hub: Hub
-    service: SessionService
-    rooms: Rooms
-    revalidator: Revalidator
-    dispatch: Dispatch
-    origins: Origins
-    endpoint: Endpoint
-    supervisor: Supervisor
-    realtime: RealtimeConfig
-    identify: Callable[[Mapping[str, Any]], str | Awaitable[str | None] | None] | None
+__all__ = ["Cluster", "parts_of"]
 
 
 class Cluster:
@@ -105,119 +67,26 @@ class Cluster:
         listen: bool = True,
         deadline: float | timedelta = 1.0,
         rooms_url: str | None = None,
-        identify: Callable[[Mapping[str, Any]], str | Awaitable[str | None] | None] | None = None,
+        identify: Identify | None = None,
         sessions: SessionConfig | None = None,
         realtime: RealtimeConfig | None = None,
         ssl_context: SSLContext | None = None,
         credential_provider: Any = None,
     ) -> None:
-        expect("url", url, str, None)
-        if url == "":
-            raise ValueError(
-                "url is an empty string: give a URL, or None for the environment variable ASGI_CLUSTER_URL "
-                "or memory://"
-            )
-        expect("prefix", prefix, str)
-        expect("node_label", node_label, str, None)
-        expect("listen", listen, bool)
-        expect("rooms_url", rooms_url, str, None)
-        expect_callable("identify", identify)
-        expect("sessions", sessions, SessionConfig, None, cure=_WRAPPED.get(type(sessions), ""))
-        expect("realtime", realtime, RealtimeConfig, None)
-        deadline = in_seconds("deadline", deadline)
-        sessions = sessions or SessionConfig()
-        realtime = realtime or RealtimeConfig()
-        if not 0 < deadline <= sessions.cache.lease:
-            raise ValueError(
-                f"deadline must be above 0, at most the lease {sessions.cache.lease:g}, not {deadline!r}: "
-                "a write whose outcome is unknown has to be settled before a cached read may be trusted again"
-            )
-        if not re.fullmatch(r"[A-Za-z0-9_.:-]{1,64}", prefix):
-            raise ValueError(f"prefix must be 1 to 64 of A-Z a-z 0-9 _ . : -, not {prefix!r}")
-        if node_label is not None and not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", node_label):
-            raise ValueError(f"node_label must be 1 to 64 of A-Z a-z 0-9 _ . -, not {node_label!r}")
-        stale_for = sessions.stale_for if sessions.on_store_error == "stale" else 0.0
-        found = url or os.environ.get("ASGI_CLUSTER_URL")
-        backend = open_backend(
-            found or "memory://",
+        options = Options(
+            url=url,
             prefix=prefix,
-            lease_duration=sessions.cache.lease,
+            node_label=node_label,
+            listen=listen,
+            deadline=in_seconds("deadline", deadline),
             rooms_url=rooms_url,
+            identify=identify,
+            sessions=SessionConfig() if sessions is None else sessions,
+            realtime=RealtimeConfig() if realtime is None else realtime,
             ssl_context=ssl_context,
             credential_provider=credential_provider,
-            wait_replicas=sessions.wait_replicas,
-            stale_for=stale_for,
         )
-        self._memory = UnsharedMemory(without_url=not found, listens=listen)
-        node = Node(
-            label=node_label,
-            listens=listen,
-            deadline=deadline,
-            needs_start=backend.needs_start,
-            crosses_loops=backend.crosses_loops,
-            attach=self._attach,
-        )
-        cache = SessionCache(
-            backend.bus.lease,
-            ttl=sessions.cache.ttl,
-            max_entries=sessions.cache.max_entries,
-            stale_for=stale_for,
-        )
-        hub = Hub(outbox_bytes=realtime.outbox_bytes)
-        service = SessionService(
-            CachedStore(backend.store, cache), sessions, node=node, bus=backend.bus, sockets=hub
-        )
-        rooms = Rooms(
-            bus=backend.bus,
-            history=backend.history,
-            presence=backend.presence,
-            hub=hub,
-            config=realtime,
-            node=node,
-        )
-        revalidator = Revalidator(service.store, hub, node=node, unverified_limit=realtime.unverified_limit)
-        dispatch = Dispatch(
-            cache=cache,
-            hub=hub,
-            rooms=rooms,
-            acks=service.acks,
-            tombstones=service.tombstones,
-            bus=backend.bus,
-            node=node,
-            verify=revalidator.wake,
-            recheck=revalidator.recheck,
-        )
-        origins = Origins(realtime.allowed_origins)
-        self._parts = Parts(
-            node=node,
-            backend=backend,
-            hub=hub,
-            service=service,
-            rooms=rooms,
-            revalidator=revalidator,
-            dispatch=dispatch,
-            origins=origins,
-            endpoint=Endpoint(realtime, node=node, hub=hub, rooms=rooms, origins=origins, cluster=self),
-            supervisor=Supervisor(
-                node,
-                hub,
-                realtime,
-                connect=lambda: backend.open(node.id, dispatch, listen=listen, failing=node.failing),
-                declare=rooms.retention.start,
-                works={
-                    "verification": revalidator.run,
-                    "tombstones": service.tombstones.run,
-                    "room rules": rooms.retention.run,
-                },
-            ),
-            realtime=realtime,
-            identify=identify,
-        )
-
-    def _attach(self) -> None:
-        self._memory.look()
-        parts = self._parts
-        parts.backend.attach(parts.node.id, parts.dispatch, listen=parts.node.listens)
+        self._parts = Parts(options, self)
 
     # Handles
 
@@ -296,7 +165,7 @@ class Cluster:
                 where.
             RuntimeError: already started, or not on asyncio.
         """
-        self._memory.look()
+        self._parts.memory.look()
         await self._parts.supervisor.start()
         return self
 
@@ -312,10 +181,10 @@ class Cluster:
         official SDKs and of ``client.js`` try again with backoff, and find another node. Requests go on being
         answered.
         """
-        seconds = in_seconds("seconds", seconds)
-        if not seconds >= 0:
-            raise ValueError(f"seconds must be at least 0, not {seconds!r}")
-        await self._parts.supervisor.drain(seconds)
+        given = in_seconds("seconds", seconds)
+        if not given >= 0:
+            raise ValueError(f"seconds must be at least 0, not {given!r}")
+        await self._parts.supervisor.drain(given)
 
     @property
     def started(self) -> bool:
@@ -337,7 +206,7 @@ class Cluster:
     @property
     def node(self) -> NodeId | None:
         """This node's id; ``None`` before it was first used."""
-        return self._parts.node.known_as
+        return self._parts.node.current_id
 
     @property
     def ready(self) -> bool:
@@ -348,16 +217,13 @@ class Cluster:
         the subscriber's connection does not. True, though degraded, when Redis does not answer at all: taking
         every node out for that would take anonymous traffic down too.
         """
-        parts = self._parts
-        node = parts.node
-        startable = node.started or not (node.needs_start or parts.supervisor.ended)
-        return startable and not node.draining and not node.failing and parts.backend.ready
+        return self._parts.supervisor.ready
 
     def stats(self) -> ClusterStats:
         """A snapshot of this node; does no I/O."""
         parts = self._parts
         return ClusterStats(
-            node=parts.node.known_as,
+            node=parts.node.current_id,
             ready=self.ready,
             failing=dict(parts.node.failing.values()),
             cache=parts.service.store.cache.stats(),
@@ -370,8 +236,13 @@ class Cluster:
         node = self._parts.node
         node.ensure_started("listing nodes")
         found = await self._parts.backend.bus.nodes(timeout=node.deadline)
-        return [found[node] for node in sorted(found)]
+        return [found[each] for each in sorted(found)]
 
     def __repr__(self) -> str:
         state = "started" if self.started else "not started"
         return f"<Cluster {self.node or 'without node'}, {state}>"
+
+
+def parts_of(cluster: Cluster) -> Parts:
+    """What ``cluster`` is made of. For ``asgi_cluster.asgi`` alone."""
+    return cluster._parts

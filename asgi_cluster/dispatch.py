@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
 from time import monotonic
 
 from asgi_cluster.bus.bus import SUBSCRIBED_AGAIN, Bus
@@ -24,9 +23,9 @@ from asgi_cluster.node import Node
 from asgi_cluster.rooms.rooms import Rooms
 from asgi_cluster.sessions.cache import SessionCache
 from asgi_cluster.sessions.receipts import Acknowledgements
+from asgi_cluster.sessions.revalidation import Revalidator
 from asgi_cluster.sessions.tombstones import Tombstones
 from asgi_cluster.sockets.hub import Hub
-from asgi_cluster.sockets.socket import Socket
 from asgi_cluster.tasks import spawn
 
 __all__ = ["Dispatch"]
@@ -49,8 +48,7 @@ class Dispatch:
         tombstones: Tombstones,
         bus: Bus,
         node: Node,
-        verify: Callable[[], None],
-        recheck: Callable[[Sequence[Socket], Callable[[int], None]], None],
+        revalidator: Revalidator,
     ) -> None:
         self._cache = cache
         self._hub = hub
@@ -59,8 +57,7 @@ class Dispatch:
         self._tombstones = tombstones
         self._bus = bus
         self._node = node
-        self._verify = verify
-        self._recheck = recheck
+        self._revalidator = revalidator
         self.malformed = 0
 
     def session_message(self, payload: bytes) -> None:
@@ -75,7 +72,7 @@ class Dispatch:
                     "a session message could not be decoded (another version?): dropping the cache each time"
                 )
             self._cache.flush()
-            self._verify()
+            self._revalidator.wake()
 
     def _act_on(self, message: Message) -> None:
         match message:
@@ -111,7 +108,9 @@ class Dispatch:
                 doubtful = self._hub.sockets_of(message.user, keep=message.keep)
                 if doubtful:
                     origin, request = message.origin, message.request
-                    self._recheck(doubtful, lambda more: self._acknowledge(origin, request, closed + more))
+                    self._revalidator.recheck(
+                        doubtful, lambda more: self._acknowledge(origin, request, closed + more)
+                    )
                 else:
                     self._acknowledge(message.origin, message.request, closed)
             case Ack():
@@ -159,7 +158,7 @@ class Dispatch:
         if reason != SUBSCRIBED_AGAIN:  # the end of an outage, which was logged when it began
             logger.warning("session messages may have been missed (%s): cache dropped", reason)
         self._cache.flush(buckets)
-        self._verify()
+        self._revalidator.wake()
 
     def rooms_gap(self, reason: str, rooms: frozenset[str] | None) -> None:
         """Publications may have been missed."""

@@ -23,8 +23,8 @@ logger = logging.getLogger("asgi_cluster")
 class Node:
     """This process's membership in the cluster: its name, its loop and tasks, and whether it is started.
 
-    ``needs_start`` and ``crosses_loops`` are those of the backend. ``attach`` is called before each use of a
-    node that needs no start and has none.
+    ``needs_start`` is that of the backend. ``attach`` is called before each use of a node that needs no start
+    and has none.
     """
 
     def __init__(
@@ -34,7 +34,6 @@ class Node:
         listens: bool,
         deadline: float,
         needs_start: bool,
-        crosses_loops: bool,
         attach: Callable[[], None],
         clock: Clock = boot_clock,
     ) -> None:
@@ -44,8 +43,6 @@ class Node:
         """Seconds of Redis work for each operation."""
         self.needs_start = needs_start
         """Whether it has to be started before it is used outside of a request."""
-        self.crosses_loops = crosses_loops
-        """Whether messages may arrive on another thread than a socket's loop (``memory://``)."""
         self.clock = clock
         self.loop: asyncio.AbstractEventLoop | None = None
         """The loop that started it; ``None`` while it is not started."""
@@ -58,7 +55,7 @@ class Node:
         self._label = label
         self._attach = attach
         self._id: NodeId | None = None
-        self._said_unstarted = False
+        self._logged_unstarted = False
 
     @property
     def id(self) -> NodeId:
@@ -66,7 +63,14 @@ class Node:
         return self._id or self.renew()
 
     @property
-    def known_as(self) -> NodeId | None:
+    def crosses_loops(self) -> bool:
+        """Whether messages may arrive on another thread than that of a socket's loop. They do where no start
+        binds the node to a loop (``memory://``).
+        """
+        return not self.needs_start
+
+    @property
+    def current_id(self) -> NodeId | None:
         """``id``, or ``None`` before it was first used."""
         return self._id
 
@@ -97,8 +101,8 @@ class Node:
         running_asyncio_loop()
         if self.needs_start:
             raise NotStarted(action)
-        if not self._said_unstarted:
-            self._said_unstarted = True
+        if not self._logged_unstarted:
+            self._logged_unstarted = True
             logger.info(
                 "memory:// is used without a start; with Redis that is NotStarted outside of requests"
             )

@@ -59,7 +59,7 @@ LEAVES = {"arguments", "ids", "codes", "exceptions", "tasks", "scope", "config",
 """Known to everybody; they know at most each other."""
 PORTS = {"sessions.store", "sessions.damage", "rooms.history", "rooms.presence"}
 """With all of ``bus``, what the halves and the backends meet at."""
-COMPOSERS = {"cluster", "dispatch", "remote", "stats", "supervisor", "workers"}
+COMPOSERS = {"cluster", "dispatch", "options", "parts", "remote", "stats", "workers"}
 REALTIME = {"sockets", "rooms", "centrifuge"}
 
 
@@ -101,7 +101,7 @@ def allowed(module: str, other: str) -> bool:
             return other.startswith("backends.")
         own = ".".join(module.split(".")[:2]) + "."
         return other in PORTS or other == "backends.port" or other.startswith(own)
-    return module in COMPOSERS or area == "asgi" or module == ""
+    return module in COMPOSERS or area in ("asgi", "lifetime") or module == ""
 
 
 def calls(module: str) -> Iterator[tuple[str, str, int]]:
@@ -160,7 +160,7 @@ def test_source_keeps_to_the_rules_that_were_paid_for(module: str) -> None:
         assert name not in ("pubsub", "ensure_future"), f"{where}: {name}"
         if name == "create_task" and ("loop" in receiver or receiver in ("", "asyncio")):
             # The supervisor owns the group of all the others, and a start that a request makes begins it.
-            assert module in ("asgi_cluster.supervisor", "asgi_cluster.asgi.first_request"), (
+            assert module in ("asgi_cluster.lifetime.supervisor", "asgi_cluster.lifetime.lazy_start"), (
                 f"{where}: a task without a group"
             )
     for node in ast.walk(tree(module)):
@@ -180,7 +180,9 @@ def test_source_keeps_to_the_rules_that_were_paid_for(module: str) -> None:
 def test_supervisor_is_the_only_task_without_a_group() -> None:
     """And there is exactly one."""
     bare = [
-        call for call in calls("asgi_cluster.supervisor") if call[1] == "create_task" and "loop" in call[0]
+        call
+        for call in calls("asgi_cluster.lifetime.supervisor")
+        if call[1] == "create_task" and "loop" in call[0]
     ]
     assert len(bare) == 1
 

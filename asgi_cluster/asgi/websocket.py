@@ -1,25 +1,38 @@
-"""``send`` for one WebSocket: registers the socket at accept, and refuses to send after the cluster has
-closed it."""
+"""A WebSocket of the app, from its handshake to its end.
+
+On ``websocket.accept`` the socket is registered *before* its session is read again, so that a logout either
+finds the socket or is seen by the read. After the cluster has closed the socket, the app's ``send`` raises.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from starlette.websockets import WebSocketDisconnect
+
 from asgi_cluster.asgi.headers import SessionHeaders
-from asgi_cluster.cluster import Parts
+from asgi_cluster.asgi.http import error_of_ours
 from asgi_cluster.codes import CloseCode
-from asgi_cluster.exceptions import StoreUnavailable
+from asgi_cluster.exceptions import BusUnavailable, StoreUnavailable
 from asgi_cluster.ids import check_user
+from asgi_cluster.parts import Parts
 from asgi_cluster.scope import ScopeState
 from asgi_cluster.sockets.socket import Socket
+from asgi_cluster.tasks import running_asyncio_loop
 
-__all__ = ["Handshake", "SocketClosed"]
+__all__ = ["SocketClosed", "WebSockets"]
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+logger = logging.getLogger("asgi_cluster.middleware")
 
 _REASONS = {
     CloseCode.SHUTDOWN: "shutdown",
@@ -28,22 +41,91 @@ _REASONS = {
 }
 
 
-class Handshake:
-    """One handshake, and what the app sends after it."""
+class WebSockets:
+    """What the WebSockets of one middleware share."""
 
-    __slots__ = ("_headers", "_parts", "_scope", "_send", "_state", "answered", "socket")
+    def __init__(self, parts: Parts, headers: SessionHeaders) -> None:
+        self.headers = headers
+        self.node = parts.node
+        self.hub = parts.hub
+        self.revalidator = parts.revalidator
+        self.identify = parts.identify
+        self._supervisor = parts.supervisor
+        self._close_timeout = parts.realtime.close_timeout
+
+    def serve(
+        self, app: ASGIApp, scope: Scope, receive: Receive, send: Send, state: ScopeState
+    ) -> Awaitable[None]:
+        """Call ``app`` for one WebSocket whose session is read."""
+        # As few coroutines as can be: each that an idle socket waits in takes a quarter of a kilobyte.
+        tasks = self.node.tasks
+        if tasks is not None and self.node.loop is asyncio.get_running_loop():
+            return self._serve(app, scope, receive, send, state, tasks)
+        return self._serve_elsewhere(app, scope, receive, send, state)
+
+    async def _serve_elsewhere(
+        self, app: ASGIApp, scope: Scope, receive: Receive, send: Send, state: ScopeState
+    ) -> None:
+        # memory:// needs no start, and may be used from other loops than the one that started it (Starlette's
+        # TestClient): then the socket's own call owns what it needs to have done.
+        running_asyncio_loop()
+        async with asyncio.TaskGroup() as own:
+            await self._serve(app, scope, receive, send, state, own)
+
+    async def _serve(
+        self,
+        app: ASGIApp,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        state: ScopeState,
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        socket = Socket(
+            scope,
+            send,
+            tasks=tasks,
+            crosses_loops=self.node.crosses_loops,
+            close_timeout=self._close_timeout,
+            closes=self.hub.closes,
+        )
+        socket.began = self.hub.logouts.last
+        state.socket = socket
+        if (drainer := self._supervisor.drainer) is not None:
+            drainer.take()
+        handshake = Handshake(self, scope, send, state, socket)
+        try:
+            await app(scope, socket.guard_receive(receive), handshake)
+        except Exception as error:
+            if socket.close_code is not None and _is_disconnect(error):
+                return  # closed by us: to the app, and to the server's log, an ordinary disconnect
+            ours = error_of_ours(error)
+            if ours is None or handshake.answered:
+                raise
+            what = "message bus" if isinstance(ours, BusUnavailable) else "session store"
+            await handshake.accept_and_close(CloseCode.STORE_UNAVAILABLE, f"{what} unavailable")
+        finally:
+            self.hub.unregister(socket)
+            socket.detach()
+            state.session.unwatch()
+            if state.session.unsaved:
+                logger.warning("a WebSocket ended with unsaved session changes: call session.save()")
+
+
+class Handshake:
+    """ASGI ``send`` of one WebSocket: the answer to its handshake, and what the app sends after it."""
+
+    __slots__ = ("_scope", "_send", "_shared", "_state", "answered", "socket")
 
     def __init__(
         self,
-        parts: Parts,
-        headers: SessionHeaders,
+        shared: WebSockets,
         scope: Scope,
         send: Send,
         state: ScopeState,
         socket: Socket,
     ) -> None:
-        self._parts = parts
-        self._headers = headers
+        self._shared = shared
         self._scope = scope
         self._send = send
         self._state = state
@@ -63,32 +145,32 @@ class Handshake:
             raise SocketClosed(self.socket.close_code)
         if kind == "websocket.close":
             self.answered = True
-            self._parts.hub.unregister(self.socket)
+            self._shared.hub.unregister(self.socket)
         elif kind == "websocket.http.response.start":
             self.answered = True
             await self._state.session.commit()
-            message = self._headers.with_cookie(self._scope, self._state.session, message)
+            message = self._shared.headers.with_cookie(self._scope, self._state.session, message)
         await self._send(message)
 
     async def _accept(self, message: Message) -> None:
-        parts, session, socket = self._parts, self._state.session, self.socket
-        self._headers.adopt(self._scope, session)
+        shared, session, socket = self._shared, self._state.session, self.socket
+        shared.headers.adopt(self._scope, session)
         code: CloseCode | None = None
         try:
             await session.commit()
             record = session.stored
             user: str | None = None if record is None else record.user
             socket.owner = user
-            if user is None and parts.identify is not None:
-                found = parts.identify(self._scope)
+            if user is None and shared.identify is not None:
+                found = shared.identify(self._scope)
                 found = await found if inspect.isawaitable(found) else found
                 user = None if found is None else check_user(found)
             socket.handle = None if record is None else record.handle
             socket.user = user
             # Register, then read: a logout that the read does not see finds the socket in the hub.
-            parts.hub.register(socket)
+            shared.hub.register(socket)
             if user != socket.owner:
-                parts.hub.close_if_logged_out(socket, since=socket.began)
+                shared.hub.close_if_logged_out(socket, since=socket.began)
             if session.failure is not None:
                 raise session.failure
             if record is not None:
@@ -96,14 +178,14 @@ class Handshake:
                 if alive is None:
                     code = CloseCode.SESSION_ENDED
                 else:
-                    parts.revalidator.watch(socket, alive)
+                    shared.revalidator.watch(socket, alive)
         except StoreUnavailable:
             code = CloseCode.STORE_UNAVAILABLE
-        if code is None and parts.node.draining:
+        if code is None and shared.node.draining:
             # Asked after it was registered: a drain that began before did not find it.
             code = CloseCode.SHUTDOWN
         self.answered = True
-        await self._send(self._headers.with_cookie(self._scope, session, message))
+        await self._send(shared.headers.with_cookie(self._scope, session, message))
         # A close that came during the handshake goes out now: browsers see no code on a refused handshake.
         socket.opened()
         if code is not None:
@@ -125,3 +207,9 @@ class SocketClosed(OSError):
     def __init__(self, code: int) -> None:
         self.code = code
         super().__init__(f"the WebSocket was closed with code {code}")
+
+
+def _is_disconnect(error: BaseException) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return all(_is_disconnect(inner) for inner in error.exceptions)
+    return isinstance(error, SocketClosed | WebSocketDisconnect | OSError)

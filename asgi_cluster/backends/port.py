@@ -29,13 +29,8 @@ class Backend(Protocol):
 
     @property
     def needs_start(self) -> bool:
-        """Whether anything needs ``open`` first. False for memory."""
-        ...
-
-    @property
-    def crosses_loops(self) -> bool:
-        """Whether receivers may be called from another thread than their sockets' loops run in. True for
-        memory.
+        """Whether anything needs ``open`` first. False for memory: then receivers may be called from another
+        thread than their sockets' loops run in.
         """
         ...
 

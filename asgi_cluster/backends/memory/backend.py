@@ -29,7 +29,6 @@ class MemoryBackend:
     """
 
     needs_start = False
-    crosses_loops = True
 
     def __init__(
         self, name: str | None = None, *, lease_duration: float = 2.0, clock: Clock = boot_clock

@@ -43,7 +43,6 @@ class RedisBackend:
     """
 
     needs_start = True
-    crosses_loops = False
 
     def __init__(
         self,

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, ExitStack
-from typing import Any
 
-from asgi_cluster.asgi.draining import Drainer, draining_on_sigterm, reloads
-from asgi_cluster.asgi.first_request import LazyStart
+from asgi_cluster.backends.port import Backend
 from asgi_cluster.config import DEFAULT_DRAIN, RealtimeConfig
+from asgi_cluster.dispatch import Dispatch
 from asgi_cluster.exceptions import ClusterError
+from asgi_cluster.lifetime.draining import Drainer, draining_on_sigterm, reloads
+from asgi_cluster.lifetime.lazy_start import LazyStart
 from asgi_cluster.node import Node
+from asgi_cluster.rooms.retention import Retention
+from asgi_cluster.sessions.revalidation import Revalidator
+from asgi_cluster.sessions.tombstones import Tombstones
 from asgi_cluster.sockets.hub import Hub
 from asgi_cluster.tasks import keep_running, running_asyncio_loop
 
@@ -20,53 +23,59 @@ __all__ = ["Supervisor"]
 
 logger = logging.getLogger("asgi_cluster")
 
-Work = Callable[[], Coroutine[Any, Any, None]]
-
 _DRAIN_EACH = 0.05  # seconds that a drain on SIGTERM takes for each socket, up to RealtimeConfig.drain in all
 
 
 class Supervisor:
-    """Owns the node's task group.
-
-    ``connect`` is entered while the node is started. ``declare`` runs before it serves, ``works`` while it
-    does: for each a name and what runs until it is cancelled.
+    """Owns the node's task group: connects to the backend, declares the room rules, runs the background work,
+    and undoes that at the stop.
     """
 
     def __init__(
         self,
         node: Node,
-        hub: Hub,
-        config: RealtimeConfig,
         *,
-        connect: Callable[[], AbstractAsyncContextManager[None]],
-        declare: Work,
-        works: Mapping[str, Work],
+        backend: Backend,
+        dispatch: Dispatch,
+        hub: Hub,
+        retention: Retention,
+        revalidator: Revalidator,
+        tombstones: Tombstones,
+        config: RealtimeConfig,
     ) -> None:
         self._node = node
+        self._backend = backend
+        self._dispatch = dispatch
         self._hub = hub
+        self._retention = retention
         self._config = config
-        self._connect = connect
-        self._declare = declare
-        self._works = works
+        self._background = {
+            "verification": revalidator.run,
+            "tombstones": tombstones.run,
+            "room rules": retention.run,
+        }
         self._task: asyncio.Task[None] | None = None
         self._stop: asyncio.Event | None = None
         self.drainer: Drainer | None = None
         """Holds SIGTERM back while the node is started; ``None`` where that is off or cannot be done."""
-        self.first_request: LazyStart | None = LazyStart(self._begin, self.stop)
+        self.lazy_start: LazyStart | None = LazyStart(self._begin, self.stop)
         """Starts the node for servers without lifespan; ``None`` once it has been started in another way."""
 
     @property
-    def ended(self) -> bool:
-        """Whether the node was started, and has ended without having been stopped."""
-        return self._task is not None and not self._node.started
+    def ready(self) -> bool:
+        """See ``Cluster.ready``."""
+        node = self._node
+        # A task without a started node: it has ended without having been stopped.
+        usable = node.started or not (node.needs_start or self._task is not None)
+        return usable and not node.draining and not node.failing and self._backend.ready
 
     async def start(self) -> None:
         """See ``Cluster.__aenter__``."""
-        lazy, self.first_request = self.first_request, None
+        lazy, self.lazy_start = self.lazy_start, None
         try:
             await self._begin()
         except BaseException:
-            self.first_request = lazy
+            self.lazy_start = lazy
             raise
 
     async def _begin(self) -> None:
@@ -114,8 +123,8 @@ class Supervisor:
         self._stop = asyncio.Event()
         node = self._node
         try:
-            async with self._connect(), asyncio.TaskGroup() as tasks:
-                await self._declare()
+            async with self._connected(), asyncio.TaskGroup() as tasks:
+                await self._retention.start()
                 node.tasks, node.loop = tasks, asyncio.get_running_loop()
                 with ExitStack() as stack:
                     if self._config.drain and node.listens:
@@ -127,7 +136,7 @@ class Supervisor:
                         tasks.create_task(
                             keep_running(work, name=name, failing=node.failing), name=f"asgi-cluster {name}"
                         )
-                        for name, work in self._works.items()
+                        for name, work in self._background.items()
                     ]
                     logger.info("node %s started", node.id)
                     started.set_result(None)
@@ -141,7 +150,7 @@ class Supervisor:
                 logger.info("node %s stopped", node.id)
         except BaseException as error:
             if started.done():
-                if self.first_request is not None and isinstance(error, asyncio.CancelledError):
+                if self.lazy_start is not None and isinstance(error, asyncio.CancelledError):
                     await self._sign_off()
                 if isinstance(error, Exception):
                     logger.critical("node %s has ended with an unexpected error", node.id, exc_info=error)
@@ -154,10 +163,14 @@ class Supervisor:
         finally:
             self._stop = None
 
+    def _connected(self) -> AbstractAsyncContextManager[None]:
+        node = self._node
+        return self._backend.open(node.id, self._dispatch, listen=node.listens, failing=node.failing)
+
     async def _sign_off(self) -> None:
         # The loop ends and has cancelled everything, the connections too: sign off over new ones.
         try:
-            async with asyncio.timeout(self._node.deadline), self._connect():
+            async with asyncio.timeout(self._node.deadline), self._connected():
                 logger.info("node %s stopped", self._node.id)
         except (ClusterError, TimeoutError) as error:
             reason = str(error) or f"no answer within {self._node.deadline:g} s"
