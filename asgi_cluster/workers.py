@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import sys
+
+from asgi_cluster.compat.gunicorn import has_forked_before
 
 __all__ = ["UnsharedMemory"]
 
@@ -43,7 +44,4 @@ def _has_siblings() -> bool:
     workers = os.environ.get("WEB_CONCURRENCY", "")
     if workers.isdigit() and int(workers) > 1:
         return True
-    # A worker of gunicorn is forked with the list of those that were forked before it. So all but the first
-    # find one there.
-    gunicorn = getattr(sys.modules.get("gunicorn.arbiter"), "Arbiter", None)
-    return multiprocessing.parent_process() is not None or bool(getattr(gunicorn, "WORKERS", None))
+    return multiprocessing.parent_process() is not None or has_forked_before()

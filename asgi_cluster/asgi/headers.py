@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from asgi_cluster.arguments import described
+from asgi_cluster.compat.litestar import is_cleared
 from asgi_cluster.sessions.service import SessionService
 from asgi_cluster.sessions.session import Session
 from asgi_cluster.sockets.origin import Origins
@@ -46,8 +47,7 @@ class SessionHeaders:
             return
         if type(current) is dict:
             session.replace(current)
-        elif type(current).__module__ == "litestar.types.empty":
-            # Litestar's clear_session() puts its sentinel Empty there.
+        elif is_cleared(current):
             session.clear()
         elif (cure := _as_dict(current)) is not None:
             raise TypeError(
