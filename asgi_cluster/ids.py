@@ -8,6 +8,20 @@ from typing import NewType
 
 from asgi_cluster.arguments import expect
 
+__all__ = [
+    "BUCKETS",
+    "ConnectionId",
+    "Handle",
+    "NodeId",
+    "UserId",
+    "bucket_of",
+    "check_user",
+    "new_handle",
+    "new_secret",
+    "new_token",
+    "secret_hash",
+]
+
 BUCKETS = 256
 
 NodeId = NewType("NodeId", str)

@@ -1,12 +1,9 @@
-"""The project's own promises: public names, the direction of imports, documents, version."""
+"""The project's own promises: public names, documents, version. The layout is in test_layout.py."""
 
 from __future__ import annotations
 
-import ast
-import graphlib
 import re
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +15,6 @@ from asgi_cluster import Cluster, Connection, Room, Session
 from tests.support.machine import ROOT
 
 PACKAGE = ROOT / "asgi_cluster"
-MODULES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-    for path in sorted(PACKAGE.rglob("*.py"))
-}
 
 PUBLIC = """
     Cluster ClusterMiddleware get_session
@@ -55,64 +48,6 @@ INTERNALS: dict[type, str] = {
 }
 """What other modules use of them: to become less."""
 
-LEAVES = {"arguments", "ids", "codes", "exceptions", "tasks", "scope", "config", "node"}
-"""Known to everybody; they know at most each other."""
-PORTS = {"sessions.store", "sessions.damage", "rooms.history", "rooms.presence"}
-"""With all of ``bus``, what the halves and the backends meet at."""
-COMPOSERS = {"cluster", "dispatch", "options", "parts", "remote", "stats", "workers"}
-REALTIME = {"sockets", "rooms", "centrifuge"}
-
-
-def tree(module: str) -> ast.Module:
-    return ast.parse(MODULES[module].read_text(), filename=str(MODULES[module]))
-
-
-def imported(node: ast.AST) -> Iterator[str]:
-    """Absolute names of what is imported at run time, functions included."""
-    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-        for child in node.orelse:
-            yield from imported(child)
-        return
-    if isinstance(node, ast.Import):
-        yield from (alias.name for alias in node.names)
-    elif isinstance(node, ast.ImportFrom):
-        assert node.level == 0, "relative import"
-        assert node.module is not None
-        for alias in node.names:
-            whole = f"{node.module}.{alias.name}"
-            yield whole if whole in MODULES else node.module
-    for child in ast.iter_child_nodes(node):
-        yield from imported(child)
-
-
-def allowed(module: str, other: str) -> bool:
-    """Whether ``module`` may import ``other``; both without the package's name."""
-    if other in LEAVES or other.startswith("bus."):
-        return module not in LEAVES or other in LEAVES or (module, other) == ("node", "bus.lease")
-    area = module.split(".")[0]
-    if area in REALTIME:
-        return other.split(".")[0] in REALTIME
-    if module == "sessions.revalidation":
-        return other.split(".")[0] in ("sessions", "sockets")
-    if area == "sessions":
-        return other.split(".")[0] == area
-    if area == "backends":
-        if module == "backends.choose":
-            return other.startswith("backends.")
-        own = ".".join(module.split(".")[:2]) + "."
-        return other in PORTS or other == "backends.port" or other.startswith(own)
-    return module in COMPOSERS or area in ("asgi", "lifetime") or module == ""
-
-
-def calls(module: str) -> Iterator[tuple[str, str, int]]:
-    """``(receiver, name, line)`` of every call."""
-    for node in ast.walk(tree(module)):
-        if isinstance(node, ast.Call):
-            if isinstance(node.func, ast.Attribute):
-                yield ast.unparse(node.func.value), node.func.attr, node.lineno
-            elif isinstance(node.func, ast.Name):
-                yield "", node.func.id, node.lineno
-
 
 def test_exports_are_the_documented_ones() -> None:
     """Nothing more, nothing less, sorted, and all of them there."""
@@ -127,64 +62,6 @@ def test_public_attributes_are_the_documented_ones(kind: type) -> None:
     inherited = set(dir(dict)) if issubclass(kind, dict) else set()
     public = {name for name in names - inherited if not name.startswith("_")}
     assert public == {*ATTRIBUTES[kind].split(), *INTERNALS[kind].split()}
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_point_one_way(module: str) -> None:
-    """Halves know ports, backends implement them, the cluster composes; nobody imports the package's root."""
-    here = module.removeprefix("asgi_cluster").removeprefix(".")
-    for name in imported(tree(module)):
-        if name.split(".")[0] == "redis":
-            assert here.startswith("backends.redis"), f"{module} imports redis"
-        if name.split(".")[0] != "asgi_cluster":
-            continue
-        assert name != "asgi_cluster", f"{module} imports the package's root"
-        other = name.removeprefix("asgi_cluster.")
-        assert allowed(here, other), f"{module} must not import {name}"
-
-
-def test_imports_make_no_circle() -> None:
-    """Not even through a function's body."""
-    graph = {
-        module: {name for name in imported(tree(module)) if name in MODULES and name != module}
-        for module in MODULES
-    }
-    assert list(graphlib.TopologicalSorter(graph).static_order())
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_source_keeps_to_the_rules_that_were_paid_for(module: str) -> None:
-    """No redis-py PubSub (it spins), no task without a group, no unbounded queue, no swallowed exception."""
-    for receiver, name, line in calls(module):
-        where = f"{MODULES[module].name}:{line}"
-        assert name not in ("pubsub", "ensure_future"), f"{where}: {name}"
-        if name == "create_task" and ("loop" in receiver or receiver in ("", "asyncio")):
-            # The supervisor owns the group of all the others, and a start that a request makes begins it.
-            assert module in ("asgi_cluster.lifetime.supervisor", "asgi_cluster.lifetime.lazy_start"), (
-                f"{where}: a task without a group"
-            )
-    for node in ast.walk(tree(module)):
-        where = f"{MODULES[module].name}:{getattr(node, 'lineno', 0)}"
-        if isinstance(node, ast.ExceptHandler):
-            caught = "" if node.type is None else ast.unparse(node.type)
-            silent = all(isinstance(statement, ast.Pass) for statement in node.body)
-            assert not (silent and caught in ("", "Exception", "BaseException")), f"{where}: swallows all"
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("asyncio.Queue", "Queue", "queue.Queue"):
-            assert node.args or node.keywords, f"{where}: a queue without a bound"
-        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("getLogger"):
-            assert re.fullmatch(r"'asgi_cluster(\.[a-z]+)?'", ast.unparse(node.args[0])), (
-                f"{where}: logger name"
-            )
-
-
-def test_supervisor_is_the_only_task_without_a_group() -> None:
-    """And there is exactly one."""
-    bare = [
-        call
-        for call in calls("asgi_cluster.lifetime.supervisor")
-        if call[1] == "create_task" and "loop" in call[0]
-    ]
-    assert len(bare) == 1
 
 
 # Documents
