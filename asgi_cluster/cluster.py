@@ -10,7 +10,7 @@ from ssl import SSLContext
 from typing import Any, Self
 
 from asgi_cluster.arguments import seconds as in_seconds
-from asgi_cluster.bus.bus import NodeInfo
+from asgi_cluster.bus.stats import NodeInfo
 from asgi_cluster.config import RealtimeConfig
 from asgi_cluster.ids import NodeId, check_user
 from asgi_cluster.options import Identify, Options
@@ -96,7 +96,7 @@ class Cluster:
         Raises:
             TypeError, ValueError: no user id, which is 1 to 255 printable characters.
         """
-        return RemoteUser(self._parts.service, self._parts.backend.bus, check_user(user_id))
+        return RemoteUser(self._parts.service, self._parts.backend.session_bus, check_user(user_id))
 
     def session(self, handle: str) -> RemoteSession:
         """A session by its public handle.
@@ -104,7 +104,7 @@ class Cluster:
         Raises:
             TypeError, ValueError: not a handle.
         """
-        return RemoteSession(self._parts.service, self._parts.backend.bus, check_handle(handle))
+        return RemoteSession(self._parts.service, self._parts.backend.session_bus, check_handle(handle))
 
     def room(self, name: str) -> Room:
         """A room by its exact name, 1 to 255 characters. It exists as long as it has a member.
@@ -227,7 +227,7 @@ class Cluster:
             ready=self.ready,
             failing=dict(parts.node.failing.values()),
             cache=parts.service.store.cache.stats(),
-            bus=replace(parts.backend.bus.stats(), malformed=parts.dispatch.malformed),
+            bus=replace(parts.backend.stats(), malformed=parts.dispatch.malformed),
             realtime=parts.hub.stats(rooms=parts.rooms.count()),
         )
 
@@ -235,7 +235,7 @@ class Cluster:
         """The registered nodes, by id. Raises ``StoreUnavailable``."""
         node = self._parts.node
         node.ensure_started("listing nodes")
-        found = await self._parts.backend.bus.nodes(timeout=node.deadline)
+        found = await self._parts.backend.session_bus.nodes(timeout=node.deadline)
         return [found[each] for each in sorted(found)]
 
     def __repr__(self) -> str:

@@ -59,7 +59,7 @@ class Parts:
         self.hub = Hub(outbox_bytes=realtime.outbox_bytes)
         self.origins = Origins(realtime.allowed_origins)
         cache = SessionCache(
-            self.backend.bus.lease,
+            self.backend.session_bus.lease,
             ttl=sessions.cache.ttl,
             max_entries=sessions.cache.max_entries,
             stale_for=stale_for,
@@ -68,11 +68,11 @@ class Parts:
             CachedStore(self.backend.store, cache),
             sessions,
             node=self.node,
-            bus=self.backend.bus,
+            bus=self.backend.session_bus,
             sockets=self.hub,
         )
         self.rooms = Rooms(
-            bus=self.backend.bus,
+            bus=self.backend.room_bus,
             history=self.backend.history,
             presence=self.backend.presence,
             hub=self.hub,
@@ -88,7 +88,7 @@ class Parts:
             rooms=self.rooms,
             acks=self.service.acks,
             tombstones=self.service.tombstones,
-            bus=self.backend.bus,
+            bus=self.backend.session_bus,
             node=self.node,
             revalidator=self.revalidator,
         )
@@ -105,7 +105,7 @@ class Parts:
             backend=self.backend,
             dispatch=self.dispatch,
             hub=self.hub,
-            retention=self.rooms.retention,
+            rooms=self.rooms,
             revalidator=self.revalidator,
             tombstones=self.service.tombstones,
             config=realtime,
@@ -113,4 +113,4 @@ class Parts:
 
     def _attach(self) -> None:
         self.memory.look()
-        self.backend.attach(self.node.id, self.dispatch, listen=self.node.listens)
+        self.backend.attach(self.node, self.dispatch, self.rooms)
