@@ -17,7 +17,7 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from asgi_cluster.backends.redis.connection import MultiplexedConnection, Refusals
+from asgi_cluster.backends.redis.connection import MultiplexedConnection
 from asgi_cluster.backends.redis.errors import (
     PATIENCE_AT_START,
     ConnectionBroken,
@@ -29,6 +29,7 @@ from asgi_cluster.backends.redis.errors import (
 from asgi_cluster.backends.redis.listener import Heartbeat, Listener
 from asgi_cluster.backends.redis.primary import Primary
 from asgi_cluster.backends.redis.quorum import PrimaryReport, QuorumHeartbeats
+from asgi_cluster.backends.redis.replies import Refusals
 from asgi_cluster.backends.redis.slots import facts_of
 from asgi_cluster.bus.lease import Heartbeats, Lease
 from asgi_cluster.exceptions import BusUnavailable
