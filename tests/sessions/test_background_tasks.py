@@ -15,8 +15,8 @@ import websockets
 
 from asgi_cluster import Cluster, CookieConfig, SessionConfig
 from asgi_cluster.backends.redis.client import PrimaryClient
+from asgi_cluster.backends.redis.heartbeat import HeartbeatLoop
 from asgi_cluster.backends.redis.registry import Registry
-from asgi_cluster.backends.redis.subscriber import Subscriber
 from asgi_cluster.backends.redis.subscribers import SubscriberSet
 from asgi_cluster.sessions.tombstones import Tombstones
 from asgi_cluster.sockets.hub import Hub
@@ -83,9 +83,9 @@ async def test_background_work_that_fails(
     ("kind", "method", "name"),
     [
         (Registry, "observe", "registry"),
-        (Subscriber, "_one_connection", "subscriber"),
+        (HeartbeatLoop, "register", "subscriber"),
         (SubscriberSet, "gap", "subscriber"),
-        (PrimaryClient, "_one_connection", "commands"),
+        (PrimaryClient, "_probe", "commands"),
     ],
 )
 async def test_work_of_the_backend_that_fails(
@@ -109,7 +109,7 @@ async def test_work_of_the_backend_that_fails(
         monkeypatch.setattr(kind, method, broken)
         bus: Any = cluster._parts.backend.bus
         for subscriber in list(bus._sessions._subscribers.values()):
-            subscriber._link.abort("broken by the test")
+            subscriber._connection.abort("broken by the test")
         backend: Any = cluster._parts.backend
         if kind is PrimaryClient:
             backend._topology.drop("broken by the test")

@@ -79,14 +79,14 @@ class MultiplexedConnection:
         Raises:
             ConnectionBroken: not sent.
         """
-        self._check()
+        self.check()
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._write(args, future)
         return future
 
     def post(self, *args: str | bytes | int) -> None:
         """Send a command whose reply is not needed. Raises as ``send``."""
-        self._check()
+        self.check()
         self._write(args, None)
 
     def subscribe(self, verb: str, commands: Sequence[Sequence[str]]) -> asyncio.Future[Refusals]:
@@ -95,14 +95,15 @@ class MultiplexedConnection:
 
         An error reply refuses all channels of its command. Raises as ``send``.
         """
-        self._check()
+        self.check()
         batch = self._replies.batch(verb, commands)
         for channels in commands:
             self._outgoing += self._connection.pack_command(verb, *channels)
         self._write(("PING", batch.nonce), batch)
         return batch.future
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises ``ConnectionBroken``, with the reason: no command can be sent."""
         if self._broken is not None:
             raise ConnectionBroken(self._broken, sent=False)
         if len(self._replies) >= _MAX_PENDING:

@@ -13,7 +13,7 @@ from asgi_cluster.backends.redis.lifetime import Background, background
 from asgi_cluster.backends.redis.listener import Heartbeat
 from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.primary import Primary
-from asgi_cluster.backends.redis.quorum import QuorumHeartbeats, common_ground
+from asgi_cluster.backends.redis.quorum import common_ground
 from asgi_cluster.backends.redis.registry import InboxBeat, Registry, SideBeat
 from asgi_cluster.backends.redis.single import Topology
 from asgi_cluster.backends.redis.subscriber import Subscriber
@@ -127,7 +127,6 @@ class SubscriberSet:
     def _plan(self) -> list[asyncio.Future[None]]:
         """One subscriber per primary, and each channel at the primary that has it now."""
         assert self._tasks is not None
-        loop = asyncio.get_running_loop()
         started: list[asyncio.Future[None]] = []
         primaries = self.topology.primaries()
         if self.registry is None:
@@ -137,16 +136,14 @@ class SubscriberSet:
         for primary in fresh:
             lease = Lease(self._duration) if self.names.sharded else self._lease
             self._subscribers[primary] = Subscriber(
-                primary, lease, self, sharded=self.names.sharded, vital=frozenset(self._wanted)
+                primary, lease, self, sharded=self.names.sharded, vital=self._fixed
             )
         for channel in sorted(self._wanted):
             self._settle(channel)
         for primary in fresh:
-            outcome: asyncio.Future[None] = loop.create_future()
-            outcome.add_done_callback(_retrieve)  # not awaited for a primary that comes later
-            started.append(outcome)
-            run = partial(self._subscribers[primary].run, outcome)
-            self._running[primary] = self._tasks.keep(run, name="subscriber")
+            reconnecting = self._subscribers[primary].reconnecting
+            started.append(reconnecting.started)
+            self._running[primary] = self._tasks.keep(reconnecting.run, name="subscriber")
         for primary in [primary for primary in self._subscribers if primary not in primaries]:
             subscriber = self._subscribers.pop(primary)
             self._running.pop(primary).cancel()
@@ -171,7 +168,7 @@ class SubscriberSet:
             home.want(channel)
         if before is not None:
             before.unsubscribe(channel)
-            self.gap(before, "a channel has moved", frozenset((channel,)))
+            self.gap("a channel has moved", frozenset((channel,)))
         return home
 
     def lease_of(self, key: str) -> Lease:
@@ -219,13 +216,13 @@ class SubscriberSet:
 
     # Events of the subscribers
 
-    def heartbeat(self, subscriber: Subscriber) -> Heartbeat:
+    def heartbeat(self, primary: Primary) -> Heartbeat:
         """See ``Listener.heartbeat``."""
         if self.registry is None:
             return InboxBeat(self.names, self._node)
-        if self.topology.home(self.names.nodes()) is subscriber.primary:
+        if self.topology.home(self.names.nodes()) is primary:
             return self.registry
-        tag = self.topology.tag_at(subscriber.primary)
+        tag = self.topology.tag_at(primary)
         if tag is None:
             raise ConnectionBroken("this primary has no slots", sent=False)
         return SideBeat(self.names, self.registry.node, tag)
@@ -240,7 +237,7 @@ class SubscriberSet:
         else:
             self._receiver.session_message(payload)
 
-    def gap(self, subscriber: Subscriber, reason: str, channels: frozenset[str]) -> None:
+    def gap(self, reason: str, channels: frozenset[str]) -> None:
         """See ``Listener.gap``."""
         self.topology.refresh_soon()
         fresh = channels - self._lost  # the others' gap was reported, and nothing was trusted since
@@ -255,9 +252,9 @@ class SubscriberSet:
         if rooms is None or rooms:
             self._receiver.rooms_gap(reason, rooms)
 
-    def acknowledged(self, subscriber: Subscriber, channels: frozenset[str]) -> None:
+    def acknowledged(self, primary: Primary, channels: frozenset[str]) -> None:
         """See ``Listener.acknowledged``."""
-        self.topology.reconnect_now(subscriber.primary)
+        self.topology.reconnect_now(primary)
         back = channels & self._lost
         self._lost -= back
         if self._receiver is None or not self._open or not back:
@@ -269,25 +266,22 @@ class SubscriberSet:
         if rooms is None or rooms:
             self._receiver.rooms_restored(rooms)
 
-    def standing(self, subscriber: Subscriber) -> None:
-        """See ``Listener.standing``."""
-        standings = [each.standing for each in self._subscribers.values() if each.standing is not None]
-        ground = common_ground(standings, len(self._subscribers))
-        if len({standing.epoch for standing in standings}) > 1:
+    def reported(self) -> None:
+        """See ``Listener.reported``."""
+        heartbeats = [each.heartbeats for each in self._subscribers.values()]
+        reports = [each.report for each in heartbeats if each.report is not None]
+        ground = common_ground(reports, len(heartbeats))
+        if len({report.epoch for report in reports}) > 1:
             # A primary has been replaced, maybe one in our table: look it up soon.
             self.topology.refresh_soon()
         if ground is None:
             return
         epoch, moment = ground
-        for each in self._subscribers.values():
-            if (
-                each.standing is not None
-                and each.standing.epoch == epoch
-                and isinstance(each.echo, QuorumHeartbeats)
-            ):
-                each.echo.confirm(moment)
+        for each in heartbeats:
+            if each.report is not None and each.report.epoch == epoch:
+                each.confirm(moment)
 
-    def moved(self, subscriber: Subscriber) -> None:
+    def moved(self) -> None:
         """See ``Listener.moved``."""
         self.topology.refresh_soon()
 
@@ -333,8 +327,3 @@ class SubscriberSet:
 
     def __repr__(self) -> str:
         return f"<SubscriberSet of {len(self._wanted)} channels from {len(self._subscribers)} primaries>"
-
-
-def _retrieve(done: asyncio.Future[None]) -> None:
-    if not done.cancelled():
-        done.exception()

@@ -124,10 +124,10 @@ class Address:
         )
 
     async def dial(self, on_push: OnPush | None = None) -> MultiplexedConnection:
-        """An open link. Raises ``ConnectionBroken``."""
-        link = MultiplexedConnection(self.connection(), on_push)
-        await link.open(self._timeout)
-        return link
+        """An open connection. Raises ``ConnectionBroken``."""
+        connection = MultiplexedConnection(self.connection(), on_push)
+        await connection.open(self._timeout)
+        return connection
 
     def __repr__(self) -> str:
         return f"<Address {self.name}/{self.db}>"
