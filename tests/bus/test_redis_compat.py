@@ -31,7 +31,7 @@ def advice(name: str, use: str) -> Iterator[None]:
             "2. Look for the new name in redis/asyncio/connection.py and redis/_parsers/, of "
             "_AsyncRESP3Parser and of _AsyncHiredisParser, and change compat.py alone.\n"
             "3. If there is none any more: hiredis.Reader under an asyncio.Protocol can take the place of "
-            "redis-py's connection in MultiplexedConnection (docs/performance.md has the measurement)."
+            "redis-py's connection in MultiplexedConnection (compat.py has the measurement)."
         )
 
 

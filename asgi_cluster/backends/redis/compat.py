@@ -2,6 +2,12 @@
 
 ``tests/bus/test_redis_compat.py`` checks each of it with redis-py's own parser and with hiredis, and says
 what to do when one breaks.
+
+An ``asyncio.Protocol`` with ``hiredis.Reader`` would need none of it. A message that was published and
+received took 55 µs of CPU with redis-py's parser, 19 µs with hiredis under redis-py, and 9 µs with that
+protocol (50 at a time, 128 bytes, Python 3.11); one at a time the three are within noise. It is not done,
+because ``hiredis`` would be required, or a second parser kept beside it, and TLS, unix sockets, credential
+providers and the handshake would be ours to write.
 """
 
 from __future__ import annotations
