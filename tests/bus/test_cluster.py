@@ -245,3 +245,26 @@ async def test_links_between_the_nodes_are_killed(cluster: RedisCluster, prefix:
                             client.execute_command("DEBUG", "CLUSTERLINK", "KILL", "ALL", identity)
             await hears_all_buckets(publisher, node)
         assert node.receiver.of("gap") == []
+
+
+async def test_a_room_that_a_new_primary_forbids(prefix: str) -> None:
+    """Access lists are not replicated. A room of this node that the new primary forbids costs that room, and
+    no session.
+    """
+    with start_redis_cluster() as cluster:
+        async with opened(cluster.url, prefix) as node:
+            slot = slot_of("{7f}")
+            room = next(
+                name
+                for name in map("r{}".format, itertools.count())
+                if cluster.primary_of(slot_of(f"{{room:{name}}}")) is cluster.primary_of(slot)
+            )
+            await node.bus.subscribe(room)
+            replica = cluster.replica_of(cluster.primary_of(slot))
+            rights = f"resetchannels &{prefix}:*sessions &{prefix}:*inbox".split()
+            replica.client().execute_command("ACL", "SETUSER", "default", *rights)
+            replica.client().execute_command("CLUSTER", "FAILOVER")
+            new = replica.client().info("server")["run_id"]
+            await eventually(lambda: node.bus.run_id(0x7F) == new and node.live, timeout=20)
+            assert not node.bus.room_lease(room).live
+            await hears_all_buckets(node, node, at_once=False)

@@ -8,8 +8,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from redis._parsers import _AsyncHiredisParser, _AsyncRESP3Parser
-from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ResponseError
 
 from asgi_cluster.backends.redis.connection import MultiplexedConnection, OnPush
@@ -20,18 +18,7 @@ from tests.support.proxy import Proxy
 from tests.support.servers import Server
 from tests.support.waiting import eventually
 
-
-@pytest.fixture(params=["RESP3", "Hiredis"], autouse=True)
-def parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each parser of redis-py in turn: it takes hiredis where that is installed."""
-    if request.param == "Hiredis":
-        pytest.importorskip("hiredis")  # the run with the oldest dependencies has none
-    parsers = {"RESP3": _AsyncRESP3Parser, "Hiredis": _AsyncHiredisParser}
-    set_parser = AbstractConnection.set_parser
-    monkeypatch.setattr(
-        AbstractConnection, "set_parser", lambda self, parser_class: set_parser(self, parsers[request.param])
-    )
-    return str(request.param)
+pytestmark = pytest.mark.usefixtures("parser")
 
 
 @asynccontextmanager

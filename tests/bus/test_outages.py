@@ -212,11 +212,11 @@ async def test_a_command_waits_for_the_reconnect(valkey: Server, prefix: str) ->
     async with Proxy(valkey.url) as proxy, opened(proxy.url, prefix) as node:
         commands = node.backend._topology._commands
         assert commands is not None
-        broken = commands._link
+        broken = commands._connection
         assert broken is not None
         assert proxy.cut(refuse=False) >= 2
         # Not "until nothing answers": with luck the next link stands before anybody looks.
-        await eventually(lambda: commands._link is not broken)
+        await eventually(lambda: commands._connection is not broken)
         assert await node.backend._topology.call("k", "ECHO", "x", timeout=1) == b"x"
 
 

@@ -105,6 +105,23 @@ async def test_a_room_whose_channel_is_refused_leaves_the_others_alone(prefix: s
             await eventually(lambda: node.receiver.heard("good2") == [b"m"])
 
 
+async def test_a_refused_room_that_was_left_meanwhile_leaves_the_others_alone(prefix: str) -> None:
+    """One command joins both rooms, an access list forbids one, and that one is left before the server
+    answers: the other is joined all the same.
+    """
+    rights = f"worker on >pw ~{prefix}:* +@all resetchannels &{prefix}:0:sessions &{prefix}:0:node:*"
+    rooms = f"&{prefix}:0:room:good* &{prefix}:0:room:"
+    with start_valkey("--user", *f"{rights} {rooms}".split()) as server:
+        async with opened(server.url.replace("//", "//worker:pw@"), prefix) as node:
+            good, bad = (asyncio.ensure_future(node.bus.subscribe(room)) for room in ("good", "bad"))
+            for _ in range(2):  # until the command is on its way
+                await asyncio.sleep(0)
+            node.bus.unsubscribe("bad")
+            await asyncio.gather(good, bad)
+            await node.bus.publish_room("good", b"\nm", timeout=1)
+            await eventually(lambda: node.receiver.heard("good") == [b"m"])
+
+
 async def test_nothing_is_left_behind_on_close(valkey: Server, prefix: str) -> None:
     """No task, no connection, no registration."""
     clients = len(valkey.client().client_list())

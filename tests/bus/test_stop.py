@@ -13,9 +13,9 @@ from tests.bus.nodes import opened, our_tasks
 from tests.support.topologies import SentinelSet
 
 LINKS: dict[str, Callable[[Any], MultiplexedConnection]] = {
-    "commands": lambda backend: backend._topology._commands._link,
-    "subscriber": lambda backend: next(iter(backend._subscribers._subscribers.values()))._link,
-    "sentinel": lambda backend: backend._topology._sentinels[0].link,
+    "commands": lambda backend: backend._topology._commands._connection,
+    "subscriber": lambda backend: next(iter(backend._subscribers._subscribers.values()))._connection,
+    "sentinel": lambda backend: backend._topology._sentinels[0]._connection,
 }
 
 

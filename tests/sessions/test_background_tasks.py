@@ -15,8 +15,8 @@ import websockets
 
 from asgi_cluster import Cluster, CookieConfig, SessionConfig
 from asgi_cluster.backends.redis.client import PrimaryClient
+from asgi_cluster.backends.redis.heartbeat import HeartbeatLoop
 from asgi_cluster.backends.redis.registration import Registration
-from asgi_cluster.backends.redis.subscriber import Subscriber
 from asgi_cluster.backends.redis.subscribers import SubscriberSet
 from asgi_cluster.sessions.tombstones import Tombstones
 from asgi_cluster.sockets.hub import Hub
@@ -83,9 +83,9 @@ async def test_background_work_that_fails(
     ("kind", "method", "name"),
     [
         (Registration, "observe", "registry"),
-        (Subscriber, "_one_connection", "subscriber"),
+        (HeartbeatLoop, "register", "subscriber"),
         (SubscriberSet, "gap", "subscriber"),
-        (PrimaryClient, "_one_connection", "commands"),
+        (PrimaryClient, "_probe", "commands"),
     ],
 )
 async def test_work_of_the_backend_that_fails(
@@ -109,7 +109,7 @@ async def test_work_of_the_backend_that_fails(
         monkeypatch.setattr(kind, method, broken)
         backend: Any = cluster._parts.backend
         for subscriber in list(backend._subscribers._subscribers.values()):
-            subscriber._link.abort("broken by the test")
+            subscriber._connection.abort("broken by the test")
         if kind is PrimaryClient:
             backend._topology.drop("broken by the test")
         await eventually(lambda: cluster.stats().failing == {name: "KeyError"}, timeout=15)

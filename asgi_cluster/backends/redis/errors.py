@@ -21,9 +21,7 @@ from asgi_cluster.exceptions import StoreUnavailable
 
 __all__ = [
     "NOT_EXECUTED",
-    "PATIENCE_AT_START",
     "ConnectionBroken",
-    "first_of",
     "first_word",
     "is_timeout",
     "reason_of",
@@ -32,10 +30,6 @@ __all__ = [
 
 NOT_EXECUTED = ("MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN", "NOSCRIPT", "LOADING", "READONLY", "MASTERDOWN")
 """First words of error replies which prove that the command did nothing."""
-
-
-PATIENCE_AT_START = 3.0
-"""Seconds for which a server that is late may be merely busy, at the start. A refusal is final."""
 
 _COMMAND = re.compile(r"no permissions to run the '([\w|-]+)' command")
 _IN_SCRIPT = re.compile(r"@user_script: ?\d+: -?([A-Z]{3,}) ")
@@ -78,14 +72,6 @@ def first_word(error: BaseException) -> str:
     inner = _IN_SCRIPT.search(text)
     word = inner[1] if inner else text.split(" ", 1)[0]
     return word if word.isupper() and word.isalpha() else "ERR"
-
-
-def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first error in a group, however deep."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 def reason_of(error: BaseException) -> str:

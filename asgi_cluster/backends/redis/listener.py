@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from asgi_cluster.backends.redis.subscriber import Subscriber
+from asgi_cluster.backends.redis.primary import Primary
 
 __all__ = ["Command", "Heartbeat", "Listener"]
 
@@ -30,9 +29,12 @@ class Heartbeat(Protocol):
 
 
 class Listener(Protocol):
-    """Called with the events of a subscriber, on the event loop; must not block."""
+    """Called with the events of the subscriber of ``primary``, on the event loop; must not block.
 
-    def heartbeat(self, subscriber: Subscriber) -> Heartbeat:
+    A protocol, because its implementation makes the subscribers, and they must not import it.
+    """
+
+    def heartbeat(self, primary: Primary) -> Heartbeat:
         """What to beat with, at this moment."""
         ...
 
@@ -40,21 +42,21 @@ class Listener(Protocol):
         """It came on one of our channels."""
         ...
 
-    def gap(self, subscriber: Subscriber, reason: str, channels: frozenset[str]) -> None:
+    def gap(self, reason: str, channels: frozenset[str]) -> None:
         """Messages may have been lost on these channels.
 
         Their lease is 0 already, or they have none any more.
         """
         ...
 
-    def acknowledged(self, subscriber: Subscriber, channels: frozenset[str]) -> None:
+    def acknowledged(self, primary: Primary, channels: frozenset[str]) -> None:
         """From now on messages on these channels arrive."""
         ...
 
-    def standing(self, subscriber: Subscriber) -> None:
+    def reported(self) -> None:
         """A primary of a Cluster has reported its epoch (``PrimaryReport``), and answered a heartbeat."""
         ...
 
-    def moved(self, subscriber: Subscriber) -> None:
-        """A slot of these channels has moved to another server."""
+    def moved(self) -> None:
+        """A slot has moved to another server."""
         ...

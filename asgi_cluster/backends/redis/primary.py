@@ -1,4 +1,4 @@
-"""One primary: where it is at the moment, and whether it is what we take it for."""
+"""One primary: where it is at the moment, and a check that it is the server that the URL means."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from asgi_cluster.backends.redis.errors import ConnectionBroken
 __all__ = ["Dial", "Primary"]
 
 Dial = Callable[[OnPush | None], Awaitable[MultiplexedConnection]]
-"""Opens a link to the primary, wherever it is now; raises ``ConnectionBroken``."""
+"""Opens a connection to the primary, wherever it is now; raises ``ConnectionBroken``."""
 
 _MODES = {"standalone": "redis://", "sentinel": "redis+sentinel://", "cluster": "redis+cluster://"}
 
@@ -41,14 +41,14 @@ class Primary:
         """Where it is, for people."""
         return self._name()
 
-    async def check_server(self, link: MultiplexedConnection) -> str:
-        """Its run id. ``link`` runs already.
+    async def check_server(self, connection: MultiplexedConnection) -> str:
+        """Its run id. Replies are read already.
 
         Raises:
             ConnectionBroken: it is too old, or no primary, or of another kind.
         """
         try:
-            hello, info = link.send("HELLO", "3"), link.send("INFO", "server")
+            hello, info = connection.send("HELLO", "3"), connection.send("INFO", "server")
             answer = await hello
             facts: dict[str, str] = dict(
                 line.split(":", 1) for line in (await info).decode().splitlines() if ":" in line

@@ -29,16 +29,16 @@ class PrimaryReport(msgspec.Struct, frozen=True):
     """How many primaries it reports."""
 
 
-def common_ground(standings: Sequence[PrimaryReport], primaries: int) -> tuple[int, float] | None:
+def common_ground(reports: Sequence[PrimaryReport], primaries: int) -> tuple[int, float] | None:
     """The newest epoch that any of them reports, and the moment at which a majority still stood at it.
 
     ``None`` while there is no such majority. ``primaries``: how many there are in this node's table.
     """
-    if not standings:
+    if not reports:
         return None
-    newest = max(standing.epoch for standing in standings)
-    agreeing = sorted((each.sent_at for each in standings if each.epoch == newest), reverse=True)
-    majority = max(primaries, *(each.size for each in standings)) // 2 + 1
+    newest = max(report.epoch for report in reports)
+    agreeing = sorted((each.sent_at for each in reports if each.epoch == newest), reverse=True)
+    majority = max(primaries, *(each.size for each in reports)) // 2 + 1
     return (newest, agreeing[majority - 1]) if len(agreeing) >= majority else None
 
 

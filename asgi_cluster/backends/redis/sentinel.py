@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,13 +16,14 @@ from weakref import WeakKeyDictionary
 from redis.exceptions import RedisError
 
 from asgi_cluster.backends.redis.connection import MultiplexedConnection, OnPush
-from asgi_cluster.backends.redis.errors import ConnectionBroken, first_of, reason_of
+from asgi_cluster.backends.redis.errors import ConnectionBroken, reason_of
 from asgi_cluster.backends.redis.lifetime import background
 from asgi_cluster.backends.redis.primary import Primary
+from asgi_cluster.backends.redis.reconnect import ReconnectLoop
 from asgi_cluster.backends.redis.single import OnePrimary
 from asgi_cluster.backends.redis.urls import Address, Target
 from asgi_cluster.exceptions import StoreUnavailable
-from asgi_cluster.tasks import Failing, stop_if_cancelled
+from asgi_cluster.tasks import Failing
 
 __all__ = ["SentinelTopology"]
 
@@ -32,7 +32,6 @@ logger = logging.getLogger("asgi_cluster.redis")
 _SWITCH = "+switch-master"
 _ANSWER = 0.3
 _PATIENCE = 1.0
-_FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 1.0
 _PROBE_EVERY = 1.0
 
@@ -45,47 +44,32 @@ class _Sentinel:
     def __init__(self, address: Address, topology: SentinelTopology) -> None:
         self.address = address
         self._topology = topology
-        self.link: MultiplexedConnection | None = None
+        self._connection: MultiplexedConnection | None = None
         self.reason = "not connected yet"
+        self.reconnecting = ReconnectLoop(
+            lambda: address.dial(self._pushed), self._use, self._lost, longest_pause=_LONGEST_PAUSE
+        )
+        """To run in a task."""
 
-    async def run(self) -> None:
-        pause = _FIRST_PAUSE
-        unexpected: BaseException | None = None
-        while unexpected is None:
-            try:
-                await self._one_connection()
-            except* Exception as group:
-                error = first_of(group)
-                if not isinstance(error, ConnectionBroken | RedisError | OSError):
-                    unexpected = error
-                self.reason = reason_of(error)
-            finally:
-                pause = _FIRST_PAUSE if self.link is not None else min(pause * 2, _LONGEST_PAUSE)
-                self.link = None
-                self._topology.heard_of_sentinels()
-            stop_if_cancelled()
-            if unexpected is None:
-                await asyncio.sleep(random.uniform(0, pause))
-        raise unexpected
+    async def _use(self, connection: MultiplexedConnection) -> None:
+        async with asyncio.timeout(_PATIENCE):
+            refused = await connection.subscribe("SUBSCRIBE", [[_SWITCH]])
+        for error in refused.values():
+            raise error
+        self._connection = connection
+        self.reconnecting.established()
+        self._topology.sentinels_changed()
+        await self._topology.compare()
+        while True:  # a sentinel that is stopped is not one to wait for
+            await asyncio.sleep(_PROBE_EVERY)
+            async with asyncio.timeout(_PATIENCE):
+                await connection.send("PING")
 
-    async def _one_connection(self) -> None:
-        link = await self.address.dial(self._pushed)
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(link.run(), name="asgi-cluster sentinel link")
-                async with asyncio.timeout(_PATIENCE):
-                    refused = await link.subscribe("SUBSCRIBE", [[_SWITCH]])
-                for error in refused.values():
-                    raise error
-                self.link = link
-                self._topology.heard_of_sentinels()
-                await self._topology.compare()
-                while True:  # a sentinel that is stopped is not one to wait for
-                    await asyncio.sleep(_PROBE_EVERY)
-                    async with asyncio.timeout(_PATIENCE):
-                        await link.send("PING")
-        finally:
-            await link.close()
+    def _lost(self, error: Exception | None) -> None:
+        self._connection = None
+        if error is not None:
+            self.reason = reason_of(error)
+        self._topology.sentinels_changed()
 
     def _pushed(self, kind: bytes, channel: bytes, payload: Any) -> None:
         if kind == b"message":
@@ -96,12 +80,12 @@ class _Sentinel:
         """Its config epoch for the service, and where the primary is; ``None`` when it has no such service or
         does not answer.
         """
-        if self.link is None:
+        if self._connection is None:
             return None
         try:
             async with asyncio.timeout(_ANSWER):
-                asked = self.link.send("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
-                details = self.link.send("SENTINEL", "MASTER", service)
+                asked = self._connection.send("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
+                details = self._connection.send("SENTINEL", "MASTER", service)
                 place = await asked
                 if place is None:
                     self.reason = f"has no service {service!r}"
@@ -118,8 +102,9 @@ class SentinelTopology(OnePrimary):
     def __init__(self, target: Target) -> None:
         self._address = target.primary
         self._service = target.service
-        self._sentinels = [_Sentinel(address, self) for address in target.addresses]
-        self._heard = asyncio.Event()
+        self._addresses = target.addresses
+        self._sentinels: list[_Sentinel] = []
+        self._changed = asyncio.Event()
         self._place: HostPort | None = None
         self._epoch = -1
         self._places: WeakKeyDictionary[MultiplexedConnection, HostPort] = WeakKeyDictionary()
@@ -134,8 +119,9 @@ class SentinelTopology(OnePrimary):
     async def opened(self, failing: Failing | None = None) -> AsyncIterator[None]:
         """See ``Topology.opened``."""
         async with background(failing) as tasks:
+            self._sentinels = [_Sentinel(address, self) for address in self._addresses]
             for sentinel in self._sentinels:
-                tasks.keep(sentinel.run, name="sentinel")
+                tasks.keep(sentinel.reconnecting.run, name="sentinel")
             async with super().opened(failing):
                 await self._warn()
                 yield
@@ -160,14 +146,14 @@ class SentinelTopology(OnePrimary):
             self._dialing[dialing] = place
             try:
                 async with dialing:
-                    link = await self._address.at(*place).dial(on_push)
+                    connection = await self._address.at(*place).dial(on_push)
             except ConnectionBroken as broken:
                 error = broken
             except TimeoutError:
                 return await self._dial(on_push)
             else:
-                self._place = self._places[link] = place
-                return link
+                self._place = self._places[connection] = place
+                return connection
             finally:
                 del self._dialing[dialing]
         raise error
@@ -176,7 +162,7 @@ class SentinelTopology(OnePrimary):
         """Where the primary may be, the newest config epoch first."""
         deadline = asyncio.get_running_loop().time() + _PATIENCE
         while True:
-            heard = self._heard
+            changed = self._changed
             answers = await asyncio.gather(*[sentinel.ask(self._service) for sentinel in self._sentinels])
             known = sorted(filter(None, answers), reverse=True)
             if known:
@@ -184,17 +170,17 @@ class SentinelTopology(OnePrimary):
                 return list(dict.fromkeys(place for _, place in known))
             try:
                 async with asyncio.timeout_at(deadline):
-                    await heard.wait()
+                    await changed.wait()
             except TimeoutError:
-                told = "; ".join(
+                reasons = "; ".join(
                     f"{sentinel.address.name}: {sentinel.reason}" for sentinel in self._sentinels
                 )
-                raise ConnectionBroken(f"no sentinel names the primary ({told})", sent=False) from None
+                raise ConnectionBroken(f"no sentinel names the primary ({reasons})", sent=False) from None
 
-    def heard_of_sentinels(self) -> None:
-        """One of them is there, or gone."""
-        self._heard.set()
-        self._heard = asyncio.Event()
+    def sentinels_changed(self) -> None:
+        """One of them is connected, or not any more."""
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     async def compare(self) -> None:
         """A sentinel is back: there may have been a failover while it was away."""
@@ -208,11 +194,11 @@ class SentinelTopology(OnePrimary):
         """A sentinel says that the primary is there now."""
         if service != self._service:
             return
-        old = [link for link, known in self._places.items() if known != place and link.up]
+        old = [connection for connection, known in self._places.items() if known != place and connection.up]
         if old:
             logger.warning("the primary of %s is now %s:%d", service, *place)
-        for link in old:
-            link.abort("the primary has changed")
+        for connection in old:
+            connection.abort("the primary has changed")
         for dialing, at in self._dialing.items():
             if at != place:
                 self._dialing[dialing] = place  # once: the other sentinels will say the same

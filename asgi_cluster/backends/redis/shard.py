@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from functools import partial
 
 from redis.exceptions import RedisError
 
@@ -12,27 +11,38 @@ from asgi_cluster.backends.redis.client import PrimaryClient
 from asgi_cluster.backends.redis.errors import ConnectionBroken, reason_of
 from asgi_cluster.backends.redis.lifetime import Background
 from asgi_cluster.backends.redis.primary import Primary
-from asgi_cluster.backends.redis.slots import HostPort
+from asgi_cluster.backends.redis.slots import HostPort, View, facts_of, parse_slots
 from asgi_cluster.backends.redis.urls import Address
+from asgi_cluster.exceptions import StoreUnavailable
 
 __all__ = ["Shard"]
 
 logger = logging.getLogger("asgi_cluster.redis")
 
 _FAREWELL = 1.0
+_ANSWER = 0.5
 
 
 class Shard:
-    """A primary, its command link, and the task that keeps it."""
+    """A primary, its client, and the task that keeps the client connected."""
 
     def __init__(self, place: HostPort, address: Address, tasks: Background) -> None:
         self.place = place
         self.primary = Primary(address.dial, lambda: address.name, mode="cluster", minimum=(7, 0))
         self.commands = PrimaryClient(self.primary)
-        self.started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.started.add_done_callback(lambda done: done.cancelled() or done.exception())
-        self.task = tasks.keep(partial(self.commands.run, self.started), name="commands")
+        self.task = tasks.keep(self.commands.reconnecting.run, name="commands")
         self.tag: str | None = None
+
+    async def look(self) -> tuple[tuple[bool, int, int], View] | None:
+        """Its facts of the Cluster, and its view of the slots; ``None`` when it does not answer."""
+        try:
+            info, slots = await asyncio.gather(
+                self.commands.call("CLUSTER", "INFO", timeout=_ANSWER),
+                self.commands.call("CLUSTER", "SLOTS", timeout=_ANSWER),
+            )
+        except (StoreUnavailable, RedisError):
+            return None
+        return facts_of(info), parse_slots(slots, self.place)
 
     async def retire(self) -> None:
         """It has no slots any more.

@@ -11,8 +11,7 @@ from typing import Any
 
 from redis.exceptions import AskError, MovedError, NoScriptError, RedisError, ResponseError
 
-from asgi_cluster.backends.redis.connection import MultiplexedConnection
-from asgi_cluster.backends.redis.errors import ConnectionBroken, reason_of, unavailable
+from asgi_cluster.backends.redis.errors import unavailable
 from asgi_cluster.backends.redis.lifetime import Background, background
 from asgi_cluster.backends.redis.primary import Primary
 from asgi_cluster.backends.redis.shard import Shard
@@ -21,9 +20,8 @@ from asgi_cluster.backends.redis.slots import (
     SLOTS,
     HostPort,
     View,
-    facts_of,
+    ask_for_slots,
     parse_redirect,
-    parse_slots,
     slot_of,
     tags,
 )
@@ -38,7 +36,6 @@ logger = logging.getLogger("asgi_cluster.redis")
 _LOOK_EVERY = 10.0
 _LOOK_WHILE_TROUBLED = 0.25
 _ASKED_AT_ONCE = 5
-_ANSWER = 0.5
 _RETRY_PAUSE = 0.02
 
 
@@ -52,7 +49,7 @@ class ClusterTopology(Routed):
 
     def __init__(self, target: Target) -> None:
         self._seeds = target.addresses
-        self._members: dict[HostPort, Shard] = {}
+        self._shards: dict[HostPort, Shard] = {}
         self._slots: View = [None] * SLOTS
         self._tasks: Background | None = None
         self._refresh_wanted = asyncio.Event()
@@ -65,59 +62,25 @@ class ClusterTopology(Routed):
             self._tasks = tasks
             self._refresh_wanted = asyncio.Event()
             try:
-                self._adopt(await self._look_from_outside())
-                await asyncio.gather(*[member.started for member in self._members.values()])
+                self._adopt(await ask_for_slots(self._seeds))
+                clients = [shard.commands for shard in self._shards.values()]
+                await asyncio.gather(*[client.reconnecting.started for client in clients])
                 tasks.keep(self._watch_slots, name="slots")
                 yield
             finally:
                 self._tasks = None
-                self._members.clear()
+                self._shards.clear()
                 self._slots = [None] * SLOTS
 
     # The table of slots
 
-    async def _look_from_outside(self) -> View:
-        """By way of the addresses in the URL, one after the other. Raises ``StoreUnavailable``."""
-        assert self._tasks is not None
-        told: list[str] = []
-        for seed in self._seeds:
-            try:
-                link = await seed.dial()
-                running = self._tasks.start(_until_broken(link), name="asgi-cluster slots link")
-                try:
-                    async with asyncio.timeout(_ANSWER):
-                        # The other question too: a right that is missing should stop the start.
-                        slots, _ = await asyncio.gather(
-                            link.send("CLUSTER", "SLOTS"), link.send("CLUSTER", "INFO")
-                        )
-                        view = parse_slots(slots, seed.place)
-                finally:
-                    running.cancel()
-                    await link.close()
-            except (ConnectionBroken, RedisError, OSError) as error:
-                told.append(f"{seed.name}: {_said(error)}")
-                continue
-            if any(view):
-                return view
-        raise StoreUnavailable("; ".join(told) or "no node of the Redis Cluster has slots")
-
     async def _look(self) -> View | None:
-        """By way of the members, some at once: the healthy one with the newest epoch is right."""
-        members = [member for member in self._members.values() if member.commands.answering]
-        asked = random.sample(members, min(len(members), _ASKED_AT_ONCE))
-        views = await asyncio.gather(*[self._ask(member) for member in asked])
+        """By way of the shards, some at once: the healthy one with the newest epoch is right."""
+        shards = [shard for shard in self._shards.values() if shard.commands.answering]
+        asked = random.sample(shards, min(len(shards), _ASKED_AT_ONCE))
+        views = await asyncio.gather(*[shard.look() for shard in asked])
         known = [view for view in views if view is not None]
         return max(known, key=lambda seen: seen[0])[1] if known else None
-
-    async def _ask(self, member: Shard) -> tuple[tuple[bool, int, int], View] | None:
-        try:
-            info, slots = await asyncio.gather(
-                member.commands.call("CLUSTER", "INFO", timeout=_ANSWER),
-                member.commands.call("CLUSTER", "SLOTS", timeout=_ANSWER),
-            )
-        except (StoreUnavailable, RedisError):
-            return None
-        return facts_of(info), parse_slots(slots, member.place)
 
     async def _watch_slots(self) -> None:
         while True:
@@ -129,32 +92,32 @@ class ClusterTopology(Routed):
                 pass
             self._refresh_wanted.clear()
             try:
-                view = await self._look() or await self._look_from_outside()
+                view = await self._look() or await ask_for_slots(self._seeds)
             except StoreUnavailable as error:
                 logger.debug("the slots could not be looked up: %s", error.reason)
                 continue
             self._adopt(view)
-            await asyncio.sleep(_RETRY_PAUSE)  # however many doubts there are
+            await asyncio.sleep(_RETRY_PAUSE)  # however often it is wanted
 
     def _adopt(self, view: View) -> None:
         assert self._tasks is not None
         changed, self._slots = view != self._slots, view
         places = set(filter(None, view))
         for place in places:
-            self._member(place)
-        for place in self._members.keys() - places:
-            self._tasks.start(self._members.pop(place).retire(), name="asgi-cluster retirement")
+            self._shard(place)
+        for place in self._shards.keys() - places:
+            self._tasks.start(self._shards.pop(place).retire(), name="asgi-cluster retirement")
         if changed:
-            self._tell()
+            self._homes_changed()
 
-    def _member(self, place: HostPort) -> Shard:
-        member = self._members.get(place)
-        if member is None:
+    def _shard(self, place: HostPort) -> Shard:
+        shard = self._shards.get(place)
+        if shard is None:
             assert self._tasks is not None
-            member = self._members[place] = Shard(place, self._seeds[0].at(*place), self._tasks)
-        return member
+            shard = self._shards[place] = Shard(place, self._seeds[0].at(*place), self._tasks)
+        return shard
 
-    def _tell(self) -> None:
+    def _homes_changed(self) -> None:
         if self._changed is not None:
             self._changed()
 
@@ -163,8 +126,8 @@ class ClusterTopology(Routed):
         slot, place = parse_redirect(error, asked)
         if self._slots[slot] != place:
             self._slots = [*self._slots[:slot], place, *self._slots[slot + 1 :]]
-            self._member(place)
-            self._tell()
+            self._shard(place)
+            self._homes_changed()
         self.refresh_soon()
 
     # The port
@@ -184,7 +147,7 @@ class ClusterTopology(Routed):
                     raise StoreUnavailable("not connected")
                 if place is None:
                     raise _SlotWithoutPrimary
-                commands = self._member(place).commands
+                commands = self._shard(place).commands
                 return await commands.call(*args, timeout=deadline - loop.time(), asking=asking is not None)
             except NoScriptError:
                 raise
@@ -206,42 +169,42 @@ class ClusterTopology(Routed):
 
     def post(self, key: str, *args: str | bytes | int) -> bool:
         """See ``Topology.post``."""
-        member = self._home(key)
-        return member is not None and member.commands.post(*args)
+        shard = self._home(key)
+        return shard is not None and shard.commands.post(*args)
 
     def _home(self, key: str) -> Shard | None:
         place = self._slots[slot_of(key)]
-        return None if place is None else self._members.get(place)
+        return None if place is None else self._shards.get(place)
 
     def run_id(self, key: str) -> str:
         """See ``Topology.run_id``."""
-        member = self._home(key)
-        if member is None:
+        shard = self._home(key)
+        if shard is None:
             raise StoreUnavailable("no primary has this slot")
-        return member.commands.run_id
+        return shard.commands.run_id
 
     @property
     def answering(self) -> bool:
         """See ``Topology.answering``."""
-        return bool(self._members) and all(member.commands.answering for member in self._members.values())
+        return bool(self._shards) and all(shard.commands.answering for shard in self._shards.values())
 
     def primaries(self) -> Sequence[Primary]:
         """See ``Topology.primaries``."""
-        return [member.primary for member in self._members.values()]
+        return [shard.primary for shard in self._shards.values()]
 
     def home(self, key: str) -> Primary | None:
         """See ``Topology.home``."""
-        member = self._home(key)
-        return None if member is None else member.primary
+        shard = self._home(key)
+        return None if shard is None else shard.primary
 
     def tag_at(self, primary: Primary) -> str | None:
         """See ``Topology.tag_at``."""
-        member = next((each for each in self._members.values() if each.primary is primary), None)
-        if member is None:
+        shard = next((each for each in self._shards.values() if each.primary is primary), None)
+        if shard is None:
             return None
-        if member.tag is None or self._slots[slot_of(member.tag)] != member.place:
-            member.tag = next((tag for tag in tags() if self._slots[slot_of(tag)] == member.place), None)
-        return member.tag
+        if shard.tag is None or self._slots[slot_of(shard.tag)] != shard.place:
+            shard.tag = next((tag for tag in tags() if self._slots[slot_of(tag)] == shard.place), None)
+        return shard.tag
 
     def watch(self, changed: Callable[[], None] | None) -> None:
         """See ``Topology.watch``."""
@@ -253,19 +216,12 @@ class ClusterTopology(Routed):
 
     def reconnect_now(self, primary: Primary) -> None:
         """See ``Topology.reconnect_now``."""
-        for member in self._members.values():
-            if member.primary is primary:
-                member.commands.reconnect_now()
+        for shard in self._shards.values():
+            if shard.primary is primary:
+                shard.commands.reconnect_now()
 
     def __repr__(self) -> str:
-        return f"<ClusterTopology of {len(self._members)} primaries>"
-
-
-async def _until_broken(link: MultiplexedConnection) -> None:
-    try:
-        await link.run()
-    except ConnectionBroken:
-        return  # its callers have got the error
+        return f"<ClusterTopology of {len(self._shards)} primaries>"
 
 
 class _SlotWithoutPrimary(ResponseError):
@@ -273,9 +229,3 @@ class _SlotWithoutPrimary(ResponseError):
 
     def __init__(self) -> None:
         super().__init__("CLUSTERDOWN no primary has this slot")
-
-
-def _said(error: BaseException) -> str:
-    if "cluster support disabled" in str(error):
-        return "this is no Redis Cluster: its URL starts with redis://"
-    return reason_of(error)

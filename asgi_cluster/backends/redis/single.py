@@ -7,7 +7,6 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from functools import partial
 from typing import Any, Protocol
 
 from redis.exceptions import NoScriptError, RedisError
@@ -99,7 +98,7 @@ class Topology(Protocol):
         ...
 
     def reconnect_now(self, primary: Primary) -> None:
-        """A subscriber has reached ``primary`` again: the command link need not wait its pause out."""
+        """A subscriber has reached ``primary`` again: its client need not wait before it connects."""
         ...
 
 
@@ -137,17 +136,16 @@ class OnePrimary(Routed):
     async def opened(self, failing: Failing | None = None) -> AsyncIterator[None]:
         """See ``Topology.opened``."""
         commands = PrimaryClient(self.primary)
-        started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         async with background(failing) as tasks:
-            tasks.keep(partial(commands.run, started), name="commands")
-            await started
+            tasks.keep(commands.reconnecting.run, name="commands")
+            await commands.reconnecting.started
             self._commands = commands
             try:
                 yield
             finally:
                 self._commands = None
 
-    def _link(self) -> PrimaryClient:
+    def _client(self) -> PrimaryClient:
         if self._commands is None:
             raise StoreUnavailable("not connected")
         return self._commands
@@ -158,7 +156,7 @@ class OnePrimary(Routed):
         deadline = loop.time() + timeout
         while True:
             try:
-                return await self._link().call(*args, timeout=deadline - loop.time())
+                return await self._client().call(*args, timeout=deadline - loop.time())
             except NoScriptError:
                 raise
             except RedisError as error:
@@ -185,7 +183,7 @@ class OnePrimary(Routed):
 
     def run_id(self, key: str) -> str:
         """See ``Topology.run_id``."""
-        return self._link().run_id
+        return self._client().run_id
 
     @property
     def answering(self) -> bool:

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
 from redis.crc import key_slot
+from redis.exceptions import RedisError
 
-__all__ = ["SLOTS", "HostPort", "View", "facts_of", "parse_redirect", "parse_slots", "slot_of", "tags"]
+from asgi_cluster.backends.redis.errors import ConnectionBroken, reason_of
+from asgi_cluster.backends.redis.reconnect import connected
+from asgi_cluster.backends.redis.urls import Address
+from asgi_cluster.exceptions import StoreUnavailable
+
+__all__ = [
+    "SLOTS",
+    "HostPort",
+    "View",
+    "ask_for_slots",
+    "facts_of",
+    "parse_redirect",
+    "parse_slots",
+    "slot_of",
+    "tags",
+]
 
 SLOTS = 16384
+_ANSWER = 0.5
 
 HostPort = tuple[str, int]
 
@@ -53,3 +71,24 @@ def parse_redirect(error: Any, asked: HostPort) -> tuple[int, HostPort]:
 def tags(start: int = 0) -> list[str]:
     """Hash tags to choose from; a thousand of them meet any primary with more than a few slots."""
     return [f"beat{number}" for number in range(start, start + 1000)]
+
+
+async def ask_for_slots(seeds: Sequence[Address]) -> View:
+    """What the addresses in the URL report, asked one after the other. Raises ``StoreUnavailable``."""
+    reasons: list[str] = []
+    for seed in seeds:
+        try:
+            async with connected(seed.dial()) as connection, asyncio.timeout(_ANSWER):
+                # The other question too: a right that is missing should stop the start.
+                slots, _ = await asyncio.gather(
+                    connection.send("CLUSTER", "SLOTS"), connection.send("CLUSTER", "INFO")
+                )
+                view = parse_slots(slots, seed.place)
+        except (ConnectionBroken, RedisError, OSError) as error:
+            no_cluster = "cluster support disabled" in str(error)
+            cure = "this is no Redis Cluster: its URL starts with redis://"
+            reasons.append(f"{seed.name}: {cure if no_cluster else reason_of(error)}")
+            continue
+        if any(view):
+            return view
+    raise StoreUnavailable("; ".join(reasons) or "no node of the Redis Cluster has slots")

@@ -9,13 +9,12 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Protocol
 
 from asgi_cluster.backends.redis.lifetime import Background, background
 from asgi_cluster.backends.redis.listener import Heartbeat
 from asgi_cluster.backends.redis.primary import Primary
-from asgi_cluster.backends.redis.quorum import QuorumHeartbeats, common_ground
+from asgi_cluster.backends.redis.quorum import common_ground
 from asgi_cluster.backends.redis.single import Topology
 from asgi_cluster.backends.redis.subscriber import Subscriber
 from asgi_cluster.bus.lease import Lease
@@ -130,7 +129,6 @@ class SubscriberSet:
         """One subscriber per primary, and each channel at the primary that has it now."""
         assert self._tasks is not None
         assert self._source is not None
-        loop = asyncio.get_running_loop()
         started: list[asyncio.Future[None]] = []
         primaries = self._source.primaries()
         fresh = [primary for primary in primaries if primary not in self._subscribers]
@@ -142,11 +140,9 @@ class SubscriberSet:
         for channel in sorted(self._wanted):
             self._settle(channel)
         for primary in fresh:
-            outcome: asyncio.Future[None] = loop.create_future()
-            outcome.add_done_callback(_retrieve)  # not awaited for a primary that comes later
-            started.append(outcome)
-            run = partial(self._subscribers[primary].run, outcome)
-            self._running[primary] = self._tasks.keep(run, name="subscriber")
+            reconnecting = self._subscribers[primary].reconnecting
+            started.append(reconnecting.started)
+            self._running[primary] = self._tasks.keep(reconnecting.run, name="subscriber")
         for primary in [primary for primary in self._subscribers if primary not in primaries]:
             subscriber = self._subscribers.pop(primary)
             self._running.pop(primary).cancel()
@@ -171,7 +167,7 @@ class SubscriberSet:
             home.want(channel)
         if before is not None:
             before.unsubscribe(channel)
-            self.gap(before, "a channel has moved", frozenset((channel,)))
+            self.gap("a channel has moved", frozenset((channel,)))
         return home
 
     def lease_of(self, key: str) -> Lease:
@@ -218,10 +214,10 @@ class SubscriberSet:
 
     # Events of the subscribers
 
-    def heartbeat(self, subscriber: Subscriber) -> Heartbeat:
+    def heartbeat(self, primary: Primary) -> Heartbeat:
         """See ``Listener.heartbeat``."""
         assert self._source is not None
-        return self._source.heartbeat(subscriber.primary)
+        return self._source.heartbeat(primary)
 
     def message(self, channel: str, payload: bytes) -> None:
         """See ``Listener.message``."""
@@ -229,7 +225,7 @@ class SubscriberSet:
         if listener is not None:
             listener.message(channel, payload)
 
-    def gap(self, subscriber: Subscriber, reason: str, channels: frozenset[str]) -> None:
+    def gap(self, reason: str, channels: frozenset[str]) -> None:
         """See ``Listener.gap``."""
         self.topology.refresh_soon()
         fresh = channels - self._lost  # the others' gap was reported, and nothing was trusted since
@@ -241,9 +237,9 @@ class SubscriberSet:
         for listener in self._listeners:
             listener.gap(reason, self._of(listener, fresh))
 
-    def acknowledged(self, subscriber: Subscriber, channels: frozenset[str]) -> None:
+    def acknowledged(self, primary: Primary, channels: frozenset[str]) -> None:
         """See ``Listener.acknowledged``."""
-        self.topology.reconnect_now(subscriber.primary)
+        self.topology.reconnect_now(primary)
         back = channels & self._lost
         self._lost -= back
         if not self._open or (channels and not back):
@@ -256,25 +252,22 @@ class SubscriberSet:
     def _of(self, listener: ChannelListener, channels: frozenset[str]) -> frozenset[str]:
         return frozenset(channel for channel in channels if self._wanted.get(channel) is listener)
 
-    def standing(self, subscriber: Subscriber) -> None:
-        """See ``Listener.standing``."""
-        standings = [each.standing for each in self._subscribers.values() if each.standing is not None]
-        ground = common_ground(standings, len(self._subscribers))
-        if len({standing.epoch for standing in standings}) > 1:
+    def reported(self) -> None:
+        """See ``Listener.reported``."""
+        heartbeats = [each.heartbeats for each in self._subscribers.values()]
+        reports = [each.report for each in heartbeats if each.report is not None]
+        ground = common_ground(reports, len(heartbeats))
+        if len({report.epoch for report in reports}) > 1:
             # A primary has been replaced, maybe one in our table: look it up soon.
             self.topology.refresh_soon()
         if ground is None:
             return
         epoch, moment = ground
-        for each in self._subscribers.values():
-            if (
-                each.standing is not None
-                and each.standing.epoch == epoch
-                and isinstance(each.echo, QuorumHeartbeats)
-            ):
-                each.echo.confirm(moment)
+        for each in heartbeats:
+            if each.report is not None and each.report.epoch == epoch:
+                each.confirm(moment)
 
-    def moved(self, subscriber: Subscriber) -> None:
+    def moved(self) -> None:
         """See ``Listener.moved``."""
         self.topology.refresh_soon()
 
@@ -312,8 +305,3 @@ class SubscriberSet:
 
     def __repr__(self) -> str:
         return f"<SubscriberSet of {len(self._wanted)} channels from {len(self._subscribers)} primaries>"
-
-
-def _retrieve(done: asyncio.Future[None]) -> None:
-    if not done.cancelled():
-        done.exception()

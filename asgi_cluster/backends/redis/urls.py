@@ -12,7 +12,7 @@ redis-py's ``ssl_…``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from ssl import SSLContext
@@ -30,6 +30,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.maint_notifications import MaintNotificationsConfig
 
+from asgi_cluster.backends.redis.compat import ContextConnection
 from asgi_cluster.backends.redis.connection import MultiplexedConnection, OnPush
 
 __all__ = ["Address", "Target", "parse_target", "parse_targets"]
@@ -38,17 +39,6 @@ _CONNECT_TIMEOUT = 1.0
 _OPTIONS = {"client_name", "db", "host", "password", "path", "port", "socket_connect_timeout", "username"}
 
 _ENCODE = " (in a password, / ? # and @ are written %2F %3F %23 and %40)"
-
-
-class _ContextConnection(SSLConnection):
-    """redis-py makes a TLS context of its own from file names; this one takes the application's."""
-
-    def __init__(self, context: SSLContext, **options: Any) -> None:
-        super().__init__(**options)
-        self._context = context
-
-    def _connection_arguments(self) -> Mapping[str, Any]:
-        return {**super()._connection_arguments(), "ssl": self._context}
 
 
 class Address:
@@ -85,7 +75,7 @@ class Address:
         if ssl_context is not None:
             if self._class is not SSLConnection:
                 raise ValueError("ssl_context goes with rediss://")
-            self._class = partial(_ContextConnection, ssl_context)
+            self._class = partial(ContextConnection, ssl_context)
         if credential_provider is not None:
             if "password" in options or "username" in options:
                 raise ValueError("give user and password in the URL, or a credential_provider, not both")
@@ -134,10 +124,10 @@ class Address:
         )
 
     async def dial(self, on_push: OnPush | None = None) -> MultiplexedConnection:
-        """An open link. Raises ``ConnectionBroken``."""
-        link = MultiplexedConnection(self.connection(), on_push)
-        await link.open(self._timeout)
-        return link
+        """An open connection. Raises ``ConnectionBroken``."""
+        connection = MultiplexedConnection(self.connection(), on_push)
+        await connection.open(self._timeout)
+        return connection
 
     def __repr__(self) -> str:
         return f"<Address {self.name}/{self.db}>"
