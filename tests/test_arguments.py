@@ -29,6 +29,8 @@ from asgi_cluster import (
 from asgi_cluster.ids import UserId, bucket_of
 from tests.sessions.app import client_for
 
+pytestmark = pytest.mark.quick
+
 # Configuration
 
 

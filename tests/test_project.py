@@ -7,6 +7,7 @@ import graphlib
 import re
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from starlette.testclient import TestClient
 import asgi_cluster
 from asgi_cluster import Cluster, Connection, Room, Session
 from tests.support.machine import ROOT
+
+pytestmark = pytest.mark.quick
 
 PACKAGE = ROOT / "asgi_cluster"
 MODULES = {
@@ -63,12 +66,14 @@ COMPOSERS = {"cluster", "dispatch", "remote", "stats", "supervisor", "workers"}
 REALTIME = {"sockets", "rooms", "centrifuge"}
 
 
+@cache
 def tree(module: str) -> ast.Module:
     return ast.parse(MODULES[module].read_text(), filename=str(MODULES[module]))
 
 
 def imported(node: ast.AST) -> Iterator[str]:
     """Absolute names of what is imported at run time, functions included."""
+    child: ast.AST
     if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
         for child in node.orelse:
             yield from imported(child)

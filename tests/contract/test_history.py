@@ -12,6 +12,8 @@ from asgi_cluster.rooms.history import JUMP, HistoryStore, Page, Position, open_
 from tests.contract.sites import TIMEOUT, Site
 from tests.support.waiting import eventually
 
+pytestmark = pytest.mark.quick
+
 
 async def publish(history: HistoryStore, payload: bytes, room: str = "r", **changes: Any) -> Position:
     """Into a room that remembers ten."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from asgi_cluster import Cluster, ClusterMiddleware
+
+pytestmark = pytest.mark.quick
 
 _ROUNDS = 20
 

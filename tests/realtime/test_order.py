@@ -20,6 +20,8 @@ from asgi_cluster.sockets.prepared import PreparedMessage
 from asgi_cluster.sockets.socket import Closes, Socket
 from asgi_cluster.sockets.wire import Wire
 
+pytestmark = pytest.mark.quick
+
 _SOCKETS = 50
 _ROOMS = 3
 _OPERATIONS = 400

@@ -13,6 +13,8 @@ from asgi_cluster.exceptions import BusUnavailable
 from asgi_cluster.rooms.history import Entry, Page, Position
 from asgi_cluster.rooms.stream import RoomStream
 
+pytestmark = pytest.mark.quick
+
 
 class Log:
     """A history whose answers the test decides: entries, epoch, failures, and when a read returns."""

@@ -29,6 +29,8 @@ from asgi_cluster.bus.lease import boot_clock
 from asgi_cluster.sessions import stored
 from tests.sessions.app import Gate, client_for, make_app, nodes
 
+pytestmark = pytest.mark.quick
+
 DAY = 86400
 
 
