@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from redis._parsers import _AsyncHiredisParser, _AsyncRESP3Parser
+from redis._parsers import BaseParser, _AsyncHiredisParser, _AsyncRESP3Parser
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ResponseError
 
@@ -26,7 +26,7 @@ def parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """Each parser of redis-py in turn: it takes hiredis where that is installed."""
     if request.param == "Hiredis":
         pytest.importorskip("hiredis")  # the run with the oldest dependencies has none
-    parsers = {"RESP3": _AsyncRESP3Parser, "Hiredis": _AsyncHiredisParser}
+    parsers: dict[str, type[BaseParser]] = {"RESP3": _AsyncRESP3Parser, "Hiredis": _AsyncHiredisParser}
     set_parser = AbstractConnection.set_parser
     monkeypatch.setattr(
         AbstractConnection, "set_parser", lambda self, parser_class: set_parser(self, parsers[request.param])
@@ -142,7 +142,7 @@ async def test_a_channel_that_moves_while_it_is_left_does_not_shift_the_replies(
         async with FakeServer({b"SUNSUBSCRIBE": answer}) as server, linked(server.url) as link:
             await link.subscribe("SSUBSCRIBE", [["a"]])
             link.subscribe("SUNSUBSCRIBE", [["a"]])
-            assert await asyncio.gather(link.send("PING", "1"), link.send("PING", "2")) == [b"1", b"2"]
+            assert [*await asyncio.gather(link.send("PING", "1"), link.send("PING", "2"))] == [b"1", b"2"]
 
 
 async def test_an_unasked_unsubscribe_is_told() -> None:

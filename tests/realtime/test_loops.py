@@ -32,6 +32,7 @@ async def test_test_client_beside_another_loop(prefix: str) -> None:
             await connection.join("room")
             await connection.send("ready")
             async for message in connection:
+                assert isinstance(message, str)
                 await connection.send(f"echo {message}")
         ended.append(connection.socket.close_code)
 

@@ -71,7 +71,7 @@ class Member:
             conn=SimpleNamespace(state=State.OPEN),
         )
 
-        async def send(message: dict[str, Any]) -> None:
+        async def send(message: Any) -> None:
             if message["type"] == "websocket.send":
                 await self.transport.writable.wait()
                 self.transport.frames += message["text"].encode().split(b"\n")

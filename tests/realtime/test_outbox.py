@@ -6,6 +6,7 @@ import asyncio
 import socket as sockets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -48,7 +49,7 @@ class Member:
             self.connections.append(connection)
             await connection.send("ready")
             async for message in connection:
-                await websocket.send_text(f"echo {message}")
+                await websocket.send_text(f"echo {message!s}")
 
 
 async def start(site: Site, path: str, **realtime: Any) -> tuple[Node, Member]:
@@ -188,12 +189,16 @@ async def test_slow_client_is_disconnected(redis_site: Site, path: str) -> None:
         slow = member.connections[0]
         bound = 0
         got: list[int] = []
+
+        def arrived(upto: int) -> bool:
+            return len(got) > upto
+
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(_read(other.ws.recv, got, 600))
             for start_at in range(0, 600, 10):
                 await flood(node, range(start_at, start_at + 10))
                 bound = max(bound, slow.outbox.waiting_bytes)
-                await eventually(lambda upto=start_at: len(got) > upto)
+                await eventually(partial(arrived, start_at))
         assert got == list(range(600))
         assert bound <= 200_000
         await eventually(lambda: node.cluster.stats().realtime.connections == 1)

@@ -148,7 +148,7 @@ async def test_lock_is_given_back(valkey: Server, prefix: str, how: str) -> None
 
         async def next_one(session: Session) -> bool:
             async with session.lock(wait=5):
-                return session.get("locked", False)
+                return bool(session.get("locked", False))
 
         browser = Browser()
         await browser.on(direct, put(n=0))

@@ -28,7 +28,7 @@ def raw(valkey: Server) -> Iterator[redis.Redis]:
 
 def everything(raw: redis.Redis, prefix: str) -> list[bytes]:
     """All keys of a prefix, and all that is in them."""
-    found: list[bytes] = []
+    found: list[Any] = []
     for key in raw.scan_iter(f"{prefix}*"):
         found.append(key)
         kind = raw.type(key)
@@ -37,7 +37,7 @@ def everything(raw: redis.Redis, prefix: str) -> list[bytes]:
         elif kind == b"string":
             found.append(raw.get(key) or b"")
         elif kind == b"zset":
-            found += raw.zrange(key, 0, -1)
+            found.extend(raw.zrange(key, 0, -1))
     return found
 
 
@@ -265,7 +265,7 @@ async def test_tampered_record_is_treated_as_missing(
                     name = key[: key.index("s:")].encode() + b"e:\xff\xfe"
                     raw.delete(name)
                     if damage == "user":
-                        raw.set(name, raw.hget(key, "@epoch"), ex=60)
+                        raw.set(name, raw.hget(key, "@epoch") or b"", ex=60)
                 else:
                     raw.hset(key, ".a", damages[damage])
                 for _ in range(3):
