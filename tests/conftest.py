@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-from tests.quick import is_quick, refuse_to_start
 from tests.support.requirements import run_with_the_test_group
 from tests.support.servers import Server, debian_binary, start_valkey
 from tests.support.topologies import RedisCluster, SentinelSet, start_redis_cluster, start_sentinel_set
@@ -19,17 +22,32 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
     run_with_the_test_group(pluginmanager)
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m selects
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if is_quick(item):
-            item.add_marker("quick")
+def pytest_configure(config: pytest.Config) -> None:
+    """A quick test is one only with the parameters that need no server."""
+    if "quick" in config.option.markexpr:
+        config.option.markexpr = f"({config.option.markexpr}) and not server"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """``-m quick`` does not import what has no quick tests: that takes longer than the tests."""
+    if config.option.markexpr != "(quick) and not server":
+        return None
+    files = collection_path.rglob("test_*.py") if collection_path.is_dir() else [collection_path]
+    return None if any("pytest.mark.quick" in file.read_text() for file in files) else True
 
 
 @pytest.fixture(autouse=True)
 def _quick_starts_nothing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.node.get_closest_marker("quick"):
-        refuse_to_start(monkeypatch)
+    """A test that is marked as quick fails when it starts a server or a process."""
+    node = request.node
+    if node.get_closest_marker("quick") is None or node.get_closest_marker("server") is not None:
+        return
+
+    def refuse(*args: object, **options: object) -> NoReturn:
+        raise AssertionError("a quick test starts a server or a process: take its mark away")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    monkeypatch.setattr(socket.socket, "listen", refuse)
 
 
 @pytest.fixture(scope="session")
@@ -78,7 +96,7 @@ def redis_url(request: pytest.FixtureRequest) -> str:
     return os.environ.get("REDIS_URL") or str(request.getfixturevalue("valkey").url)
 
 
-@pytest.fixture(params=["memory", "redis"])
+@pytest.fixture(params=["memory", pytest.param("redis", marks=pytest.mark.server)])
 def cluster_url(request: pytest.FixtureRequest, prefix: str) -> str:
     """Each backend in turn. On memory the prefix is the name: nodes of one test meet, tests do not."""
     return f"memory://{prefix}" if request.param == "memory" else str(request.getfixturevalue("redis_url"))

@@ -15,6 +15,7 @@ from litestar.exceptions import LitestarException
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+import asgi_cluster
 from asgi_cluster import (
     CacheConfig,
     Cluster,
@@ -29,80 +30,91 @@ from asgi_cluster import (
 from asgi_cluster.ids import UserId, bucket_of
 from tests.sessions.app import client_for
 
+pytestmark = pytest.mark.quick
+
+api: Any = asgi_cluster
+"""Without its types: what is called with wrong arguments below is so on purpose."""
+
 # Configuration
 
 
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda: Cluster(sessions=CookieConfig()), r"SessionConfig\(cookie=CookieConfig\(…\)\)"),
-        (lambda: Cluster(sessions=CacheConfig()), r"SessionConfig\(cache=CacheConfig\(…\)\)"),
+        (lambda: api.Cluster(sessions=CookieConfig()), r"SessionConfig\(cookie=CookieConfig\(…\)\)"),
+        (lambda: api.Cluster(sessions=CacheConfig()), r"SessionConfig\(cache=CacheConfig\(…\)\)"),
         (
-            lambda: Cluster(sessions=SessionConfig),
+            lambda: api.Cluster(sessions=SessionConfig),
             "SessionConfig or None, not the class itself",
         ),
         (
-            lambda: Cluster(sessions={"idle_timeout": 5}),
+            lambda: api.Cluster(sessions={"idle_timeout": 5}),
             "SessionConfig or None, not a dict",
         ),
-        (lambda: Cluster(realtime=SessionConfig()), "realtime must be a RealtimeConfig or None"),
+        (lambda: api.Cluster(realtime=SessionConfig()), "realtime must be a RealtimeConfig or None"),
         (
-            lambda: Cluster(sessions=RealtimeConfig()),
+            lambda: api.Cluster(sessions=RealtimeConfig()),
             "sessions must be a SessionConfig or None",
         ),
-        (lambda: Cluster(5), "url must be a str"),
-        (lambda: Cluster(prefix=b"x"), "prefix must be a str, not a bytes"),
-        (lambda: Cluster(node_label=7), "node_label must be a str or None, not an int"),
-        (lambda: Cluster(rooms_url=7), "rooms_url must be a str or None"),
-        (lambda: Cluster(listen="no"), "listen must be a bool, not a str"),
-        (lambda: Cluster(deadline="1"), "deadline must be a number of seconds or a timedelta, not a str"),
-        (lambda: Cluster(identify="user"), "identify must be callable, not a str"),
-        (lambda: SessionConfig(cookie=CacheConfig()), "cookie must be a CookieConfig, not a CacheConfig"),
-        (lambda: SessionConfig(cookie="session"), r"CookieConfig\(name="),
-        (lambda: SessionConfig(cache=CookieConfig()), "cache must be a CacheConfig, not a CookieConfig"),
-        (lambda: SessionConfig(cache=30), "cache must be a CacheConfig, not an int"),
-        (lambda: SessionConfig(idle_timeout="2h"), "idle_timeout must be a number of seconds or a timedelta"),
-        (lambda: SessionConfig(idle_timeout=True), "idle_timeout must be a number of seconds"),
-        (lambda: SessionConfig(rotate_grace=None), "rotate_grace must be a number of seconds"),
-        (lambda: SessionConfig(max_bytes="1k"), "max_bytes must be an int, not a str"),
-        (lambda: SessionConfig(scope_key=5), "scope_key must be a str or None, not an int"),
-        (lambda: SessionConfig(wait_replicas=1.5), "wait_replicas must be an int, not a float"),
-        (lambda: CookieConfig(name=5), "name must be a str, not an int"),
-        (lambda: CookieConfig(path=None), "path must be a str, not None"),
-        (lambda: CookieConfig(domain=5), "domain must be a str or None, not an int"),
-        (lambda: CookieConfig(secure="false"), "secure must be a bool, not a str"),
-        (lambda: CookieConfig(partitioned=1), "partitioned must be a bool, not an int"),
-        (lambda: CacheConfig(max_entries=1e3), "max_entries must be an int, not a float"),
-        (lambda: CacheConfig(ttl="30"), "ttl must be a number of seconds or a timedelta"),
-        (lambda: RealtimeConfig(path=b"/x"), "path must be a str or None, not a bytes"),
-        (lambda: RealtimeConfig(connect="hook"), "connect must be callable, not a str"),
-        (lambda: RealtimeConfig(on_message=5), "on_message must be callable, not an int"),
-        (lambda: RealtimeConfig(rpc=print), r"rpc must be a Mapping, not a builtin_function_or_method"),
-        (lambda: RealtimeConfig(rpc={"add": 5}), r"rpc\['add'\] must be callable, not an int"),
-        (lambda: RealtimeConfig(allowed_origins="https://a.example"), "allowed_origins must be a list"),
-        (lambda: RealtimeConfig(allowed_origins=[5]), "an origin must be a str, not an int"),
-        (lambda: RealtimeConfig(outbox_bytes=None), "outbox_bytes must be an int, not None"),
-        (lambda: RealtimeConfig(drain="10"), "drain must be a number of seconds or a timedelta"),
-        (lambda: RealtimeConfig(outbox_bytes=1.5), "outbox_bytes must be an int, not a float"),
-        (lambda: RealtimeConfig(max_rooms=1.5), "max_rooms must be an int, not a float"),
-        (lambda: RealtimeConfig(max_connections_per_user=1.5), "max_connections_per_user must be an int"),
+        (lambda: api.Cluster(5), "url must be a str"),
+        (lambda: api.Cluster(prefix=b"x"), "prefix must be a str, not a bytes"),
+        (lambda: api.Cluster(node_label=7), "node_label must be a str or None, not an int"),
+        (lambda: api.Cluster(rooms_url=7), "rooms_url must be a str or None"),
+        (lambda: api.Cluster(listen="no"), "listen must be a bool, not a str"),
+        (lambda: api.Cluster(deadline="1"), "deadline must be a number of seconds or a timedelta, not a str"),
+        (lambda: api.Cluster(identify="user"), "identify must be callable, not a str"),
+        (lambda: api.SessionConfig(cookie=CacheConfig()), "cookie must be a CookieConfig, not a CacheConfig"),
+        (lambda: api.SessionConfig(cookie="session"), r"CookieConfig\(name="),
+        (lambda: api.SessionConfig(cache=CookieConfig()), "cache must be a CacheConfig, not a CookieConfig"),
+        (lambda: api.SessionConfig(cache=30), "cache must be a CacheConfig, not an int"),
         (
-            lambda: RealtimeConfig(max_connections_per_session=True),
+            lambda: api.SessionConfig(idle_timeout="2h"),
+            "idle_timeout must be a number of seconds or a timedelta",
+        ),
+        (lambda: api.SessionConfig(idle_timeout=True), "idle_timeout must be a number of seconds"),
+        (lambda: api.SessionConfig(rotate_grace=None), "rotate_grace must be a number of seconds"),
+        (lambda: api.SessionConfig(max_bytes="1k"), "max_bytes must be an int, not a str"),
+        (lambda: api.SessionConfig(scope_key=5), "scope_key must be a str or None, not an int"),
+        (lambda: api.SessionConfig(wait_replicas=1.5), "wait_replicas must be an int, not a float"),
+        (lambda: api.CookieConfig(name=5), "name must be a str, not an int"),
+        (lambda: api.CookieConfig(path=None), "path must be a str, not None"),
+        (lambda: api.CookieConfig(domain=5), "domain must be a str or None, not an int"),
+        (lambda: api.CookieConfig(secure="false"), "secure must be a bool, not a str"),
+        (lambda: api.CookieConfig(partitioned=1), "partitioned must be a bool, not an int"),
+        (lambda: api.CacheConfig(max_entries=1e3), "max_entries must be an int, not a float"),
+        (lambda: api.CacheConfig(ttl="30"), "ttl must be a number of seconds or a timedelta"),
+        (lambda: api.RealtimeConfig(path=b"/x"), "path must be a str or None, not a bytes"),
+        (lambda: api.RealtimeConfig(connect="hook"), "connect must be callable, not a str"),
+        (lambda: api.RealtimeConfig(on_message=5), "on_message must be callable, not an int"),
+        (lambda: api.RealtimeConfig(rpc=print), r"rpc must be a Mapping, not a builtin_function_or_method"),
+        (lambda: api.RealtimeConfig(rpc={"add": 5}), r"rpc\['add'\] must be callable, not an int"),
+        (lambda: api.RealtimeConfig(allowed_origins="https://a.example"), "allowed_origins must be a list"),
+        (lambda: api.RealtimeConfig(allowed_origins=[5]), "an origin must be a str, not an int"),
+        (lambda: api.RealtimeConfig(outbox_bytes=None), "outbox_bytes must be an int, not None"),
+        (lambda: api.RealtimeConfig(drain="10"), "drain must be a number of seconds or a timedelta"),
+        (lambda: api.RealtimeConfig(outbox_bytes=1.5), "outbox_bytes must be an int, not a float"),
+        (lambda: api.RealtimeConfig(max_rooms=1.5), "max_rooms must be an int, not a float"),
+        (lambda: api.RealtimeConfig(max_connections_per_user=1.5), "max_connections_per_user must be an int"),
+        (
+            lambda: api.RealtimeConfig(max_connections_per_session=True),
             "max_connections_per_session must be an int",
         ),
         (
-            lambda: ClusterMiddleware(Cluster(), Starlette()),
+            lambda: api.ClusterMiddleware(Cluster(), Starlette()),
             r"cluster must be a Cluster, not a Starlette: write ClusterMiddleware\(app, cluster\)",
         ),
-        (lambda: ClusterMiddleware(Starlette(), None), "cluster must be a Cluster, not None$"),
-        (lambda: ClusterMiddleware(None, Cluster()), "app must be an ASGI application, not None"),
-        (lambda: RoomRule(None), "pattern must be a str, not None"),
-        (lambda: RoomRule("r", presence="no"), "room rule 'r': presence must be a bool, not a str"),
-        (lambda: RoomRule("r", join_leave="x"), "room rule 'r': join_leave must be a bool, not a str"),
-        (lambda: RoomRule("r", history_ttl="1h"), "history_ttl must be a number of seconds or a timedelta"),
-        (lambda: Connected(expires_in="1h"), "expires_in must be a number of seconds or a timedelta"),
-        (lambda: get_session(42), "a request, a WebSocket or an ASGI scope, not an int: pass the object"),
-        (lambda: get_session(None), "a request, a WebSocket or an ASGI scope, not None"),
+        (lambda: api.ClusterMiddleware(Starlette(), None), "cluster must be a Cluster, not None$"),
+        (lambda: api.ClusterMiddleware(None, Cluster()), "app must be an ASGI application, not None"),
+        (lambda: api.RoomRule(None), "pattern must be a str, not None"),
+        (lambda: api.RoomRule("r", presence="no"), "room rule 'r': presence must be a bool, not a str"),
+        (lambda: api.RoomRule("r", join_leave="x"), "room rule 'r': join_leave must be a bool, not a str"),
+        (
+            lambda: api.RoomRule("r", history_ttl="1h"),
+            "history_ttl must be a number of seconds or a timedelta",
+        ),
+        (lambda: api.Connected(expires_in="1h"), "expires_in must be a number of seconds or a timedelta"),
+        (lambda: api.get_session(42), "a request, a WebSocket or an ASGI scope, not an int: pass the object"),
+        (lambda: api.get_session(None), "a request, a WebSocket or an ASGI scope, not None"),
     ],
 )
 def test_argument_of_the_wrong_type_is_named(make: Callable[[], Any], told: str) -> None:
@@ -115,24 +127,24 @@ def test_argument_of_the_wrong_type_is_named(make: Callable[[], Any], told: str)
     ("make", "told"),
     [
         (
-            lambda: Cluster(""),
+            lambda: api.Cluster(""),
             "url is an empty string: .* None for the environment variable ASGI_CLUSTER_URL",
         ),
         (
-            lambda: Cluster("redis://h", rooms_url="memory://"),
+            lambda: api.Cluster("redis://h", rooms_url="memory://"),
             "rooms_url has the scheme 'memory', and must be",
         ),
-        (lambda: Cluster("redis://h", rooms_url=""), "rooms_url has the scheme ''"),
-        (lambda: RoomRule("r", history="100"), "history must be a whole number of at least 0, not '100'"),
-        (lambda: RoomRule("r", history=1.5), "history must be a whole number of at least 0, not 1.5"),
-        (lambda: RoomRule("r", history=True), "history must be a whole number of at least 0, not True"),
-        (lambda: RoomRule("r", history=-1), "history must be a whole number of at least 0, not -1"),
+        (lambda: api.Cluster("redis://h", rooms_url=""), "rooms_url has the scheme ''"),
+        (lambda: api.RoomRule("r", history="100"), "history must be a whole number of at least 0, not '100'"),
+        (lambda: api.RoomRule("r", history=1.5), "history must be a whole number of at least 0, not 1.5"),
+        (lambda: api.RoomRule("r", history=True), "history must be a whole number of at least 0, not True"),
+        (lambda: api.RoomRule("r", history=-1), "history must be a whole number of at least 0, not -1"),
         (
-            lambda: RoomRule("a\nb"),
+            lambda: api.RoomRule("a\nb"),
             r"room rule 'a\\nb' can never match: a room name has no control characters",
         ),
-        (lambda: RoomRule("a\x00{x}"), "a room name has no control characters"),
-        (lambda: RealtimeConfig(max_rooms=0), "max_rooms must be a whole number of at least 1, not 0"),
+        (lambda: api.RoomRule("a\x00{x}"), "a room name has no control characters"),
+        (lambda: api.RealtimeConfig(max_rooms=0), "max_rooms must be a whole number of at least 1, not 0"),
     ],
 )
 def test_argument_that_makes_no_sense_is_named(make: Callable[[], Any], told: str) -> None:
@@ -256,7 +268,7 @@ async def test_session_logout_with_a_timeout_of_the_wrong_type_ends_nothing() ->
         session = get_session(scope)
         await session.login("ada")
         with pytest.raises(TypeError, match="timeout must be a number of seconds or a timedelta, not a str"):
-            await session.logout(timeout="1")
+            await api.Session.logout(session, timeout="1")
         kept.append(session.user_id)
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b""})
@@ -285,7 +297,7 @@ async def test_user_id_of_the_wrong_kind_is_refused_everywhere(
     user: Any, error: type[Exception], told: str
 ) -> None:
     """The same rule for whoever signs in and for whoever is looked for."""
-    cluster = Cluster("memory://")
+    cluster: Any = Cluster("memory://")
     with pytest.raises(error, match=told):
         cluster.user(user)
     with pytest.raises(error, match=told):
@@ -308,7 +320,7 @@ def test_identify_that_returns_no_str_is_an_error() -> None:
         await receive()
         await send({"type": "websocket.accept"})
 
-    client = TestClient(ClusterMiddleware(app, Cluster("memory://", identify=lambda scope: 42)))
+    client = TestClient(ClusterMiddleware(app, api.Cluster("memory://", identify=lambda scope: 42)))
     refused = pytest.RaisesExc(TypeError, match="user_id must be a str, not an int")
     with pytest.RaisesGroup(refused, allow_unwrapped=True), client.websocket_connect("/"):
         pass

@@ -14,6 +14,8 @@ import asgi_cluster
 from asgi_cluster import Cluster, Connection, Room, Session
 from tests.support.machine import ROOT
 
+pytestmark = pytest.mark.quick
+
 PACKAGE = ROOT / "asgi_cluster"
 
 PUBLIC = """

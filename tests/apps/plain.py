@@ -47,9 +47,9 @@ def make_app(cluster: Cluster, seen: Seen) -> Any:
             return
         await receive()
         await send({"type": "websocket.accept"})
-        while (message := await receive())["type"] == "websocket.receive":
-            await send({"type": "websocket.send", "text": message["text"]})
-        seen.closes.append(message["code"])
+        while (event := await receive())["type"] == "websocket.receive":
+            await send({"type": "websocket.send", "text": event["text"]})
+        seen.closes.append(event["code"])
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":

@@ -24,7 +24,7 @@ from tests.support.nodes import Node, serve
 from tests.support.servers import start_valkey
 
 FRONTEND = "https://app.example"
-CORS = {"allow_origins": [FRONTEND], "allow_credentials": True}
+CORS: dict[str, Any] = {"allow_origins": [FRONTEND], "allow_credentials": True}
 
 
 async def visit(request: Request) -> JSONResponse:

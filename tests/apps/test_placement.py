@@ -294,7 +294,7 @@ async def hypercorn(app: Any) -> AsyncIterator[int]:
     config.bind = [f"{LOCAL}:{port}"]
     config.graceful_timeout = 1.0
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(run(app, config, shutdown_trigger=stop.wait))  # type: ignore[arg-type]
+        tasks.create_task(run(app, config, shutdown_trigger=stop.wait))
         try:
             yield port
         finally:

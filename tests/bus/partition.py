@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
-from tests.bus.traffic import LEASE, Traffic
+from tests.bus.nodes import LEASE
+from tests.bus.traffic import Traffic
 from tests.support.machine import LOCAL
 from tests.support.proxy import Proxy
 from tests.support.servers import start_valkey

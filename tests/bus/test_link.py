@@ -129,7 +129,7 @@ async def test_a_channel_that_moves_while_it_is_left_does_not_shift_the_replies(
         async with FakeServer({b"SUNSUBSCRIBE": answer}) as server, linked(server.url) as link:
             await link.subscribe("SSUBSCRIBE", [["a"]])
             link.subscribe("SUNSUBSCRIBE", [["a"]])
-            assert await asyncio.gather(link.send("PING", "1"), link.send("PING", "2")) == [b"1", b"2"]
+            assert [*await asyncio.gather(link.send("PING", "1"), link.send("PING", "2"))] == [b"1", b"2"]
 
 
 async def test_an_unasked_unsubscribe_is_told() -> None:

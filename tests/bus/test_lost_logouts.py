@@ -211,7 +211,7 @@ async def test_a_logout_that_is_refused_is_not_heard_of(prefix: str, kind: str) 
     with start_valkey() as server:
         async with opened(server.url, prefix) as node:
             heard: list[bytes] = []
-            node.receiver.session_message = heard.append  # type: ignore[method-assign]
+            node.receiver.session_message = heard.append  # type: ignore[assignment, method-assign]
             store = node.backend.store
             made = await create(store, "ada")
 

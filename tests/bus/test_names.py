@@ -86,6 +86,7 @@ def test_names_are_disjoint(
                 assert known.setdefault(name, means) == means, name
 
 
+@pytest.mark.quick
 @given(places)
 @settings(max_examples=200, deadline=None)
 def test_room_of_a_channel(place: tuple[str, int, str, str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import redis
 
+from asgi_cluster.backends.redis.single import OnePrimary
 from asgi_cluster.bus.messages import Changed, encode
 from asgi_cluster.exceptions import BusUnavailable, StoreUnavailable
 from tests.bus.fake import FakeServer, push
@@ -210,6 +211,7 @@ async def test_a_command_whose_reply_is_lost_is_not_repeated(valkey: Server, pre
 async def test_a_command_waits_for_the_reconnect(valkey: Server, prefix: str) -> None:
     """A cut that heals at once is not an error for whoever comes after it."""
     async with Proxy(valkey.url) as proxy, opened(proxy.url, prefix) as node:
+        assert isinstance(node.backend._topology, OnePrimary)
         commands = node.backend._topology._commands
         assert commands is not None
         broken = commands._connection
@@ -274,7 +276,7 @@ async def test_a_receiver_that_fails_is_a_gap(
         await node.session_bus.publish(3, encode(Changed("03.x", "me")), timeout=1)
         await eventually(lambda: gaps(node))
         assert "a bug" in caplog.text
-        del node.receiver.session_message  # type: ignore[method-assign]
+        del node.receiver.session_message
         await eventually(lambda: node.live)
         await node.room_bus.subscribe("r")
         await hears(node)

@@ -23,6 +23,7 @@ async def refusal(url: str, prefix: str) -> str:
     return str(error.value)
 
 
+@pytest.mark.quick
 async def test_nobody_listens(prefix: str) -> None:
     """The address is named."""
     port = free_port()
@@ -101,6 +102,7 @@ async def test_a_publisher_does_not_listen(valkey: Server, prefix: str) -> None:
         assert publisher.backend.ready
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("url", "told"),
     [
@@ -132,6 +134,7 @@ def test_a_url_that_cannot_work(url: str, told: str) -> None:
     assert "s3cret" not in str(error.value)
 
 
+@pytest.mark.quick
 def test_a_password_is_in_no_repr() -> None:
     """Of nothing that holds one."""
     for scheme, tail in (("redis", "h"), ("redis+sentinel", "h:1/x"), ("redis+cluster", "h:1,h:2")):
@@ -141,6 +144,7 @@ def test_a_password_is_in_no_repr() -> None:
         assert "s3cret" not in "".join(map(repr, held))
 
 
+@pytest.mark.quick
 def test_credentials_twice() -> None:
     """A provider beside a password is refused, as is an ssl_context without TLS."""
     with pytest.raises(ValueError, match="not both"):

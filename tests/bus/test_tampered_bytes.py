@@ -174,10 +174,12 @@ async def test_malformed_room_message_reaches_no_member(valkey: Server, prefix: 
     async with Cluster(valkey.url, prefix=prefix, realtime=RealtimeConfig(rules=rules)) as cluster:
         await cluster._parts.rooms._local.acquire("r")
         deliver = cluster._parts.rooms._delivery._deliver_published
-        cluster._parts.rooms._delivery._deliver_published = lambda audience, message, offset, **how: (  # type: ignore[method-assign]
-            got.append(message.data),
-            deliver(audience, message, offset, **how),
-        )[1]
+
+        def delivered(audience: Any, message: Any, offset: Any, **how: Any) -> Any:
+            got.append(message.data)
+            return deliver(audience, message, offset, **how)
+
+        cluster._parts.rooms._delivery._deliver_published = delivered  # type: ignore[assignment, method-assign]
         with valkey.client() as client:
             client.publish(f"{prefix}:0:room:r", payload)
             await cluster.room("r").broadcast("sentinel")

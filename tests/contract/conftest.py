@@ -60,7 +60,12 @@ def url_of() -> Iterator[Callable[[str], str]]:
         yield url
 
 
-@pytest.fixture(params=[*URLS, "rooms apart"])
+KINDS = [*URLS, "rooms apart"]
+
+
+@pytest.fixture(
+    params=[pytest.param(kind, marks=() if kind == "memory" else pytest.mark.server) for kind in KINDS]
+)
 async def site(request: pytest.FixtureRequest, url_of: Callable[[str], str]) -> AsyncIterator[Site]:
     """A cluster of its own on each kind of backend."""
     kind = request.param

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from asgi_cluster.ids import Handle, UserId, new_handle, new_token
+from asgi_cluster.sessions.reads import CachedStore
 from asgi_cluster.sessions.store import EndResult, NewSession, SessionStore, UserLogout, WriteOutcome
 from tests.contract.sites import TIMEOUT
 
@@ -26,7 +27,7 @@ def draft(user: str | None = None, **changes: Any) -> NewSession:
     return NewSession(**(values | changes))
 
 
-async def create(store: SessionStore, user: str | None = None, **changes: Any) -> NewSession:
+async def create(store: SessionStore | CachedStore, user: str | None = None, **changes: Any) -> NewSession:
     """Store one."""
     made = draft(user, **changes)
     await store.create(made, timeout=TIMEOUT)

@@ -12,6 +12,8 @@ from asgi_cluster.rooms.history import seal_envelope
 from tests.contract.sites import LEASE, TIMEOUT, Site, make_node
 from tests.support.waiting import eventually
 
+pytestmark = pytest.mark.quick
+
 
 async def test_bucket_messages_reach_every_node(site: Site) -> None:
     """All nodes receive all buckets, the publisher too; one that does not listen receives nothing."""

@@ -12,6 +12,8 @@ from asgi_cluster.rooms.history import JUMP, HistoryStore, Page, Position, open_
 from tests.contract.sites import TIMEOUT, Site
 from tests.support.waiting import eventually
 
+pytestmark = pytest.mark.quick
+
 
 async def publish(history: HistoryStore, payload: bytes, room: str = "r", **changes: Any) -> Position:
     """Into a room that remembers ten."""
@@ -56,8 +58,8 @@ async def test_publish_reaches_members_and_history(site: Site) -> None:
     assert [position.offset - start for position in positions] == [0, 1, 2]
     assert len({position.epoch for position in positions}) == 1
     expected = list(zip(positions, (0, start, start + 1), messages, strict=True))
+    await eventually(lambda: all(len(node.heard.rooms) == 3 for node in (a, b)))
     for node in (a, b):
-        await eventually(lambda node=node: len(node.heard.rooms) == 3)
         assert [open_envelope(envelope) for _, envelope in node.heard.rooms] == expected
     page = await read(b.backend.history)
     assert [(Position(e.offset, page.top.epoch), e.previous, e.payload) for e in page.entries] == expected

@@ -32,6 +32,7 @@ def attached(name: str | None, receiver: Recorder | None = None) -> tuple[Memory
     return backend, heard
 
 
+@pytest.mark.quick
 async def test_name_decides_who_meets(prefix: str) -> None:
     """The same name is one cluster; another name, or none, is another."""
     a, heard_a = attached(prefix)
@@ -46,6 +47,7 @@ async def test_name_decides_who_meets(prefix: str) -> None:
     assert heard_a.sessions == heard_b.sessions == [b"changed"]
 
 
+@pytest.mark.quick
 async def test_name_that_nobody_uses_any_more(prefix: str) -> None:
     """Its sessions go with the last backend of that name."""
     backend, _ = attached(prefix)
@@ -56,6 +58,7 @@ async def test_name_that_nobody_uses_any_more(prefix: str) -> None:
     assert not await alive(again.store, made.handle)
 
 
+@pytest.mark.quick
 async def test_attached_node_that_was_dropped(prefix: str) -> None:
     """A cluster object that was not stopped and has no reference takes no part, and its members are gone."""
     a, _ = attached(prefix)
@@ -68,6 +71,7 @@ async def test_attached_node_that_was_dropped(prefix: str) -> None:
     assert await a.presence.members("r", timeout=TIMEOUT) == {}
 
 
+@pytest.mark.quick
 async def test_attaching_again(prefix: str) -> None:
     """The same node attached at every request is one node; a new id replaces the old one and keeps the
     rooms.
@@ -87,6 +91,7 @@ async def test_attaching_again(prefix: str) -> None:
     assert len(heard.rooms) == 1
 
 
+@pytest.mark.quick
 async def test_message_sent_while_another_is_received(prefix: str) -> None:
     """Answers come after the message that they answer, on every node: there is one order."""
     order: list[tuple[str, bytes]] = []
@@ -115,6 +120,7 @@ async def test_message_sent_while_another_is_received(prefix: str) -> None:
     ]
 
 
+@pytest.mark.quick
 async def test_receiver_that_fails(prefix: str, caplog: pytest.LogCaptureFixture) -> None:
     """A fault of one node is logged there, and costs neither the write nor the other nodes their message."""
 
@@ -135,6 +141,7 @@ async def test_receiver_that_fails(prefix: str, caplog: pytest.LogCaptureFixture
     assert record.fields["a"] == b"1"
 
 
+@pytest.mark.quick
 def test_store_from_many_threads_and_loops(prefix: str) -> None:
     """Eight threads with a loop each write one session: nothing is lost, and each node receives all."""
     backend, heard = attached(prefix)
@@ -164,6 +171,7 @@ def test_store_from_many_threads_and_loops(prefix: str) -> None:
     assert len(heard.sessions) == 800
 
 
+@pytest.mark.quick
 async def test_time_by_an_injected_clock() -> None:
     """Idle and absolute timeout, the grace of a rotation and locks, to the second."""
     clock = Clock()
@@ -226,6 +234,7 @@ async def test_memory_after_thousands_of_visits() -> None:
     assert after - before < 500_000
 
 
+@pytest.mark.quick
 def test_expiring_map() -> None:
     """Nothing expired is returned, extensions hold, what expired is reported once, and removed entries leave
     nothing behind.

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import redis
 
 from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.scripts import Script
+from asgi_cluster.backends.redis.single import Topology
 from asgi_cluster.backends.redis.store import RedisSessionStore
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import UserId, bucket_of, new_token
@@ -108,7 +109,7 @@ async def moving(
         moves.append(Move(cluster, slot))
         return moves[-1]
 
-    yield RedisSessionStore(topology, names), topology, names, move
+    yield RedisSessionStore(cast("Topology", topology), names), topology, names, move
     for each in moves:
         each.finish()
 

@@ -24,6 +24,7 @@ async def members(node: Member, room: str = "r") -> dict[str, bytes]:
     return dict(await node.backend.presence.members(room, timeout=TIMEOUT))
 
 
+@pytest.mark.quick
 async def test_members_of_a_room(site: Site) -> None:
     """Who has entered on any node is there, in that room only, until they leave."""
     a, b = await site.node(), await site.node()
@@ -40,6 +41,7 @@ async def test_members_of_a_room(site: Site) -> None:
     assert await members(b, "nowhere") == {}
 
 
+@pytest.mark.quick
 async def test_entering_again(site: Site) -> None:
     """The last info holds; there is still one member."""
     a = await site.node()
@@ -48,6 +50,7 @@ async def test_entering_again(site: Site) -> None:
     assert await members(a) == {"c1": info("bob")}
 
 
+@pytest.mark.quick
 async def test_stats_count_people_and_their_tabs(site: Site) -> None:
     """Two tabs of one user are two connections and one user; those without a name are one user together."""
     a, b = await site.node(), await site.node()
@@ -61,6 +64,7 @@ async def test_stats_count_people_and_their_tabs(site: Site) -> None:
     assert await a.backend.presence.stats("r", timeout=TIMEOUT) == (6, 3)
 
 
+@pytest.mark.quick
 async def test_node_that_has_just_come(site: Site) -> None:
     """Its people are seen at once, also by a node that has asked for the members a moment ago."""
     a = await site.node()
@@ -71,6 +75,7 @@ async def test_node_that_has_just_come(site: Site) -> None:
     assert set(await members(a)) == {"c1", "c2"}
 
 
+@pytest.mark.quick
 async def test_members_of_a_node_that_has_left(site: Site) -> None:
     """People of a node that is not registered any more are not shown."""
     a, b = await site.node(), await site.node()
@@ -81,6 +86,7 @@ async def test_members_of_a_node_that_has_left(site: Site) -> None:
     assert await members(looking) == {"c1": info("ann")}
 
 
+@pytest.mark.quick
 async def test_publisher_that_does_not_listen(site: Site) -> None:
     """A worker may look who is there."""
     a, worker = await site.node(), await site.node(listen=False)
@@ -88,6 +94,7 @@ async def test_publisher_that_does_not_listen(site: Site) -> None:
     assert set(await members(worker)) == {"c1"}
 
 
+@pytest.mark.quick
 async def test_many_enter_and_leave_at_once(site: Site) -> None:
     """Two hundred arrivals and a hundred departures from two nodes leave exactly those who stayed."""
     nodes = [await site.node(), await site.node()]
@@ -137,6 +144,7 @@ async def test_remains_that_nobody_reaped(server_site: Site, monkeypatch: pytest
         assert set(server.hkeys(key)) == {b"c1"}
 
 
+@pytest.mark.quick
 async def test_entering_without_a_registration(site: Site) -> None:
     """A publisher that is no node cannot have people: it says so."""
     worker = await site.node(listen=False)
@@ -158,6 +166,7 @@ async def test_presence_keys_expire(server_site: Site) -> None:
         assert not server.exists(key)
 
 
+@pytest.mark.quick
 async def test_entering_with_a_limit(site: Site) -> None:
     """Of many that enter at once on two nodes as many enter as the limit says. Who is in enters again, a
     place that becomes free can be had, and entries of a node that has left do not count.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
+from typing import Any
 
 import pytest
 import redis
@@ -46,9 +47,9 @@ def usual_publish(server: redis.Redis, payload: bytes) -> tuple[int, bytes]:
 
 def usual_recover(server: redis.Redis, offset: int, epoch: bytes) -> tuple[bool, list[bytes]]:
     now, top = server.hmget("u:{u}:meta", "e", "s")
-    entries = server.xrange("u:{u}:log", offset + 1, "+")
-    oldest = int(entries[0][0].split(b"-")[0]) if entries else int(top) + 1
-    recovered = now == epoch and offset <= int(top) and oldest == offset + 1
+    entries: Any = server.xrange("u:{u}:log", offset + 1, "+")
+    oldest = int(entries[0][0].split(b"-")[0]) if entries else int(top or 0) + 1
+    recovered = now == epoch and offset <= int(top or 0) and oldest == offset + 1
     return recovered, [values[b"d"] for _, values in entries]
 
 

@@ -6,8 +6,9 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
+from typing import Any
 
 import pytest
 import redis
@@ -190,7 +191,7 @@ async def test_log_out_everywhere_without_the_index(server_site: Site, server: r
     assert not await alive(store, mine[0].handle)
 
 
-DAMAGE = {
+DAMAGE: dict[str, Callable[[redis.Redis, str], object]] = {
     "a string": lambda server, key: (server.delete(key), server.set(key, "x", ex=100)),
     "a list": lambda server, key: (server.delete(key), server.rpush(key, "x")),
     "no secret": lambda server, key: server.hdel(key, "@secret"),
@@ -213,7 +214,7 @@ async def test_corrupt_record(
     ended.
     """
     member: Member = await server_site.node()
-    store = member.backend.store
+    store: Any = member.backend.store
     made = await create(store, "ann", fields={"name": b"\xa6secret"})
     other = await create(store, "ann")
     key = key_of(server_site, made.handle)
@@ -254,7 +255,7 @@ async def test_commands_per_operation(server_site: Site, server: redis.Redis) ->
     """One round trip each: one EVALSHA, or one SET for the lock."""
     store = (await server_site.node()).backend.store
     made = await create(store, "ann")
-    steps = {
+    steps: dict[str, Callable[[], Awaitable[object]]] = {
         "create": lambda: create(store, "ann"),
         "read": lambda: alive(store, made.handle),
         "write": lambda: write(store, made.handle),
@@ -281,7 +282,7 @@ async def test_commands_per_operation(server_site: Site, server: redis.Redis) ->
 
 def _commands(watching: redis.client.Monitor, prefix: str) -> list[str]:
     # What came over a connection and is about a bucket: not the heartbeat, and not what scripts call.
-    commands = []
+    commands: list[str] = []
     for seen in watching.listen():
         if seen["command"] == "ECHO over":
             return commands
@@ -301,12 +302,13 @@ async def test_channel_that_is_refused(server_site: Site, server: redis.Redis) -
     made = await create(store, "ann")
     server.execute_command("ACL", "SETUSER", "default", "resetchannels")
     try:
-        for attempt in (
+        attempts: list[Callable[[], Awaitable[object]]] = [
             lambda: write(store, made.handle),
             lambda: rotate(store, made.handle, made.secret, b"n" * 32),
             lambda: end(store, made.handle),
             lambda: end_all(store, "ann"),
-        ):
+        ]
+        for attempt in attempts:
             with pytest.raises(StoreUnavailable) as failed:
                 await attempt()
             assert not failed.value.outcome_unknown

@@ -13,6 +13,8 @@ from tests.contract.drafts import alive, create, draft, end, end_all, last_logou
 from tests.contract.sites import TIMEOUT, Site
 from tests.support.waiting import eventually
 
+pytestmark = pytest.mark.quick
+
 
 async def test_read_of_what_was_created(site: Site) -> None:
     """A session comes back as it was stored, from another node too, with durations and not times."""

@@ -69,7 +69,7 @@ def row_of_ports(count: int) -> int:
     """The first of ``count`` free ports in a row, below those that the system hands out by itself."""
     for _ in range(200):
         first = random.randrange(20_000, 32_000 - count)
-        probes = []
+        probes: list[socket.socket] = []
         try:
             probes.extend(socket.create_server((LOCAL, port)) for port in range(first, first + count))
         except OSError:

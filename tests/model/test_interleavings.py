@@ -319,7 +319,7 @@ _MACHINE = settings(
 
 def test_two_nodes_under_a_state_machine() -> None:
     """Hypothesis finds no sequence that breaks the bound on two nodes."""
-    run_state_machine_as_test(CacheMachine, settings=_MACHINE)  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(CacheMachine, settings=_MACHINE)
 
 
 def test_handle_of_the_model_is_a_real_one() -> None:

@@ -38,7 +38,7 @@ waves = st.tuples(
     st.lists(st.integers(0, 2), max_size=25),
     st.one_of(st.just(()), st.lists(st.integers(0, NODES - 1), max_size=2)),
 )
-faults = st.one_of(
+faults: st.SearchStrategy[list[str]] = st.one_of(
     st.just([]), st.lists(st.sampled_from(["", "", "", "refused", "lost", "unanswered"]), max_size=12)
 )
 plans = st.lists(waves, min_size=1, max_size=4)

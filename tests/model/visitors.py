@@ -135,7 +135,7 @@ class Visitor:
         self.buses = [Deaf(cluster) for cluster in clusters]
         self.faults: list[str] = []
         for cluster in clusters:
-            cluster._parts.service.store._store = Store(cluster._parts.service.store._store, self)  # type: ignore[assignment]
+            cluster._parts.service.store._store = Store(cluster._parts.service.store._store, self)
         self.now = 0
         self.numbers = iter(range(1, 10_000))
         self.cookie = self.earlier = ""

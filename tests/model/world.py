@@ -230,8 +230,8 @@ class World:
 
     def do(self, node: Node, name: str, argument: object) -> None:
         if name in ("land", "store_answers"):
-            getattr(node, name)(node.reads[argument])  # type: ignore[index,call-overload]
+            getattr(node, name)(node.reads[argument])  # type: ignore[call-overload]
         elif name in ("commit_write", "end_write"):
-            getattr(node, name)(node.writes[argument])  # type: ignore[index,call-overload]
+            getattr(node, name)(node.writes[argument])  # type: ignore[call-overload]
         else:
             getattr(node, name)()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 import websockets
 from starlette.applications import Starlette
@@ -14,7 +14,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import BaseRoute, Route
 
-from asgi_cluster import Cluster, ClusterMiddleware, CookieConfig, RealtimeConfig, SessionConfig, get_session
+from asgi_cluster import (
+    Cluster,
+    ClusterMiddleware,
+    Connection,
+    CookieConfig,
+    RealtimeConfig,
+    SessionConfig,
+    get_session,
+)
 from tests.support.nodes import Node as Served
 from tests.support.nodes import serve
 
@@ -40,6 +48,11 @@ class Node:
     @property
     def endpoint(self) -> str:
         return f"{self.ws}/realtime/websocket"
+
+    @property
+    def connections(self) -> tuple[Connection, ...]:
+        """Those that its cluster serves."""
+        return cast("tuple[Connection, ...]", self.cluster._parts.hub.served())
 
     @asynccontextmanager
     async def client(self, cookie: str = "", **options: Any) -> AsyncIterator[Raw]:
@@ -130,7 +143,7 @@ class Site:
     async def node(
         self,
         *,
-        routes: list[BaseRoute] | None = None,
+        routes: Sequence[BaseRoute] | None = None,
         wrap: Callable[[Any], Any] | None = None,
         server: dict[str, Any] | None = None,
         cluster: dict[str, Any] | None = None,
@@ -146,7 +159,10 @@ class Site:
             **(cluster or {}),
         )
         all_routes = [Route("/login", login), Route("/logout", logout), *(routes or ())]
-        wrapped = ClusterMiddleware(app or Starlette(routes=all_routes), made)
+        inner = app or Starlette(routes=all_routes)
+        if isinstance(inner, Starlette):
+            inner.state.cluster = made
+        wrapped = ClusterMiddleware(inner, made)
         served = await self._stack.enter_async_context(
             serve(wrap(wrapped) if wrap else wrapped, **(server or {}))
         )

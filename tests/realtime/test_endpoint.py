@@ -76,7 +76,7 @@ async def refuse(request: RoomRequest) -> bool:
         raise NotPermitted("members only")
     if request.room == "rule:bug":
         raise ZeroDivisionError
-    return request.data == {"key": 1}
+    return bool(request.data == {"key": 1})
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ async def test_name_of_the_packages_own(site: Site, name: str, kind: str) -> Non
     node = await site.node(rules=[OPEN], **limit)
     cookie = await sign_in(node, "ada")
     async with node.client(cookie) as client:
-        (connection,) = node.cluster._parts.hub.served()
+        (connection,) = node.connections
         own = f"\x1f{kind}\x1f{'ada' if kind == 'user' else connection.session.handle}"
         assert own in connection._present
         reply = await client.call(name, {"channel": own, "data": 1})
@@ -374,8 +374,8 @@ async def test_numbers_above_every_offset(site: Site, caplog: pytest.LogCaptureF
             page = await client.call("history", {**since, "limit": huge, "reverse": True})
             assert [pub["data"] for pub in page["history"]["publications"]] == [2, 1, 0]
             await client.call("unsubscribe", {"channel": "kept"})
-    page = await room.history(limit=huge, since=Position(huge, epoch), reverse=True)
-    assert [publication.data for publication in page.publications] == [2, 1, 0]
+    kept = await room.history(limit=huge, since=Position(huge, epoch), reverse=True)
+    assert [publication.data for publication in kept.publications] == [2, 1, 0]
     assert not (await room.history(limit=huge, since=Position(huge, epoch))).publications
     assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
 
@@ -687,7 +687,7 @@ async def test_close_before_the_connect_reply(lone_site: Site, monkeypatch: pyte
     async with node.raw() as client:
         await client.send({"id": 1, "connect": {}})
         await entering.wait()
-        (connection,) = node.cluster._parts.hub.served()
+        (connection,) = node.connections
         await connection.close(3503, "out")
         with pytest.raises(websockets.ConnectionClosed):
             await asyncio.wait_for(client.ws.recv(), 10)
@@ -735,7 +735,7 @@ async def test_log_line_of_a_failed_hook(
     """It names what failed, the rule and the room or the method, and the user: also when the hook raises the
     CancelledError of a task of its own.
     """
-    hooks = {name: fails} if name.startswith("on_") or name == "connect" else {}
+    hooks: dict[str, Any] = {name: fails} if name.startswith("on_") or name == "connect" else {}
     node = await lone_site.node(
         rules=[RoomRule("rule:{id}", subscribe=fails, publish=fails)],
         rpc={"broken": fails},

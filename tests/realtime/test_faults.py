@@ -217,7 +217,7 @@ async def test_many_come_back_at_once(redis_site: Site) -> None:
             reads.append(room)
             return await history.read(room, **options)
 
-    node.cluster._parts.rooms._history = Counting()  # type: ignore[assignment]
+    node.cluster._parts.rooms._history = Counting()
     async with AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(node.client()) for _ in range(200)]
         commands = [

@@ -136,7 +136,7 @@ VALID: list[Any] = [
     {"id": 11, "ping": {}},
     {},
 ]
-SPARE = [None, 0, -1, 1e308, 2**64, "", "\ud800", "kept:b", [], {}, True, "x" * 300]
+SPARE: list[Any] = [None, 0, -1, 1e308, 2**64, "", "\ud800", "kept:b", [], {}, True, "x" * 300]
 
 
 def mutated(source: random.Random) -> str:
@@ -420,7 +420,7 @@ async def test_broadcast_of_what_is_no_text(lone_site: Site, data: Any) -> None:
         await client.call("subscribe", {"channel": "room"})
         with pytest.raises(ValueError, match="not Unicode text"):
             await node.cluster.room("room").broadcast(data)
-        (connection,) = node.cluster._parts.hub.served()
+        (connection,) = node.connections
         with pytest.raises(ValueError, match="not Unicode text"):
             await connection.send(data)
         await node.cluster.room("room").broadcast("next")

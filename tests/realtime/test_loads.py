@@ -63,7 +63,7 @@ def callbacks() -> Iterator[list[tuple[float, str]]]:
     the garbage collector's, which walks all that the tests of this process keep.
     """
     seen: list[tuple[float, str]] = []
-    run = asyncio.Handle._run  # type: ignore[attr-defined]
+    run = asyncio.Handle._run
     collecting = 0.0
 
     def collected(phase: str, _: Any) -> None:
@@ -75,16 +75,16 @@ def callbacks() -> Iterator[list[tuple[float, str]]]:
         run(handle)
         took = thread_time() - collecting - begun
         if took > 0.002:
-            task = getattr(handle._callback, "__self__", None)  # type: ignore[attr-defined]
+            task = getattr(handle._callback, "__self__", None)
             seen.append((took, repr(task if isinstance(task, asyncio.Task) else handle)[:200]))
 
-    asyncio.Handle._run = measured  # type: ignore[attr-defined]
+    asyncio.Handle._run = measured  # type: ignore[method-assign, assignment]
     gc.callbacks.append(collected)
     try:
         yield seen
     finally:
         gc.callbacks.remove(collected)
-        asyncio.Handle._run = run  # type: ignore[attr-defined]
+        asyncio.Handle._run = run  # type: ignore[method-assign]
 
 
 def longest(seen: list[tuple[float, str]]) -> tuple[float, str]:
@@ -161,7 +161,7 @@ async def test_joins_and_leaves_stay_flat(redis_site: Site, capsys: pytest.Captu
     """
     node = await redis_site.node(rules=[RoomRule("open:{name}")], max_rooms=1000)
     async with node.client():
-        [connection] = node.cluster._parts.hub.served()
+        [connection] = node.connections
         rounds: list[float] = []
         walls: list[float] = []
         with callbacks() as seen:
@@ -243,12 +243,13 @@ async def test_stalled_readers(redis_site: Site, capsys: pytest.CaptureFixture[s
 
 def small_buffers(node: Node) -> None:
     """The kernel's: they would take everything that is sent here."""
-    for connection in node.cluster._parts.hub.served():
+    found: tuple[Any, ...] = node.connections
+    for connection in found:
         socket = connection.socket.transport.get_extra_info("socket")
         socket.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, 16384)
 
 
 def waiting(node: Node) -> list[int]:
     """Bytes that wait in each outbox where any do."""
-    found = (connection.outbox.waiting_bytes for connection in node.cluster._parts.hub.served())
+    found = (connection.outbox.waiting_bytes for connection in node.connections)
     return [waits for waits in found if waits]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from asgi_cluster import Cluster, ClusterMiddleware
+
+pytestmark = pytest.mark.quick
 
 _ROUNDS = 20
 
@@ -29,6 +32,7 @@ async def test_test_client_beside_another_loop(prefix: str) -> None:
             await connection.join("room")
             await connection.send("ready")
             async for message in connection:
+                assert isinstance(message, str)
                 await connection.send(f"echo {message}")
         ended.append(connection.socket.close_code)
 

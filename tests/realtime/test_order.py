@@ -20,6 +20,8 @@ from asgi_cluster.sockets.prepared import PreparedMessage
 from asgi_cluster.sockets.socket import Closes, Socket
 from asgi_cluster.sockets.wire import Wire
 
+pytestmark = pytest.mark.quick
+
 _SOCKETS = 50
 _ROOMS = 3
 _OPERATIONS = 400
@@ -69,7 +71,7 @@ class Member:
             conn=SimpleNamespace(state=State.OPEN),
         )
 
-        async def send(message: dict[str, Any]) -> None:
+        async def send(message: Any) -> None:
             if message["type"] == "websocket.send":
                 await self.transport.writable.wait()
                 self.transport.frames += message["text"].encode().split(b"\n")

@@ -6,6 +6,7 @@ import asyncio
 import socket as sockets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,10 +15,10 @@ from starlette.websockets import WebSocket
 from websockets.exceptions import ConnectionClosed
 
 from asgi_cluster import Connection, RoomRule
-from asgi_cluster.scope import ScopeState
 from asgi_cluster.sockets.batches import Flusher
 from asgi_cluster.sockets.prepared import PreparedMessage
 from tests.realtime.site import Node, Site
+from tests.realtime.test_connection import cluster_of
 from tests.support.waiting import eventually
 
 PATHS = ["direct", "wrapped", "websockets", "wsproto"]
@@ -43,14 +44,12 @@ class Member:
         self.connections: list[Connection] = []
 
     async def __call__(self, websocket: WebSocket) -> None:
-        state = ScopeState.of(websocket.scope)
-        assert state is not None
-        async with state.cluster.accept(websocket) as connection:
+        async with cluster_of(websocket).accept(websocket) as connection:
             await connection.join("room")
             self.connections.append(connection)
             await connection.send("ready")
             async for message in connection:
-                await websocket.send_text(f"echo {message}")
+                await websocket.send_text(f"echo {message!s}")
 
 
 async def start(site: Site, path: str, **realtime: Any) -> tuple[Node, Member]:
@@ -190,12 +189,16 @@ async def test_slow_client_is_disconnected(redis_site: Site, path: str) -> None:
         slow = member.connections[0]
         bound = 0
         got: list[int] = []
+
+        def arrived(upto: int) -> bool:
+            return len(got) > upto
+
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(_read(other.ws.recv, got, 600))
             for start_at in range(0, 600, 10):
                 await flood(node, range(start_at, start_at + 10))
                 bound = max(bound, slow.outbox.waiting_bytes)
-                await eventually(lambda upto=start_at: len(got) > upto)
+                await eventually(partial(arrived, start_at))
         assert got == list(range(600))
         assert bound <= 200_000
         await eventually(lambda: node.cluster.stats().realtime.connections == 1)

@@ -98,7 +98,7 @@ async def test_several_workers_without_a_url(prefix: str) -> None:
 async def rows(request: pytest.FixtureRequest, valkey: Server) -> dict[str, Row | BaseException]:
     """Of the servers whose tests were asked for: a few run at a time."""
     wanted = [
-        item.callspec.params["name"]
+        str(item.callspec.params["name"])
         for item in request.session.items
         if isinstance(item, pytest.Function) and item.originalname == test_server.__name__
     ]

@@ -23,6 +23,7 @@ OPEN = RoomRule("open:{name}", subscribe=True, publish=True)
 KEPT = RoomRule("kept:{name}", subscribe=True, publish=True, history=5, presence=True)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("pattern", "room", "params"),
     [
@@ -44,6 +45,7 @@ def test_rule_matches(pattern: str, room: str, params: dict[str, str] | None) ->
     assert RoomRule(pattern).match(room) == params
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("pattern", "options"),
     [
@@ -68,6 +70,7 @@ def test_rule_refused(pattern: str, options: dict[str, Any]) -> None:
         RoomRule(pattern, **options)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("first", "second", "covered"),
     [
@@ -90,6 +93,7 @@ def test_unreachable_rule_refused(first: str, second: str, covered: bool) -> Non
         RealtimeConfig(rules=rules)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["", "a" * 256, "a\nb", "a\x00", "\x7f", "\ud800", "a\u2028b"])
 def test_room_name_refused(name: str) -> None:
     """Empty, too long, or with control characters: a clear error."""
@@ -258,6 +262,7 @@ async def test_first_members_together(lone_site: Site) -> None:
     assert len(rooms) == 0
 
 
+@pytest.mark.quick
 async def test_join_after_the_last_left() -> None:
     """A join while nobody is left subscribes anew, in that order; a refused channel leaves nothing behind."""
     bus = Subscriptions()
@@ -274,6 +279,7 @@ async def test_join_after_the_last_left() -> None:
     assert bus.log[-1] == "-room"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("pattern", ["chat:*", "*", "chat:<id>", "<kind>:{id}", "a*b:{id}"])
 def test_rule_with_another_wildcard(pattern: str) -> None:
     """What is meant as ``{name}`` is refused, with the cure, and not taken literally."""
@@ -281,6 +287,7 @@ def test_rule_with_another_wildcard(pattern: str) -> None:
         RoomRule(pattern)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("rules", [RoomRule("chat:{id}"), "chat:{id}", ["chat:{id}"], {"chat:{id}": True}])
 def test_rules_that_are_no_list_of_rules(rules: Any) -> None:
     """The error says what ``rules`` has to be."""

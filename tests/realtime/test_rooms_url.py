@@ -216,6 +216,7 @@ async def test_logout_counts_each_socket_once_with_rooms_apart(apart: Apart, apa
         assert await client.closed() == (4501, "logged out everywhere")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("urls", "option", "words"),
     [

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -325,14 +324,16 @@ async def test_idle_client_has_no_task(lone_site: Site) -> None:
     async with node.client() as client:
         await client.call("subscribe", {"channel": "room"})
         (connection,) = node.cluster._parts.hub.served()
-        await eventually(lambda: connection._pending is None)  # type: ignore[attr-defined]
+        await eventually(lambda: cast("Any", connection)._pending is None)
         made: list[Any] = []
         loop = asyncio.get_running_loop()
-        factory: Callable[..., Awaitable[Any]] = lambda loop, work, **options: (  # noqa: E731
-            made.append(work) or asyncio.Task(work, loop=loop, **options)
-        )
+
+        def factory(loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> asyncio.Task[Any]:
+            made.append(work)
+            return asyncio.Task(work, loop=loop, **options)
+
         await client.send({"id": 70, "rpc": {"method": "fast", "data": 1}}, {"id": 71, "ping": {}})
-        loop.set_task_factory(factory)  # type: ignore[arg-type]
+        loop.set_task_factory(factory)
         try:
             frames = [await client.ws.recv()]
         finally:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from asgi_cluster.bus.lease import Lease
 from asgi_cluster.exceptions import BusUnavailable
-from asgi_cluster.rooms.history import Entry, Page, Position
+from asgi_cluster.rooms.history import Entry, HistoryStore, Page, Position
 from asgi_cluster.rooms.stream import RoomStream
+
+pytestmark = pytest.mark.quick
 
 
 class Log:
@@ -72,7 +74,7 @@ class Bench:
 
         self.stream = RoomStream(
             "room",
-            history=log,
+            history=cast("HistoryStore", log),
             size=100,
             ttl=60,
             timeout=1,

@@ -71,6 +71,7 @@ async def second_node_stalled(
 # B1: empty
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("where", ["same node", "another node"])
 async def test_key_that_is_written_while_another_request_empties_the_session(
     cluster_url: str, prefix: str, where: str
@@ -88,6 +89,7 @@ async def test_key_that_is_written_while_another_request_empties_the_session(
         assert await browser.truth(second) == {"b": 2}
 
 
+@pytest.mark.quick
 async def test_conflict_between_emptying_and_writing(cluster_url: str, prefix: str) -> None:
     """With conflict="error" the request that empties the session and lost the race gets 409."""
     options = SessionConfig(conflict="error")
@@ -100,6 +102,7 @@ async def test_conflict_between_emptying_and_writing(cluster_url: str, prefix: s
         assert await browser.truth(second) == {"a": 1, "b": 2}
 
 
+@pytest.mark.quick
 async def test_two_requests_that_empty_a_session_between_them(cluster_url: str, prefix: str) -> None:
     """Each removes one key of two; the store ends the session when the last one is removed."""
     async with nodes(cluster_url, prefix=prefix) as (first, second):
@@ -144,6 +147,7 @@ ASSIGNMENTS: dict[str, Any] = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("how", list(ASSIGNMENTS))
 async def test_assignment_of_an_equal_value_by_a_slow_request(
     cluster_url: str, prefix: str, how: str
@@ -166,6 +170,7 @@ async def test_assignment_of_an_equal_value_by_a_slow_request(
         assert await browser.truth(second) == {"a": 1}
 
 
+@pytest.mark.quick
 async def test_equal_assignment_changes_no_version(cluster_url: str, prefix: str) -> None:
     """Nothing has changed, so nothing is published and no other request conflicts; ``setdefault`` of a key
     that is there is no assignment.
@@ -227,6 +232,7 @@ def _assigned(session: Session, value: Any) -> Any:
     return value
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", list(NESTED))
 @pytest.mark.parametrize("after", ["login", "save"])
 async def test_nested_change_after(cluster_url: str, prefix: str, kind: str, after: str) -> None:
@@ -251,6 +257,7 @@ async def test_nested_change_after(cluster_url: str, prefix: str, kind: str, aft
         assert (await browser.on(second, show)).json() == expected
 
 
+@pytest.mark.quick
 async def test_nested_change_of_what_was_read_before_a_login(cluster_url: str, prefix: str) -> None:
     """A list that was handed out before the login is still the session's list after it."""
 
@@ -269,6 +276,7 @@ async def test_nested_change_of_what_was_read_before_a_login(cluster_url: str, p
 # B3: what a login carries over
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("before", ["anonymous", "same user"])
 async def test_write_in_parallel_to_a_login(cluster_url: str, prefix: str, before: str) -> None:
     """The write was answered before the login was: the new session has it, and not what it replaced or
@@ -323,6 +331,7 @@ async def test_login_with_a_session_that_is_over(valkey: Server, prefix: str) ->
         assert await browser.truth(first) == {"new": 1}
 
 
+@pytest.mark.quick
 async def test_login_after_the_session_was_lost(cluster_url: str, prefix: str) -> None:
     """A request whose ``save`` returned False takes nothing of the lost session into the new one."""
     async with nodes(cluster_url, prefix=prefix) as (first, second):

@@ -130,6 +130,7 @@ async def test_work_of_the_backend_that_fails(
         assert (await browser.get("/show")).json()["user"] is None
 
 
+@pytest.mark.quick
 async def test_cluster_that_ends_says_so(
     cluster_url: str, prefix: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -150,6 +151,7 @@ async def test_cluster_that_ends_says_so(
         await cluster.__aexit__(None, None, None)
 
 
+@pytest.mark.quick
 async def test_spawn_in_a_group_that_has_ended() -> None:
     """Refused, and nothing is left that was never awaited."""
     async with asyncio.TaskGroup() as group:
@@ -161,6 +163,7 @@ async def test_spawn_in_a_group_that_has_ended() -> None:
         gc.collect()
 
 
+@pytest.mark.quick
 async def test_spawned_task_that_is_cancelled_before_its_first_step() -> None:
     """Nothing is left that was never awaited either."""
     with warnings.catch_warnings():
@@ -208,6 +211,7 @@ async def test_socket_that_is_gone_while_its_session_is_checked(
         await browser.aclose()
 
 
+@pytest.mark.quick
 async def test_work_of_one_name_that_fails_apart() -> None:
     """One that recovers, or ends, leaves the entry of another one with the same name."""
     failing: Failing = {}

@@ -146,6 +146,7 @@ async def test_cookie_that_opens_no_session_does_not_hide_the_genuine_one(people
         assert await user_of(people.node, first, people.genuine) == "victim"
 
 
+@pytest.mark.quick
 async def test_invented_cookies_cost_a_bounded_number_of_reads(cluster_url: str, prefix: str) -> None:
     """However many cookies of that name a request brings, at most four are looked up."""
     async with nodes(cluster_url, 1, prefix=prefix) as (cluster,), client_for(cluster) as client:
@@ -155,6 +156,7 @@ async def test_invented_cookies_cost_a_bounded_number_of_reads(cluster_url: str,
         assert cluster.stats().cache.misses - before == 4
 
 
+@pytest.mark.quick
 async def test_session_behind_the_second_cookie_can_be_changed_and_ended(
     cluster_url: str, prefix: str
 ) -> None:
@@ -169,6 +171,7 @@ async def test_session_behind_the_second_cookie_can_be_changed_and_ended(
         assert (await client.post("/logout", headers={"cookie": cookie})).json()["sessions"] == 1
 
 
+@pytest.mark.quick
 async def test_unprefixed_cookie_keeps_the_browsers_order(prefix: str) -> None:
     """With ``domain=`` a browser may send two cookies that both open a session: the first counts, which is
     the one with the longer path.

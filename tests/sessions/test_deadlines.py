@@ -148,7 +148,7 @@ async def test_lock_is_given_back(valkey: Server, prefix: str, how: str) -> None
 
         async def next_one(session: Session) -> bool:
             async with session.lock(wait=5):
-                return session.get("locked", False)
+                return bool(session.get("locked", False))
 
         browser = Browser()
         await browser.on(direct, put(n=0))
@@ -322,6 +322,7 @@ async def test_login_that_fails_leaves_no_session(valkey: Server, prefix: str, l
         assert len(await direct.user("ada").sessions()) == 1
 
 
+@pytest.mark.quick
 async def test_login_whose_request_fails_leaves_no_session(cluster_url: str, prefix: str) -> None:
     """An app that raises without answering sends no cookie: nobody could use that session."""
 
@@ -450,6 +451,7 @@ async def test_login_that_fails_beside_another_write_loses_nothing(
         assert await browser.data(cluster) == {"n": 1, "cart": "book"}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("answer", ["fails", "answers 500"])
 async def test_error_that_the_app_has_made_good(prefix: str, answer: str) -> None:
     """A conflict that the app caught and repaired does not answer for what goes wrong after it."""

@@ -29,6 +29,8 @@ from asgi_cluster.bus.lease import boot_clock
 from asgi_cluster.sessions import stored
 from tests.sessions.app import Gate, client_for, make_app, nodes
 
+pytestmark = pytest.mark.quick
+
 DAY = 86400
 
 
@@ -240,7 +242,7 @@ async def test_renewal_that_the_store_does_not_confirm_is_left_out(
 
     read_fresh, reads = rolling._parts.service.store.read_fresh, 0
 
-    async def down_after_one(handle: str, *, timeout: float) -> object:
+    async def down_after_one(handle: Any, *, timeout: float) -> object:
         nonlocal reads
         reads += 1
         if reads > 1:
@@ -271,7 +273,7 @@ def test_websocket_handshake_renews_the_cookie(prefix: str, later: Callable[[flo
         made = client.post("/login?user=ada")
         later(1000)
         with client.websocket_connect("wss://testserver/ws") as socket:
-            headers = dict(socket.extra_headers or ())
+            headers: dict[bytes, bytes] = dict(socket.extra_headers or ())
     assert headers[b"set-cookie"].decode() == made.headers["set-cookie"]
 
 

@@ -72,6 +72,7 @@ async def test_start_fails_and_is_tried_again(prefix: str, caplog: pytest.LogCap
         assert await close_code(node.ws_url + "/echo") == 4100
         with start_valkey(port=port):
             answer = await eventually(lambda: succeeded(http), timeout=15, interval=0.2)
+            assert answer is not None
             assert answer.text == "1"
             assert await close_code(node.ws_url + "/echo") == 1000
             await cluster.__aexit__()

@@ -239,7 +239,8 @@ async def test_socket_is_judged_by_its_age(cut: Cut) -> None:
                 hub.register(socket)
                 socket.opened()
                 made.append(socket)
-            hub.close_logged_out("ada", logout, now=now)
+            before = None if logout.before is None else now - logout.before
+            hub.close_logged_out("ada", logout.id, at=now - logout.ago, keep=logout.keep, before=before)
             for socket in made:
                 hub.unregister(socket)
 

@@ -16,6 +16,8 @@ from starlette.testclient import TestClient
 from asgi_cluster import Cluster, ClusterMiddleware
 from tests.sessions.app import client_for, nodes
 
+pytestmark = pytest.mark.quick
+
 USES: dict[str, Callable[[Cluster], Awaitable[object]]] = {
     "broadcast": lambda cluster: cluster.room("room").broadcast("hello"),
     "logout": lambda cluster: cluster.user("ada").logout(),

@@ -131,7 +131,7 @@ async def record(prefix: str, fault: str, *, judge_only: bool = False) -> list[t
 
             async def agree() -> bool:
                 seen = [(await client.get("/show")).json()["data"] for client in (w, first, second)]
-                return seen[0] == seen[1] == seen[2]
+                return bool(seen[0] == seen[1] == seen[2])
 
             await eventually(agree, timeout=3)
             return late

@@ -28,7 +28,7 @@ def raw(valkey: Server) -> Iterator[redis.Redis]:
 
 def everything(raw: redis.Redis, prefix: str) -> list[bytes]:
     """All keys of a prefix, and all that is in them."""
-    found: list[bytes] = []
+    found: list[Any] = []
     for key in raw.scan_iter(f"{prefix}*"):
         found.append(key)
         kind = raw.type(key)
@@ -37,10 +37,11 @@ def everything(raw: redis.Redis, prefix: str) -> list[bytes]:
         elif kind == b"string":
             found.append(raw.get(key) or b"")
         elif kind == b"zset":
-            found += raw.zrange(key, 0, -1)
+            found.extend(raw.zrange(key, 0, -1))
     return found
 
 
+@pytest.mark.quick
 def test_ids_have_the_entropy_that_owasp_asks_for() -> None:
     """OWASP: at least 64 bits. The secret has 256, the handle 128, and no two are alike."""
     secrets = {new_secret() for _ in range(2000)}
@@ -82,6 +83,7 @@ async def test_secret_is_neither_stored_nor_published_nor_logged(
         assert secret.decode() not in caplog.text
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("config", "name", "attributes"),
     [
@@ -111,6 +113,7 @@ async def test_cookie_has_the_attributes_that_were_asked_for(
     assert not any(part.startswith(("Max-Age", "Expires")) for part in parts)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "options",
     [
@@ -131,6 +134,7 @@ def test_cookie_option_that_browsers_refuse_is_refused_first(options: dict[str, 
         CookieConfig(**options)
 
 
+@pytest.mark.quick
 async def test_remember_me_outlives_the_browser_and_nothing_else_does(cluster_url: str, prefix: str) -> None:
     """login(lifetime=…) sets Max-Age; an ordinary login's cookie ends with the browser."""
     async with nodes(cluster_url, 1, prefix=prefix) as (cluster,), client_for(cluster) as client:
@@ -140,6 +144,7 @@ async def test_remember_me_outlives_the_browser_and_nothing_else_does(cluster_ur
     assert "Max-Age" not in ordinary.headers["set-cookie"]
 
 
+@pytest.mark.quick
 async def test_idle_session_ends_and_a_used_one_does_not(cluster_url: str, prefix: str) -> None:
     """The idle timeout counts from the last use, a mere look included; the node that is asked makes no
     difference.
@@ -158,6 +163,7 @@ async def test_idle_session_ends_and_a_used_one_does_not(cluster_url: str, prefi
         assert (await idle.get("/show")).json()["user"] is None
 
 
+@pytest.mark.quick
 async def test_busy_session_ends_at_its_absolute_timeout(cluster_url: str, prefix: str) -> None:
     """However often it is used: the absolute timeout cannot be extended."""
     options = SessionConfig(idle_timeout=0.8, absolute_timeout=1.0)
@@ -259,7 +265,7 @@ async def test_tampered_record_is_treated_as_missing(
                     name = key[: key.index("s:")].encode() + b"e:\xff\xfe"
                     raw.delete(name)
                     if damage == "user":
-                        raw.set(name, raw.hget(key, "@epoch"), ex=60)
+                        raw.set(name, raw.hget(key, "@epoch") or b"", ex=60)
                 else:
                     raw.hset(key, ".a", damages[damage])
                 for _ in range(3):

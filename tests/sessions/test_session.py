@@ -12,6 +12,8 @@ from asgi_cluster import Cluster, SessionConfig
 from tests.sessions.app import Gate, client_for, eventually_shows, make_app, nodes
 from tests.support.waiting import eventually
 
+pytestmark = pytest.mark.quick
+
 
 async def test_session_is_saved_and_read_on_another_node(cluster_url: str, prefix: str) -> None:
     """What one node stores, the other reads, under the same public handle."""

@@ -142,6 +142,7 @@ async def test_stream_ends_when_its_session_expires(cluster_url: str, prefix: st
         await browser.aclose()
 
 
+@pytest.mark.quick
 async def test_session_that_had_ended_before_it_was_asked(cluster_url: str, prefix: str) -> None:
     """Read from the cache, ended elsewhere, and only then waited for: registered, then read, so that it is
     seen.
@@ -227,6 +228,7 @@ async def test_logout_that_the_bus_lost_ends_a_stream(valkey: Server, prefix: st
         await browser.aclose()
 
 
+@pytest.mark.quick
 def test_session_that_is_not_stored() -> None:
     """A visitor without a session has none that could end; one that logs out in the request has."""
 

@@ -49,6 +49,7 @@ async def test_error_that_is_none_of_ours(
     assert "appears unsupported" not in caplog.text
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("url", ["memory://", "redis://127.0.0.1:1"])
 def test_trio_is_refused_in_lifespan(url: str, prefix: str) -> None:
     """By its name, and not by advice to turn on the lifespan that is on."""
@@ -66,6 +67,7 @@ def test_trio_is_refused_in_lifespan(url: str, prefix: str) -> None:
     assert "trio is not supported" in answer["message"]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("url", ["memory://", "redis://127.0.0.1:1"])
 def test_trio_is_refused_in_a_request(url: str, prefix: str) -> None:
     """Without lifespan as well."""

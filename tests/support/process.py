@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any
 
 from asgi_cluster import Cluster, CookieConfig, RealtimeConfig, RoomRule, SessionConfig
 
@@ -14,8 +15,9 @@ def cluster_of_environment(rule: RoomRule) -> Cluster:
     """
     logging.basicConfig(level=logging.INFO)
     drain = os.environ.get("DRAIN")
+    drained: dict[str, Any] = {"drain": float(drain)} if drain else {}
     return Cluster(
         prefix=os.environ["PREFIX"],
         sessions=SessionConfig(cookie=CookieConfig(secure=False)),
-        realtime=RealtimeConfig(rules=[rule], **({"drain": float(drain)} if drain else {})),
+        realtime=RealtimeConfig(rules=[rule], **drained),
     )

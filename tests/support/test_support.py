@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import httpx
 import pytest
@@ -20,8 +21,8 @@ def client(url: str, timeout: float = 0.3) -> redis.asyncio.Redis:
     return redis.asyncio.Redis.from_url(url, socket_timeout=timeout, retry=retry)
 
 
-def plain(text: str):
-    async def app(scope, receive, send) -> None:
+def plain(text: str) -> Any:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
             while (message := await receive())["type"] != "lifespan.shutdown":
                 await send({"type": f"{message['type']}.complete"})
@@ -138,7 +139,7 @@ async def test_serve_in_this_loop_and_several() -> None:
 async def test_serve_refused_startup_is_an_error() -> None:
     """An app whose startup fails does not leave the test waiting."""
 
-    async def app(scope, receive, send) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
         await send({"type": "lifespan.startup.failed", "message": "no"})
 
@@ -174,6 +175,7 @@ async def test_sentinel_set_fails_over(binary: str) -> None:
             assert known.wait(1, 1000) == 1
         old.kill()
         new = await eventually(lambda: found.primary if found.primary is not old else None, timeout=30)
+        assert new is not None
         with new.client() as known:
             assert known.get("a") == b"1"
 

@@ -137,9 +137,9 @@ def start_sentinels(
     ``port``: where they find the primary, if not at its own.
     """
     with ExitStack() as stack:
-        sentinels = []
+        sentinels: list[Server] = []
         for _ in range(3):
-            sentinel = _Sentinel(primary, name, down_after, port or primary.port)
+            sentinel: Server = _Sentinel(primary, name, down_after, port or primary.port)
             stack.callback(sentinel.stop)
             sentinels.append(sentinel.start())
 

@@ -6,9 +6,29 @@ import asyncio
 import inspect
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import TypeVar, cast, overload
 
 T = TypeVar("T")
+
+
+@overload
+async def eventually(
+    predicate: Callable[[], Awaitable[T]],
+    *,
+    timeout: float = ...,
+    interval: float = ...,
+    message: str | None = ...,
+) -> T: ...
+
+
+@overload
+async def eventually(
+    predicate: Callable[[], T],
+    *,
+    timeout: float = ...,
+    interval: float = ...,
+    message: str | None = ...,
+) -> T: ...
 
 
 async def eventually(
@@ -30,7 +50,7 @@ async def eventually(
         last: object
         try:
             answer = predicate()
-            result = await answer if inspect.isawaitable(answer) else answer
+            result = cast("T", await answer if inspect.isawaitable(answer) else answer)
             if result:
                 return result
             last = result

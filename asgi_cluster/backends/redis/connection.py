@@ -55,7 +55,7 @@ class MultiplexedConnection:
         """
         try:
             async with asyncio.timeout(timeout):
-                await self._connection.connect()  # type: ignore[no-untyped-call]
+                await self._connection.connect()
         except (RedisError, OSError, TimeoutError) as error:
             await self._connection.disconnect(nowait=True)
             raise ConnectionBroken(reason_of(error), sent=False) from error
