@@ -259,12 +259,12 @@ async def test_a_room_that_a_new_primary_forbids(prefix: str) -> None:
                 for name in map("r{}".format, itertools.count())
                 if cluster.primary_of(slot_of(f"{{room:{name}}}")) is cluster.primary_of(slot)
             )
-            await node.bus.subscribe(room)
+            await node.room_bus.subscribe(room)
             replica = cluster.replica_of(cluster.primary_of(slot))
             rights = f"resetchannels &{prefix}:*sessions &{prefix}:*inbox".split()
             replica.client().execute_command("ACL", "SETUSER", "default", *rights)
             replica.client().execute_command("CLUSTER", "FAILOVER")
             new = replica.client().info("server")["run_id"]
-            await eventually(lambda: node.bus.run_id(0x7F) == new and node.live, timeout=20)
-            assert not node.bus.room_lease(room).live
+            await eventually(lambda: node.session_bus.run_id(0x7F) == new and node.live, timeout=20)
+            assert not node.room_bus.lease(room).live
             await hears_all_buckets(node, node, at_once=False)

@@ -20,7 +20,7 @@ def layers() -> list[set[str]]:
 def imports(module: str) -> set[str]:
     """Siblings, typing-only imports included."""
     return {
-        node.module.rpartition(".")[2]
+        (node.module or "").rpartition(".")[2]
         for node in ast.walk(ast.parse((FOLDER / f"{module}.py").read_text()))
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("asgi_cluster.backends.redis.")
     }

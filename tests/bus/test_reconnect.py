@@ -213,6 +213,7 @@ async def test_block_that_fails_closes_its_connection() -> None:
     async def dial_again() -> Any:
         return again
 
-    async with connected(dial_again()) as same:
-        assert same is again
+    async with connected(dial_again()) as given:
+        same = given is again
+    assert same
     assert again.closed

@@ -52,7 +52,7 @@ async def test_pushes_go_to_a_handler(parser: str) -> None:
 
     async with FakeServer() as server:
         connection = Address(server.url).connection()
-        await connection.connect()  # type: ignore[no-untyped-call]
+        await connection.connect()
         try:
             with advice("the push handler of a connection's parser", "to get pushes in order with replies"):
                 receive_pushes(connection, handler)
@@ -68,7 +68,7 @@ async def test_commands_are_written_by_ourselves(parser: str) -> None:
     """Packed ones, several in one write; the transport shows how much waits and can be aborted."""
     async with FakeServer() as server:
         connection = Address(server.url).connection()
-        await connection.connect()  # type: ignore[no-untyped-call]
+        await connection.connect()
         try:
             with advice("the stream writer of a connection", "to write the commands of one tick at once"):
                 writer = writer_of(connection)

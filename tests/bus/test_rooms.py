@@ -113,12 +113,12 @@ async def test_a_refused_room_that_was_left_meanwhile_leaves_the_others_alone(pr
     rooms = f"&{prefix}:0:room:good* &{prefix}:0:room:"
     with start_valkey("--user", *f"{rights} {rooms}".split()) as server:
         async with opened(server.url.replace("//", "//worker:pw@"), prefix) as node:
-            good, bad = (asyncio.ensure_future(node.bus.subscribe(room)) for room in ("good", "bad"))
+            good, bad = (asyncio.ensure_future(node.room_bus.subscribe(room)) for room in ("good", "bad"))
             for _ in range(2):  # until the command is on its way
                 await asyncio.sleep(0)
-            node.bus.unsubscribe("bad")
+            node.room_bus.unsubscribe("bad")
             await asyncio.gather(good, bad)
-            await node.bus.publish_room("good", b"\nm", timeout=1)
+            await node.room_bus.publish("good", b"\nm", timeout=1)
             await eventually(lambda: node.receiver.heard("good") == [b"m"])
 
 

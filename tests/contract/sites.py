@@ -57,7 +57,6 @@ def make_node(label: str = "node", *, listens: bool = True) -> Node:
         listens=listens,
         deadline=1.0,
         needs_start=True,
-        crosses_loops=False,
         attach=lambda: None,
     )
 
