@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.machine import ROOT
 
+pytestmark = pytest.mark.quick
+
 README = (ROOT / "README.md").read_text()
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
 DOCUMENTS = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]

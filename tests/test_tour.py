@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.machine import ROOT
 
+pytestmark = pytest.mark.quick
+
 TOUR = (ROOT / "docs/tour.md").read_text()
 STOPS = re.findall(r"^### (\d+)\. .+\n\n`([\w/]+\.py)`, `([\w.]+)`$", TOUR, re.MULTILINE)
 
