@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,17 @@ def test_documents_use_the_names_of_now_and_plain_words(document: Path) -> None:
     for name in RETIRED.split():
         assert not re.search(rf"`{name}`", text), name
     assert not (found := re.search(PERSONIFIED, text, re.IGNORECASE)), found
+
+
+@pytest.mark.parametrize("folder", ["asgi_cluster", "demo", "loadtest"])
+def test_comments_and_texts_of_the_code_use_plain_words(folder: str) -> None:
+    """Docstrings, comments, log lines and error messages."""
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        with path.open("rb") as file:
+            for token in tokenize.tokenize(file.readline):
+                if token.type in (tokenize.COMMENT, tokenize.STRING):
+                    found = re.search(PERSONIFIED, token.string, re.IGNORECASE)
+                    assert not found, f"{path.relative_to(ROOT)}:{token.start[0]}: {found}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
