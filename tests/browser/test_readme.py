@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 from playwright.async_api import BrowserContext, Page, expect
 
 from tests.support.machine import ROOT
 from tests.support.nodes import Node, serve_process
 from tests.support.waiting import eventually
+
+pytestmark = pytest.mark.timeout(180)
 
 EXAMPLE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
