@@ -1,4 +1,4 @@
-"""One ASGI middleware: sessions, logouts and live rooms that stay one across every node."""
+"""One ASGI middleware: sessions, logouts and live rooms that are the same on every node."""
 
 from asgi_cluster.asgi.middleware import ClusterMiddleware
 from asgi_cluster.bus.stats import BusStats, NodeInfo

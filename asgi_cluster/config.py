@@ -1,4 +1,4 @@
-"""Configuration of rooms and clients: frozen, keyword-only, refused when it makes no sense."""
+"""Configuration of rooms and clients: frozen and keyword-only. Values that make no sense are refused."""
 
 from __future__ import annotations
 
@@ -34,61 +34,80 @@ class RealtimeConfig:
     """
 
     path: str | None = "/realtime"
-    """Where the built-in endpoint lives (``<path>/websocket``, ``<path>/client.js``); ``None``: nowhere."""
+    """The URL path of the built-in endpoint (``<path>/websocket``, ``<path>/client.js``); ``None``: there is
+    no endpoint.
+    """
     rules: Sequence[RoomRule] = ()
-    """Which rooms clients may subscribe to and publish in. Without a rule a room is closed to clients."""
+    """The rooms that clients may subscribe to and publish in; the first rule that matches counts. A room
+    without a rule is closed to clients.
+    """
     connect: Callable[[ConnectRequest], Any] | None = None
-    """``(ConnectRequest) -> str | Connected | None`` or awaitable: may name the user (a token of the app's
-    own), or say with ``Connected`` when that expires, what the client and others are shown, and which rooms
-    it is in; or raise ``NotPermitted`` (with ``code=3500`` for an invalid token) or ``TokenExpired``.
+    """Called when a client of the built-in endpoint connects or refreshes its token, as ``(ConnectRequest) ->
+    str | Connected | None``, sync or async. A ``str`` is the user, for apps with tokens of their own.
+    ``Connected`` also says when that expires, what the client and others are shown, and which rooms the
+    client is in. With the result ``None``, or without a hook, the user is that of the handshake. The hook may
+    raise ``NotPermitted`` (with ``code=3500`` for an invalid token) or ``TokenExpired``.
     """
     rpc: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    """``{"method": f}``: ``f(connection, data)`` or awaitable; its result goes back to the client."""
+    """``{"method": f}``: ``f(connection, data)``, sync or async, answers the client's call of ``method``. The
+    client gets its result.
+    """
     on_connect: Callable[[Connection], Awaitable[None] | None] | None = None
-    """Called when a client of the built-in endpoint has connected."""
+    """Called when a client of the built-in endpoint has connected, sync or async. ``None``: no call."""
     on_disconnect: Callable[[Connection, int, str], Awaitable[None] | None] | None = None
-    """Called with the close code and reason when a client of the built-in endpoint is gone."""
+    """Called with the close code and the reason when the connection of a client of the built-in endpoint has
+    ended, sync or async. ``None``: no call.
+    """
     on_message: Callable[[Connection, Any], Awaitable[None] | None] | None = None
-    """Called with what a client of the built-in endpoint sends without wanting an answer; ``None`` closes it
-    with 3508.
+    """Called with each message that a client of the built-in endpoint sends without expecting an answer, sync
+    or async. ``None``: such a message closes the client's connection with 3508.
     """
     allowed_origins: Sequence[str] | None = None
-    """Pages that may open a WebSocket, on the built-in endpoint and with ``cluster.accept``. ``None``: those
-    of the host that the request names in ``Host``, ``X-Forwarded-Host`` or ``Forwarded``. Else full origins
-    (``https://app.example``); ``*`` allows every one. A request without ``Origin`` comes from no page.
+    """Origins whose pages may open a WebSocket, on the built-in endpoint and with ``cluster.accept``:
+    ``https://app.example``, or ``*`` for all. ``None``: the host that the request names in ``Host``,
+    ``X-Forwarded-Host`` or ``Forwarded``. A request without ``Origin`` does not come from a page and is
+    allowed.
     """
     on_bus_error: Literal["raise", "local"] = "raise"
-    """A broadcast that cannot reach the bus raises ``BusUnavailable``, or reaches only members here."""
+    """What a broadcast does when Redis does not answer: ``raise`` ``BusUnavailable``, or deliver it to the
+    members on this node only (``local``).
+    """
     ping_interval: Seconds[float] = Seconds(25.0)
     """Seconds between protocol pings to each client of the built-in endpoint."""
     pong_timeout: Seconds[float] = Seconds(10.0)
-    """Seconds a client has to answer a ping before it is closed with 3012."""
+    """Seconds within which a client has to answer a ping; else the connection is closed with 3012. Less than
+    ``ping_interval``.
+    """
     connect_timeout: Seconds[float] = Seconds(10.0)
-    """Seconds a client has to send the connect command before it is closed with 3502."""
+    """Seconds within which a client has to send the connect command; else the connection is closed with
+    3502.
+    """
     outbox_bytes: int = 1 << 20
-    """Bytes that may wait for one slow client; what happens then is the room's ``slow`` policy."""
+    """Bytes that may wait for one slow client. What happens above that is the room's ``slow`` policy."""
     max_message_bytes: int = 65_536
-    """Bytes a client may send in one frame; more closes it with 1009."""
+    """Bytes that a client may send in one frame; more closes the connection with 1009."""
     max_broadcast_bytes: int = 1 << 20
-    """Bytes one broadcast may hold, encoded; more is a ``ValueError``."""
+    """Bytes of one broadcast, encoded; more is a ``ValueError``."""
     max_rooms: int = 128
-    """Rooms one connection may be in; more is error 106."""
+    """Rooms that one connection may be in; one more is error 106 of the Centrifuge protocol."""
     max_commands_per_second: float = 100.0
-    """Commands per second a client may send over time (bursts of ten seconds' worth pass); more closes it
-    with 3013.
+    """Commands per second that a client may send on average; more closes the connection with 3013. A burst
+    may have the commands of ten seconds.
     """
     max_connections_per_user: int | None = None
-    """Connections one user may have to the built-in endpoint in the whole cluster; ``None``: no limit."""
+    """Connections of one user to the built-in endpoint, in the whole cluster; ``None``: no limit."""
     max_connections_per_session: int | None = None
-    """Connections one session may have to the built-in endpoint in the whole cluster; ``None``: no limit."""
+    """Connections of one session to the built-in endpoint, in the whole cluster; ``None``: no limit."""
     unverified_limit: Seconds[float] = Seconds(60.0)
-    """Seconds an open socket outlives a Redis that does not answer (spread over a quarter of it)."""
+    """Seconds for which an open socket stays open while Redis does not answer and its session cannot be
+    verified. Each socket is closed after three quarters of that time to the whole of it, at random.
+    """
     close_timeout: Seconds[float] = Seconds(2.0)
-    """Seconds a forced close may take before the transport is cut."""
+    """Seconds that a forced close may take before the transport is aborted."""
     drain: Seconds[float | None] = Seconds(DEFAULT_DRAIN)
-    """Seconds at most over which SIGTERM spreads the closing of sockets, 20 in a second, before the server
-    stops; ``None`` or 0: not at all. Ctrl-C and ``--reload`` do not wait. See docs/servers.md for the servers
-    on which it works.
+    """Seconds: on SIGTERM the sockets are closed one after another within this time, before the server stops;
+    at most 20 per second as long as that is enough. ``None`` or 0: no drain. Ctrl-C and ``--reload`` do not
+    wait. docs/servers.md lists the servers on which it works.
     """
 
     def __post_init__(self) -> None:

@@ -1,15 +1,15 @@
-"""Everything that asgi-cluster raises on purpose.
+"""The errors of asgi-cluster.
 
     ClusterError
     ├── NotStarted           used before the cluster was started
     ├── StoreUnavailable     the session store did not answer in time, or refused
-    ├── BusUnavailable       a message could not be handed to the bus
+    ├── BusUnavailable       a message could not be published, or a room not joined
     ├── SessionConflict      another request changed the session meanwhile (conflict="error")
     ├── NotPermitted         a room rule, or a connect hook, refused
     └── TokenExpired         a connect hook was given a token that has expired
 
-Bad arguments are ``ValueError`` or ``TypeError``, raised where they are given.
-A socket that is gone raises ``OSError``, as the ASGI specification asks of ``send``.
+A wrong argument is a ``ValueError`` or a ``TypeError`` of the call that gets it. Sending to a closed
+WebSocket raises ``OSError``, as the ASGI specification requires of ``send``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ class ClusterError(Exception):
 
 
 class NotStarted(ClusterError):
-    """The cluster was used before it was started, or after it was stopped."""
+    """The cluster was used before it was started, or after it was stopped.
+
+    ``action`` names what was called.
+    """
 
     def __init__(self, action: str = "this") -> None:
         self.action = action
@@ -47,8 +50,9 @@ class NotStarted(ClusterError):
 class StoreUnavailable(ClusterError):
     """The session store did not answer within the deadline, or refused.
 
-    ``outcome_unknown`` is true when a write was sent and its reply never came: it may have happened.
-    ``retry_after`` is the number of seconds after which another try makes sense.
+    The middleware answers it with 503 unless the app handles it. ``reason`` says what happened.
+    ``outcome_unknown`` is true when a write was sent and no reply came: it may have been executed.
+    ``retry_after`` is the number of seconds after which a retry makes sense; it becomes ``Retry-After``.
     """
 
     def __init__(self, reason: str, *, outcome_unknown: bool = False, retry_after: float = 1.0) -> None:
@@ -63,9 +67,10 @@ class StoreUnavailable(ClusterError):
 
 
 class BusUnavailable(ClusterError):
-    """A message could not be handed to the bus.
+    """Redis did not take a message or a subscription within the deadline, or refused it.
 
-    ``outcome_unknown`` is true when it was sent and no reply came: some nodes may have it.
+    The middleware answers it with 503 unless the app handles it. ``reason`` says what happened.
+    ``outcome_unknown`` is true when the message was sent and no reply came: some nodes may have received it.
     """
 
     def __init__(self, reason: str, *, outcome_unknown: bool = False) -> None:
@@ -79,7 +84,11 @@ class BusUnavailable(ClusterError):
 
 
 class SessionConflict(ClusterError):
-    """Another request changed the session since this one read it (``conflict="error"``)."""
+    """Another request changed the session since this one read it (``SessionConfig(conflict="error")``).
+
+    Nothing was written. The middleware answers it with 409 unless the app handles it. ``handle`` is the
+    session's public name.
+    """
 
     def __init__(self, handle: str) -> None:
         self.handle = handle
@@ -95,9 +104,9 @@ _INVALID_TOKEN = 3500
 class NotPermitted(ClusterError):
     """Raised by a room rule or a connect hook to refuse; the client gets ``reason``.
 
-    Without a ``code`` it is answered as error 103 "permission denied" of the Centrifuge protocol. With
-    ``code=3500``, which says that the client's token is invalid, the connection is closed with that code and
-    the client does not come back: ``raise NotPermitted("invalid token", code=3500)``.
+    With ``code=None`` the answer is error 103 "permission denied" of the Centrifuge protocol. ``code=3500``
+    means that the client's token is invalid: the connection is closed with that code, and the client does not
+    reconnect. Write ``raise NotPermitted("invalid token", code=3500)``.
 
     Raises:
         ValueError: another code.
@@ -117,11 +126,11 @@ class NotPermitted(ClusterError):
 
 
 class TokenExpired(ClusterError):
-    """Raised by a ``connect`` hook when the client's token was good and has expired.
+    """Raised by a ``connect`` hook when the client's token was valid and has expired.
 
-    The client is answered with error 109 "token expired" of the Centrifuge protocol: an SDK with a function
-    that fetches tokens fetches a new one and connects again. Raised when a token is refreshed, it closes the
-    connection with 3005 "connection expired", and the client connects again.
+    The answer to a connect is error 109 "token expired" of the Centrifuge protocol: an SDK that has a
+    function for tokens calls it for a new one and connects again. When the client refreshes its token, this
+    error closes the connection with 3005 "connection expired", and the client connects again.
     """
 
     def __str__(self) -> str:

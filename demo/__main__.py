@@ -28,16 +28,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--redis",
         metavar="URL",
         default=os.environ.get("REDIS_URL") or None,
-        help="a Redis or Valkey server, redis://, rediss:// or unix:// (REDIS_URL, else one of its own)",
+        help="a Redis or Valkey server: redis://, rediss:// or unix:// (REDIS_URL, else an embedded Valkey)",
     )
     parser.add_argument(
-        "--host", default="127.0.0.1", help="the address to listen on; 0.0.0.0 lets your phone in (127.0.0.1)"
+        "--host",
+        default="127.0.0.1",
+        help="the address to listen on; 0.0.0.0 also for other devices, such as your phone (127.0.0.1)",
     )
     options = parser.parse_args(arguments)
     if options.port + options.nodes > 65_535:
-        parser.error(f"--port {options.port} leaves no room for {options.nodes} nodes")
+        parser.error(f"--port {options.port} is too high: the {options.nodes} nodes use the ports after it")
     if options.redis is not None and not options.redis.startswith(("redis://", "rediss://", "unix://")):
-        parser.error("--redis (or REDIS_URL) starts with redis://, rediss:// or unix://")
+        parser.error("--redis (or REDIS_URL) has to start with redis://, rediss:// or unix://")
     try:
         check_ports(options.host, options.port, options.nodes)
         asyncio.run(_run(options))
@@ -64,14 +66,14 @@ async def _run(options: argparse.Namespace) -> None:
 def _port(text: str) -> int:
     port = int(text)
     if not 1 <= port <= 65_535:
-        raise argparse.ArgumentTypeError("a port is 1 to 65535")
+        raise argparse.ArgumentTypeError("a port is a number from 1 to 65535")
     return port
 
 
 def _nodes(text: str) -> int:
     nodes = int(text)
     if not 1 <= nodes <= 16:
-        raise argparse.ArgumentTypeError("1 to 16 nodes")
+        raise argparse.ArgumentTypeError("the number of nodes is 1 to 16")
     return nodes
 
 

@@ -51,7 +51,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 def signed_in(request: RoomRequest) -> bool:
-    """Whoever has signed in may."""
+    """The rule of both rooms: the client has to be signed in."""
     return request.connection.user_id is not None
 
 
@@ -61,7 +61,7 @@ def make_app(url: str, *, label: str = "node", prefix: str = "asgi-cluster-demo"
         url,
         prefix=prefix,
         node_label=label,
-        # The demo is served over plain http, and scripts have to be able to send the cookie back.
+        # The demo is served over plain http, and scripts without https have to be able to send the cookie.
         sessions=SessionConfig(cookie=CookieConfig(name="demo", secure=False)),
         realtime=RealtimeConfig(
             rules=[
@@ -73,10 +73,10 @@ def make_app(url: str, *, label: str = "node", prefix: str = "asgi-cluster-demo"
                     presence=True,
                     join_leave=True,
                 ),
-                # Cursors and drags: worth nothing a moment later. Nothing is kept, a slow reader gets fewer.
+                # Cursors and drags are soon outdated: no history, and a slow client gets fewer of them.
                 RoomRule("live:{board_id}", subscribe=signed_in, publish=signed_in, slow="drop"),
             ],
-            # The page asks over its socket, so that the node that holds the socket is the one that answers.
+            # The page calls this over its socket, so that the node that has the socket answers.
             rpc={"pulse": lambda connection, data: {"live": cluster.stats().bus.lease_remaining > 0}},
         ),
     )
@@ -145,13 +145,13 @@ class _Api:
         _same_origin(request)
         session = get_session(request)
         who = session.user_id
-        # It travels as a close reason, which has room for 123 bytes.
+        # It is sent as a WebSocket close reason, which has at most 123 bytes.
         reason = f"{who} signed out on {self._label}".encode()[:120].decode(errors="ignore")
         if who is None:
             receipt = await session.logout(reason=reason)
         else:
             receipt = await self._cluster.user(who).logout(reason=reason)
-            await session.logout(reason=reason)  # over already: this removes the cookie
+            await session.logout(reason=reason)  # it has ended already: this removes the cookie
         return JSONResponse(
             {
                 "user": None,
@@ -175,9 +175,9 @@ class _Api:
         try:
             nodes = await self._cluster.nodes()
         except StoreUnavailable:
-            nodes = []  # what this node has by itself is still worth showing
-        # A node that was killed and started again is registered twice until the others have removed the dead
-        # one.
+            nodes = []  # the figures of this node alone are still shown
+        # A node that was killed and started again is registered twice until the others have removed the old
+        # registration.
         latest = {_label_of(node.id): node for node in sorted(nodes, key=lambda node: node.started_at)}
         return JSONResponse(
             {
@@ -222,12 +222,12 @@ class _Api:
         try:
             await self._cluster.room(f"board:{self._board.name}").broadcast(change)
         except BusUnavailable as error:
-            # The change is stored. At the next one browsers see a hole in the versions, and read the board.
-            logger.warning("a change was stored and not announced: %s", error)
+            # The change is stored. With the next change browsers find a missing version, and read the board.
+            logger.warning("a change of the board was stored, but its broadcast failed: %s", error)
 
 
 class _Headers:
-    """Security headers, and the node's name, on every response."""
+    """Adds security headers and the node's name to every response."""
 
     def __init__(self, app: ASGIApp, label: str) -> None:
         self._app = app
@@ -244,7 +244,7 @@ class _Headers:
                 headers = MutableHeaders(scope=message)
                 for name, value in self._headers.items():
                     headers.setdefault(name, value)
-                # Each request may meet another node with another version of the demo: ask every time.
+                # Each request may reach another node with another version of the demo: revalidate every time.
                 headers.setdefault("cache-control", "no-cache")
             await send(message)
 
@@ -268,7 +268,11 @@ def _may_change(request: Request) -> str:
 
 
 def _same_origin(request: Request) -> None:
-    """SameSite=Lax does not distinguish the ports of a host; the Origin header does. Scripts send none."""
+    """SameSite=Lax does not distinguish the ports of a host; the Origin header does. Scripts send no Origin.
+
+    Raises:
+        Refused: 403, the request came from a page of another origin.
+    """
     origin = request.headers.get("origin")
     if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
         raise Refused(403, "This request came from another site.")
@@ -299,14 +303,16 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _unavailable(request: Request, error: Exception) -> Response:
-    logger.warning("answered 503: %s", error)
+    logger.warning("answered 503, because Redis did not answer: %s", error)
     return JSONResponse(
         {"error": "Redis does not answer. Please try again."}, status_code=503, headers={"retry-after": "1"}
     )
 
 
 def from_environment() -> ClusterMiddleware:
-    """For ``uvicorn --factory demo.app:from_environment``: DEMO_REDIS and DEMO_LABEL."""
+    """The app for ``uvicorn --factory demo.app:from_environment``. DEMO_REDIS is the URL of Redis, DEMO_LABEL
+    the name of the node.
+    """
     return make_app(
         os.environ.get("DEMO_REDIS", "redis://127.0.0.1:6379/0"), label=os.environ.get("DEMO_LABEL", "node")
     )

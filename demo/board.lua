@@ -1,5 +1,5 @@
--- Apply one change to a board, atomically: every change gets the next version of the whole board, so that a browser sees by the
--- numbers whether it missed one, and which of two changes is the later.
+-- Apply one change to a board, atomically. Every change gets the next version of the whole board. By these numbers a browser finds
+-- out whether it missed a change, and which of two changes is the later.
 -- KEYS[1] the board: a hash of note id -> note as JSON, and "@version"
 -- ARGV: action (add, edit, delete), note id, fields as JSON, most notes
 local action, id, fields, most = ARGV[1], ARGV[2], cjson.decode(ARGV[3]), tonumber(ARGV[4])

@@ -1,4 +1,4 @@
-"""The board's own state: a Redis hash beside the cluster's keys, changed by one script."""
+"""The state of the board: a Redis hash beside the cluster's keys, changed by one script."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class BoardUnavailable(Exception):
 
 
 class Refused(Exception):
-    """A change that cannot be made; ``status`` is the HTTP status that says so."""
+    """A change that is not possible; ``status`` is the HTTP status of the response."""
 
     def __init__(self, status: int, reason: str) -> None:
         self.status = status
@@ -47,7 +47,7 @@ class Board:
     def __init__(self, url: str, name: str) -> None:
         self.name = name
         self._key = f"asgi-cluster-demo:board:{name}"
-        # No blind retries: a change that was sent twice would be two versions.
+        # No retries: a change that was sent twice would be two versions.
         self._redis: Redis = Redis.from_url(
             url,
             protocol=3,
@@ -60,7 +60,11 @@ class Board:
         self._apply = self._redis.register_script(_SCRIPT)
 
     async def read(self) -> tuple[int, list[Note]]:
-        """The board's version and its notes, the oldest first."""
+        """The board's version and its notes, the oldest first.
+
+        Raises:
+            BoardUnavailable: Redis did not answer.
+        """
         try:
             stored: dict[Any, Any] = await self._redis.hgetall(self._key)
         except (RedisError, OSError) as error:
@@ -70,24 +74,26 @@ class Board:
         return version, sorted(notes, key=lambda note: int(note["version"]))
 
     async def add(self, fields: dict[str, Any], *, by: str) -> Note:
-        """Put up a new note.
+        """Add a note.
 
         Raises:
             Refused: the board is full.
+            BoardUnavailable: Redis did not answer.
         """
         note = {"text": "", "x": 0.5, "y": 0.5, "colour": COLOURS[0], **fields, "by": by}
         return await self._change("add", secrets.token_urlsafe(9), note)
 
     async def edit(self, note_id: str, fields: dict[str, Any], *, by: str) -> Note:
-        """Change some fields; the others stay as another visitor may have just made them.
+        """Change some fields; the others keep the values that other visitors have given them.
 
         Raises:
             Refused: there is no such note.
+            BoardUnavailable: Redis did not answer.
         """
         return await self._change("edit", note_id, {**fields, "edited_by": by})
 
     async def delete(self, note_id: str) -> Note:
-        """Take a note down; returns its id and the board's new version. Raises as ``edit``."""
+        """Remove a note; returns its id and the board's new version. Raises as ``edit``."""
         return await self._change("delete", note_id, {})
 
     async def _change(
@@ -101,11 +107,11 @@ class Board:
             raise BoardUnavailable(type(error).__name__) from error
         outcome = answer[0]
         if outcome == b"gone":
-            raise Refused(404, "This note has been taken down.")
+            raise Refused(404, "This note has been removed.")
         if outcome == b"full":
             raise Refused(409, f"The board is full: {MOST_NOTES} notes.")
         if outcome != b"ok":
-            raise Refused(409, "There is such a note already.")
+            raise Refused(409, "A note with this id exists already.")
         note: Note = json.loads(answer[1])
         return note
 
@@ -117,7 +123,7 @@ def checked_fields(given: Any) -> dict[str, Any]:
     """The fields of a note that a visitor may set.
 
     Raises:
-        Refused: one is unknown, or not what it should be.
+        Refused: a field is unknown, or its value is not allowed.
     """
     if not isinstance(given, dict) or not given.keys() <= _FIELDS:
         raise Refused(422, f"A note has the fields {', '.join(sorted(_FIELDS))}.")

@@ -1,10 +1,10 @@
-"""What ties a child process to the supervisor: a pipe on its standard input.
+"""Ends a child process together with the supervisor, with a pipe on its standard input.
 
-The supervisor never writes to it. When it ends, by whatever signal, the system closes its end, and the
-child sees the end of the file. That works for ``kill -9`` too, on Linux and macOS alike.
+The supervisor never writes to the pipe. When the supervisor ends, by any signal, the system closes its side
+of the pipe, and the child reads the end of the file. That works for ``kill -9`` too, on Linux and on macOS.
 
-``python -m demo.lifeline DIRECTORY COMMAND…`` runs a command that has no such pipe, in a directory that the
-supervisor made. When the pipe ends, it ends the command and removes the directory.
+``python -m demo.lifeline DIRECTORY COMMAND…`` runs a command that does not read such a pipe, in a directory
+that the supervisor made. At the end of the pipe it ends the command and removes the directory.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ __all__ = ["watch"]
 
 
 def watch(ended: Callable[[], None]) -> None:
-    """Call ``ended``, on another thread, when the supervisor is gone."""
+    """Call ``ended``, on another thread, when the supervisor has ended."""
 
     def wait() -> None:
-        # os.read and not sys.stdin: a daemon thread inside a buffered read would hold its lock at exit.
+        # os.read in place of sys.stdin: a daemon thread in a buffered read would keep its lock at exit.
         while os.read(0, 64):
             pass
         ended()
@@ -60,7 +60,7 @@ def main(directory: str, command: list[str]) -> int:
 
 
 def _die_with_this_process() -> Callable[[], None] | None:
-    """For ``kill -9`` of this process, on Linux: the command dies too, and does not keep the port."""
+    """On Linux the command also ends after ``kill -9`` of this process, and does not keep its port."""
     if sys.platform != "linux":
         return None
     prctl = ctypes.CDLL(None).prctl

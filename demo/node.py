@@ -19,7 +19,7 @@ STOP_WITHIN = 5.0
 
 
 def listen(host: str, port: int, *, shared: bool) -> socket.socket:
-    """A listening socket. With ``shared`` all processes that listen like this take their part."""
+    """A listening socket. With ``shared`` the system spreads connections over all such sockets."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -35,17 +35,19 @@ def listen(host: str, port: int, *, shared: bool) -> socket.socket:
 
 
 def main(label: str, host: str, shared_port: int, own_port: int) -> int:
-    """Serve until SIGTERM, or until the supervisor is gone."""
+    """Serve until SIGTERM, or until the supervisor has ended; returns the exit status."""
     logging.basicConfig(level=logging.WARNING, format=f"{label}: %(name)s: %(message)s")
     try:
         sockets = [listen(host, shared_port, shared=True), listen(host, own_port, shared=False)]
     except OSError as error:
-        print(f"{label}: cannot listen: {error.strerror}", file=sys.stderr)
+        print(
+            f"{label}: cannot listen on port {shared_port} or {own_port}: {error.strerror}", file=sys.stderr
+        )
         return 1
     server = uvicorn.Server(
         uvicorn.Config(
             make_app(os.environ["DEMO_REDIS"], label=label),
-            loop="asyncio",  # what `uv run` installs for the demo, whatever else is there
+            loop="asyncio",  # `uv run` installs no other loop for the demo
             http="h11",
             ws="websockets-sansio",
             lifespan="on",
@@ -58,7 +60,7 @@ def main(label: str, host: str, shared_port: int, own_port: int) -> int:
 
     def orphaned() -> None:
         server.should_exit = True
-        # If something holds it, it must not outlive the supervisor all the same.
+        # It has to end after the supervisor in any case, also when a request does not finish.
         timer = threading.Timer(STOP_WITHIN, os._exit, [1])
         timer.daemon = True
         timer.start()
@@ -69,6 +71,6 @@ def main(label: str, host: str, shared_port: int, own_port: int) -> int:
 
 
 if __name__ == "__main__":
-    # The Redis URL comes by the environment: it may hold a password, and any user of the machine can read
-    # command lines.
+    # The Redis URL comes in the environment: it may contain a password, and every user of the machine can
+    # read command lines.
     sys.exit(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))

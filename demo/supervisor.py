@@ -1,4 +1,4 @@
-"""Starts the demo's processes, starts again those that die, and leaves nothing behind."""
+"""Starts the demo's processes, restarts those that end, and removes everything when the demo stops."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class StartFailed(Exception):
-    """The demo cannot run; says why, for a person."""
+    """The demo cannot run; the text says why and what to do."""
 
 
 def check_ports(host: str, port: int, nodes: int) -> None:
-    """The shared port and those of the nodes are free.
+    """Check that the shared port and those of the nodes are free.
 
-    Probed without SO_REUSEPORT: a second demo could share the first one's port without any error, and get
-    half of its visitors.
+    The check does not use SO_REUSEPORT: a second demo could share the port of the first without an error, and
+    would get half of its visitors.
 
     Raises:
-        StartFailed: one is taken, or may not be used.
+        StartFailed: a port is in use, or this user may not use it.
     """
     for wanted in range(port, port + nodes + 1):
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -66,12 +66,12 @@ class _Service:
     environment: dict[str, str] = field(default_factory=dict)
     quiet: bool = False
     attempts: int | None = None
-    """Starts in a row that may fail before the demo ends; ``None``: any number."""
+    """How many starts in a row may fail before the demo ends; ``None``: any number."""
     again: str = "starting it again"
 
 
 class Supervisor:
-    """Runs until ``stop()``."""
+    """Runs the demo until ``stop()``. ``say`` prints lines for the user."""
 
     def __init__(
         self, *, host: str, port: int, nodes: int, redis: str | None, say: Callable[[str], None]
@@ -84,14 +84,14 @@ class Supervisor:
         self._stopping = asyncio.Event()
 
     def stop(self) -> None:
-        """Begin to stop. Calling it again changes nothing."""
+        """Begin to stop. Another call has no effect."""
         self._stopping.set()
 
     async def run(self) -> None:
-        """Start everything, say where it is, and keep it running.
+        """Start everything, print the addresses, and keep it running.
 
         Raises:
-            StartFailed: Redis or a node does not come up, or the embedded Valkey does not come up again.
+            StartFailed: Redis or a node does not start, or the embedded Valkey does not start again.
         """
         try:
             async with asyncio.TaskGroup() as tasks, self._server(tasks) as url:
@@ -110,16 +110,16 @@ class Supervisor:
 
     @asynccontextmanager
     async def _server(self, tasks: asyncio.TaskGroup) -> AsyncIterator[str]:
-        """The given Redis, or one of our own for as long as the demo runs."""
+        """The URL of the given Redis, or of an embedded Valkey that runs as long as the demo."""
         if self._redis is not None:
             if not await _pings(self._redis):
                 raise StartFailed(
-                    "The Redis of --redis (or REDIS_URL) does not answer. Is it running, is the password "
-                    "right?"
+                    "The Redis of --redis (or REDIS_URL) does not answer. Check that it is running, and that "
+                    "the address and the password are right."
                 )
             yield self._redis
             return
-        # The directory outlives the process, so that Valkey finds its data when it is started again.
+        # The directory stays when the process ends, so that Valkey finds its data when it is started again.
         with tempfile.TemporaryDirectory(
             prefix="asgi-cluster-demo-", ignore_cleanup_errors=True
         ) as directory:
@@ -130,7 +130,7 @@ class Supervisor:
                 await _first(ready.wait(), self._stopping.wait())
                 yield f"redis://127.0.0.1:{port}/0"
             finally:
-                unused.set()  # only now: the nodes need it to stop cleanly
+                unused.set()  # after the nodes: they need Redis to stop cleanly
                 await asyncio.wait([keeper])
 
     # Nodes
@@ -145,10 +145,10 @@ class Supervisor:
         )
 
     async def _keep(self, service: _Service, stopping: asyncio.Event, ready: asyncio.Event) -> None:
-        """Run a process, and start it again when it dies, until ``stopping`` is set.
+        """Run a process, and start it again when it ends, until ``stopping`` is set.
 
         Raises:
-            StartFailed: it never answered, or as often in a row as it may not.
+            StartFailed: it never answered, or ``service.attempts`` starts in a row have failed.
         """
         name, failures, pause = service.name, 0, 0.0
         loop = asyncio.get_running_loop()
@@ -169,7 +169,7 @@ class Supervisor:
                 how = _how(process.returncode)
                 if not ready.is_set():
                     raise StartFailed(
-                        f"{name} {how} before it was ready. What it wrote, if anything, is above."
+                        f"{name} {how} before it was ready. Its output, if there was any, is above."
                     )
                 if failures == service.attempts:
                     raise StartFailed(
@@ -179,14 +179,14 @@ class Supervisor:
                 self._say(f"{name} {how}; {service.again}.")
             finally:
                 await _end(process)
-            # At once after a good while, and then slower and slower.
+            # Without a pause after a long run, and with longer and longer pauses after short ones.
             pause = 0.0 if loop.time() - began > LONGEST_PAUSE else min(max(pause * 2, 0.5), LONGEST_PAUSE)
             await _first(stopping.wait(), asyncio.sleep(pause))
 
     async def _started(
         self, service: _Service, process: asyncio.subprocess.Process, stopping: asyncio.Event
     ) -> bool:
-        """Whether it answers; False when it died, or did not answer in time, or is to stop."""
+        """Whether it answers; False when it has ended, or did not answer in time, or ``stopping`` is set."""
         deadline = asyncio.get_running_loop().time() + START_WITHIN
         while process.returncode is None and asyncio.get_running_loop().time() < deadline:
             if await service.answers():
@@ -212,7 +212,7 @@ class Supervisor:
 
 
 async def _first(*awaitables: Awaitable[object]) -> None:
-    """Wait until one of them is done; the others are cancelled."""
+    """Wait until one of these is done; cancels the others."""
     async with asyncio.TaskGroup() as tasks:
         waiting = [tasks.create_task(_await(each)) for each in awaitables]
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -231,7 +231,7 @@ async def _spawn(service: _Service) -> asyncio.subprocess.Process:
         stdin=asyncio.subprocess.PIPE,  # the lifeline
         stdout=asyncio.subprocess.DEVNULL if service.quiet else None,
         env={**os.environ, **service.environment, "PYTHONPATH": path},
-        # Ctrl-C goes to the terminal's whole process group; the order in which things stop is ours.
+        # Ctrl-C reaches the terminal's whole process group; the supervisor decides the order of the stop.
         start_new_session=True,
     )
 
@@ -278,8 +278,8 @@ def _reachable(host: str) -> str:
 
 
 def _free_port() -> int:
-    # Below the ports that the system takes for outgoing connections: one of those could take it while Valkey
-    # is being started again.
+    # Below the ports that the system uses for outgoing connections: such a connection could take the port
+    # while Valkey is being started again.
     while True:
         with socket.socket() as probe, suppress(OSError):
             port = random.randrange(10_000, 32_000)
@@ -288,12 +288,12 @@ def _free_port() -> int:
 
 
 def _valkey(directory: str, port: int) -> _Service:
-    """A Valkey of the demo's own, with its data in ``directory``."""
+    """The embedded Valkey, with its data in ``directory``."""
     options = {
         "bind": "127.0.0.1",
         "port": str(port),
         "save": "",
-        # What was acknowledged is in the file when the process is killed. It need not survive the machine.
+        # A killed process has its acknowledged writes in the file. A crash of the machine may lose them.
         "appendonly": "yes",
         "appendfsync": "no",
         "daemonize": "no",
@@ -319,20 +319,20 @@ def _valkey_binary() -> str:
         return str(get_binary_path())
     except (
         Exception
-    ) as error:  # the package may be missing, or have no binary for this machine: both are one answer
+    ) as error:  # the package may be missing, or have no binary for this machine: the answer is the same
         found = shutil.which("valkey-server") or shutil.which("redis-server")
         if found is not None:
             return found
         raise StartFailed(
-            "There is no embedded Valkey for this machine. Start a Redis or Valkey, and give its address: "
-            "--redis URL."
+            "There is no embedded Valkey for this machine. Start a Redis or Valkey, and give its address "
+            "with --redis URL."
         ) from error
 
 
 def _how(status: int | None) -> str:
     if status is None:
         return "does not answer"
-    number = -status if status < 0 else status - 128  # as shells and ``demo.lifeline`` say it
+    number = -status if status < 0 else status - 128  # as shells and ``demo.lifeline`` report it
     if number in set(signal.Signals):
         return f"was ended by {signal.Signals(number).name}"
     return f"ended with status {status}"

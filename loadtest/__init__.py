@@ -1,1 +1,1 @@
-"""Measures asgi-cluster, and beside it what else there is: ``python -m loadtest --help``."""
+"""Measures asgi-cluster beside other libraries: ``python -m loadtest --help``."""

@@ -1,4 +1,4 @@
-"""``python -m loadtest NAME``: measure, show, and write down."""
+"""``python -m loadtest NAME``: run scenarios, print their results and write them to files."""
 
 from __future__ import annotations
 
@@ -25,9 +25,8 @@ NAMES = ["sessions", "fanout", "curves", "logout", "latency", "memory", "recover
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m loadtest",
-        description="Measures asgi-cluster on this machine. Exit status 1: something that was sent was "
-        "neither received nor reported as lost. Figures compare within one run; across machines only their "
-        "ratios do.",
+        description="Measures asgi-cluster on this machine. Exit status 1: a message was neither received "
+        "nor reported as lost. Compare figures of one run with each other; between machines compare ratios.",
     )
     scenarios = {name: import_module(f"loadtest.scenarios.{name}") for name in NAMES}
     parser.add_argument(
@@ -37,30 +36,36 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="NAME",
         help="; ".join(["all", *(f"{name}: {module.ABOUT}" for name, module in scenarios.items())]),
     )
-    parser.add_argument("--redis", metavar="URL", help="a Redis of your own; default: an embedded Valkey")
+    parser.add_argument(
+        "--redis", metavar="URL", help="the URL of your own Redis; default: an embedded Valkey"
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the results as JSON")
-    parser.add_argument("--html", metavar="FILE", type=Path, help="write one self-contained page with plots")
-    parser.add_argument("--seconds", type=float, default=2.0, help="length of each run within a scenario")
+    parser.add_argument(
+        "--html", metavar="FILE", type=Path, help="write the results as one self-contained page with plots"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="seconds of each run within a scenario (2)"
+    )
     parser.add_argument(
         "--sockets",
         type=_numbers,
         default=[100, 1000, 10_000],
         metavar="N,N",
-        help="numbers of sockets for fanout; the largest, for memory",
+        help="numbers of sockets for fanout; memory uses the largest (100,1000,10000)",
     )
     parser.add_argument(
         "--stored",
         type=int,
         default=100_000,
         metavar="N",
-        help="sessions in Redis, for the scenario sessions",
+        help="number of sessions in Redis for the scenario sessions (100000)",
     )
     parser.add_argument(
         "--sizes",
         type=_numbers,
         default=[64, 128, 1024, 16_384],
         metavar="N,N",
-        help="bytes of messages for fanout",
+        help="sizes of messages for fanout, in bytes (64,128,1024,16384)",
     )
     return parser.parse_args(arguments)
 
@@ -70,7 +75,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine on which the figures were measured."""
     return {
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "machine": platform.machine(),

@@ -1,4 +1,4 @@
-"""What a process under test has allocated, by the package that did it: for ``PYTHONTRACEMALLOC=1``."""
+"""The memory that a process under test has allocated, by package. Needs ``PYTHONTRACEMALLOC=1``."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 
 
 def by_package() -> dict[str, int]:
-    """Bytes that are held now, by top-level package; those of the standard library by module.
+    """Bytes that are allocated now, by top-level package; those of the standard library by module.
 
-    What C code allocates without Python's allocators (libuv, the kernel's buffers) is not in it.
+    Memory that C code allocates without Python's allocators (libuv, the kernel's buffers) is not counted.
+    Empty when tracemalloc is off.
     """
     if not tracemalloc.is_tracing():
         return {}

@@ -1,4 +1,4 @@
-"""Making a server send, and what that costs it."""
+"""Makes a server send messages and measures the cost."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from loadtest.generator import Crowd
 from loadtest.processes import Target
 
 Say = Callable[[str], None]
-"""Prints what is going on."""
+"""Prints one line of progress."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """Of one run: messages to a number of sockets."""
+    """The result of one run: messages to a number of sockets."""
 
     sent: int
     deliveries: int
@@ -34,9 +34,9 @@ class Measure:
 
 
 def saturated(target: Target, clients: Crowd, *, size: int, seconds: float) -> Measure:
-    """As much as goes through: ten publishes at a time, two portions ahead of the receivers at most."""
+    """The highest rate: ten publishes at a time, and at most two portions that have not arrived yet."""
     sockets = clients.plan.sockets
-    # A portion stays well inside every server's bounds for one slow client.
+    # A portion is much smaller than what any of the servers queues for one slow client.
     largest = max(10, min(1000, 400_000 // sockets, 200_000 // size) // 10 * 10)
     portion = 10
     before, cpu, start = clients.received, target.cpu(), time.monotonic()
@@ -46,7 +46,7 @@ def saturated(target: Target, clients: Crowd, *, size: int, seconds: float) -> M
         target.ask(f"/publish?count={portion}&batch=10&size={size}")
         sent += portion
         if not clients.wait_received(before + (sent - portion) * sockets):
-            break  # something is lost: no more comes
+            break  # a message is lost: nothing more will arrive
         if time.monotonic() - asked < seconds / 10:
             portion = min(largest, portion * 2)
     clients.wait_received(before + sent * sockets)
@@ -55,7 +55,7 @@ def saturated(target: Target, clients: Crowd, *, size: int, seconds: float) -> M
 
 
 def one_at_a_time(target: Target, clients: Crowd, *, size: int, seconds: float) -> Measure:
-    """Each message alone: the next one comes when the last one is long through."""
+    """Each message alone: it is sent long after the one before it has arrived."""
     sockets = clients.plan.sockets
     gap = 3 + sockets * 0.02 + sockets * size / 1e6
     count = max(20, int(seconds * 1000 / gap))

@@ -25,21 +25,21 @@ from loadtest.target import MARK
 _MARK = MARK.encode()
 _TIME = re.compile(rb'\\?"t\\?": ?(\d+)')
 _READY, _RECEIVED, _CLOSED, _FAILED = range(4)
-_AT_ONCE = 100  # handshakes under way
+_AT_ONCE = 100  # handshakes in progress at a time
 
 
 @dataclass(frozen=True)
 class Wire:
-    """How a kind of server is spoken to."""
+    """The messages of one kind of server: handshake, ready, ping."""
 
     path: str
     hellos: tuple[bytes, ...] = ()
     """Text frames sent after the handshake, in order. ``%ROOM%`` is the number of the socket's room."""
     ready: bytes = b"ready"
-    """What a received chunk holds once this client is in the room."""
+    """Bytes that arrive when this client is in the room."""
     ping: bytes = b""
     pong: bytes = b""
-    """Text frames; the protocol's own, above the WebSocket's."""
+    """Text frames of the application protocol, not the pings of the WebSocket protocol."""
 
 
 ENDPOINT = Wire(
@@ -58,7 +58,7 @@ SOCKET_IO = Wire("/socket.io/?EIO=4&transport=websocket", hellos=(b"40",), ping=
 
 @dataclass(frozen=True)
 class Plan:
-    """What one generator does."""
+    """The work of one generator."""
 
     wire: Wire
     ports: Sequence[int]
@@ -67,16 +67,18 @@ class Plan:
     cookies: Sequence[str] = ()
     """One for each socket, by number; empty: none."""
     latency: bool = False
-    """Whether each message's age is taken at its arrival. Costs the generator, so not when saturated."""
+    """Whether the age of each message is measured when it arrives. That takes CPU time of the generator, so
+    it is off for saturated runs.
+    """
     rooms: int = 1
-    """Sockets are spread over so many rooms."""
+    """Sockets are spread over this number of rooms."""
     stalled: int = 0
-    """The first so many never read once they are ready."""
+    """This number of sockets, the first ones, stop reading when they are ready."""
 
 
 @dataclass
 class Report:
-    """What arrived."""
+    """The messages that arrived."""
 
     per_socket: Sequence[int]
     latencies: Sequence[float]
@@ -95,19 +97,19 @@ class Report:
 
 
 class Crowd:
-    """A running generator, seen from the load test."""
+    """A running generator, as the load test uses it."""
 
     def __init__(self, plan: Plan, counters: Any, pipe: Connection, pid: int) -> None:
         self.plan = plan
         self.pid = pid
         self.last_arrival = 0.0
-        """When ``wait_received`` last saw something come, on the monotonic clock."""
+        """When ``wait_received`` last saw the number of messages grow, on the monotonic clock."""
         self._counters = counters
         self._pipe = pipe
 
     @property
     def received(self) -> int:
-        """Messages over all sockets, while it runs."""
+        """Messages that all sockets together have received so far."""
         return int(self._counters[_RECEIVED])
 
     @property
@@ -115,13 +117,17 @@ class Crowd:
         return int(self._counters[_CLOSED])
 
     def wait_ready(self, timeout: float = 120.0) -> None:
-        """Until every socket is in the room."""
+        """Wait until every socket is in the room.
+
+        Raises:
+            RuntimeError: a socket failed to connect, or ``timeout`` seconds are over.
+        """
         self._wait(lambda: self._counters[_READY] + self._counters[_FAILED] >= self.plan.sockets, timeout)
         if self._counters[_FAILED]:
             raise RuntimeError(f"sockets failed to connect: {self.stop().errors[:3]}")
 
     def wait_received(self, number: int, patience: float = 3.0) -> bool:
-        """Until so many messages have arrived in all; False when nothing came for ``patience`` seconds."""
+        """Wait until ``number`` messages have arrived; False when none came for ``patience`` seconds."""
         last, self.last_arrival = self.received, time.monotonic()
         while last < number:
             time.sleep(0.002)
@@ -146,23 +152,23 @@ class Crowd:
                 if fail:
                     raise RuntimeError(f"generator: {list(self._counters)} after {timeout:g} s")
                 return False
-            if self._pipe.poll():  # it says nothing before it is asked to: this is the end of its pipe
-                raise RuntimeError("the generator ended before its time: see above")
+            if self._pipe.poll():  # it writes nothing before ``stop``: this is the end of its pipe
+                raise RuntimeError("the generator ended too early: its traceback is above")
             time.sleep(0.002)
         return True
 
     def stop(self) -> Report:
-        """End it; what arrived."""
+        """End the generator; returns what arrived."""
         self._pipe.send("stop")
         if not self._pipe.poll(60):
-            raise RuntimeError("the generator does not answer")
+            raise RuntimeError("the generator did not send its report within 60 s")
         report: Report = self._pipe.recv()
         return report
 
 
 @contextmanager
 def crowd(plan: Plan) -> Iterator[Crowd]:
-    """Clients that connect at once; ``wait_ready`` before use."""
+    """Clients that begin to connect at once; call ``wait_ready`` before use."""
     context = multiprocessing.get_context("spawn")
     counters = context.RawArray("q", 4)
     ours, theirs = context.Pipe()
@@ -211,7 +217,7 @@ class _Generator:
         self._view = memoryview(bytearray(262144))
         self._ping = bytes((0x81, len(wire.ping))) + wire.ping if wire.ping else b""
         self._pong = _masked(wire.pong)
-        # Frames are taken apart only where single ones matter; else the mark is counted in whole chunks.
+        # Frames are parsed only when the scenario needs single ones; else marks are counted in whole chunks.
         self._careful = bool(plan.cookies)
 
     def run(self) -> None:
@@ -286,7 +292,7 @@ class _Generator:
                 room = b"%d" % (client.number % self._plan.rooms)
                 client.socket.sendall(_masked(hello.replace(b"%ROOM%", room)))
         if self._plan.wire.ready in client.buffer:
-            # What came along is counted too; a frame that is cut in two here starts a new count.
+            # Messages in the same chunk are counted too. A frame that is cut in two here starts a new count.
             client.ready, rest, client.buffer = True, client.buffer, b""
             self._counters[_READY] += 1
             if client.number < self._plan.stalled:
@@ -295,7 +301,7 @@ class _Generator:
                 self._add(client, rest.count(_MARK))
 
     def _count(self, client: _Client, chunk: bytes) -> None:
-        # A mark of two bytes may be cut in two: one byte is carried over.
+        # A mark has two bytes and may be cut in two: the first byte is kept for the next chunk.
         data = client.buffer + chunk
         self._add(client, data.count(_MARK))
         client.buffer = _MARK[:1] if data.endswith(_MARK[:1]) and not data.endswith(_MARK) else b""
@@ -308,7 +314,7 @@ class _Generator:
         if self._ping and self._ping in chunk:
             client.socket.sendall(self._pong)
         if not data.endswith((b"}", b"]")):
-            client.buffer = data  # every message ends so: one of them has been cut
+            client.buffer = data  # every message ends like this, so the last one is incomplete
             return
         client.buffer = b""
         sent = _TIME.findall(data)
@@ -346,7 +352,7 @@ class _Generator:
 
     def _gone(self, client: _Client, code: int, when: float | None = None) -> None:
         if not client.ready:
-            self._fail(client, f"closed with {code} before it was ready")
+            self._fail(client, f"closed with code {code} before it was ready")
             return
         self._closes.append((client.number, code, when or time.monotonic()))
         self._counters[_CLOSED] += 1

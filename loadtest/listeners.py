@@ -1,4 +1,6 @@
-"""Clients that recover: the Centrifuge protocol, in a process of their own, checking every sequence."""
+"""Clients that recover: they speak the Centrifuge protocol, run in a process of their own, and check every
+sequence.
+"""
 
 from __future__ import annotations
 
@@ -21,29 +23,29 @@ from loadtest.processes import HOST
 
 @dataclass
 class Subscription:
-    """What one client has got of one room."""
+    """What one client has received in one room."""
 
     room: str
     epoch: str = ""
     offset: int = 0
     numbers: list[int] = field(default_factory=list)
-    told: int = 0
-    """How often the server said that it could not recover."""
+    reported: int = 0
+    """How often the server reported that it could not recover."""
 
 
 @dataclass
 class Outcome:
-    """Of all clients."""
+    """The result of all clients."""
 
     received: int
     lost: int
     """Numbers missing in a sequence whose loss was not reported to the client."""
     doubled: int
     disordered: int
-    told: int
+    reported: int
     reconnects: int
     recovery_times: list[float]
-    """Seconds from a lost connection to the last room recovered."""
+    """Seconds from the lost connection until all rooms were recovered."""
     last: dict[str, int]
 
 
@@ -93,7 +95,7 @@ class _Listener:
                 elif "pub" in (push := message.get("push", {})):
                     self._take(self.subscriptions[push["channel"]], push["pub"])
                 elif "unsubscribe" in push:
-                    return  # simplest for a client that is in one place only: come back
+                    return  # the simplest answer: connect again
 
     def _numbered(self) -> list[tuple[int, Subscription]]:
         return list(enumerate(self.subscriptions.values()))
@@ -107,8 +109,8 @@ class _Listener:
 
     def _subscribed(self, subscription: Subscription, reply: dict[str, Any]) -> None:
         if subscription.epoch and not reply.get("recovered"):
-            subscription.told += 1
-            subscription.numbers.append(-1)  # from here on anything may follow
+            subscription.reported += 1
+            subscription.numbers.append(-1)  # after a reported loss any number may follow
         subscription.epoch = reply.get("epoch", "")
         for publication in reply.get("publications", []):
             self._take(subscription, publication)
@@ -127,7 +129,7 @@ class _Listener:
 
 
 class Listeners:
-    """The running process, seen from the load test."""
+    """The running process, as the load test uses it."""
 
     def __init__(self, counters: Any, pipe: Connection, expected: int) -> None:
         self._counters = counters
@@ -135,7 +137,11 @@ class Listeners:
         self._expected = expected
 
     def wait_ready(self, timeout: float = 60.0) -> None:
-        """Until every client is in all its rooms."""
+        """Wait until every client is in all its rooms.
+
+        Raises:
+            RuntimeError: ``timeout`` seconds are over.
+        """
         deadline = time.monotonic() + timeout
         while self._counters[0] < self._expected:
             if time.monotonic() > deadline:
@@ -143,17 +149,19 @@ class Listeners:
             time.sleep(0.01)
 
     def finish(self, last: dict[str, int], patience: float = 15.0) -> Outcome:
-        """Wait until every client has the last number of each of its rooms (or time is up); what they saw."""
+        """Wait until every client has the last number of each of its rooms, or ``patience`` seconds are over;
+        returns what the clients received.
+        """
         self._pipe.send((last, patience))
         if not self._pipe.poll(patience + 30):
-            raise RuntimeError("the clients do not answer")
+            raise RuntimeError("the clients did not send their results")
         outcome: Outcome = self._pipe.recv()
         return outcome
 
 
 @contextmanager
 def listeners(ports: Sequence[int], rooms: Sequence[str], clients: int, each: int) -> Iterator[Listeners]:
-    """``clients`` of them, each in ``each`` of the rooms, spread over ``ports``."""
+    """``clients`` clients, each in ``each`` of the rooms, spread over ``ports``."""
     context = multiprocessing.get_context("spawn")
     counters = context.RawArray("q", 1)
     ours, theirs = context.Pipe()
@@ -214,7 +222,7 @@ def _judge(people: Sequence[_Listener], last: dict[str, int]) -> Outcome:
     for person in people:
         outcome.recovery_times += person.times
         for subscription in person.subscriptions.values():
-            outcome.told += subscription.told
+            outcome.reported += subscription.reported
             expected: int | None = 1
             for number in subscription.numbers:
                 if number == -1:

@@ -25,7 +25,7 @@ svg text { font: 12px sans-serif; fill: #333 }
 
 
 def render(machine: dict[str, Any], results: Sequence[Result]) -> str:
-    """A page that needs nothing from anywhere."""
+    """A page that loads nothing from other places."""
     about = ", ".join(f"{escape(key)}: {escape(str(value))}" for key, value in machine.items())
     parts = "\n".join(_section(result) for result in results)
     return (

@@ -1,4 +1,4 @@
-"""Ports for servers that are started and stopped again, by the tests too."""
+"""Free ports for servers that are started and stopped again; the tests use them too."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from itertools import cycle, islice
 
 __all__ = ["free_port"]
 
-# Below the ports that the system takes for outgoing connections: one of those could take the port of a server
-# that is being started again. In random order, so that two runs at once do not meet.
+# Below the ports that the system uses for outgoing connections: such a connection could take the port of a
+# server that is being started again. In random order, so that two runs at the same time do not collide.
 _PORTS = range(10_000, 32_000)
 _candidates = cycle(random.sample(_PORTS, len(_PORTS)))
 

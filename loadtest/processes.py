@@ -1,4 +1,4 @@
-"""Processes under test: a Redis, servers, and what they cost."""
+"""Processes under test: a Redis server and ASGI servers, with their CPU time and memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def redis_server(given: str | None = None) -> Iterator[str]:
-    """The URL of a server for this scenario alone: an embedded Valkey, unless the user named one."""
+    """The URL of a Redis server: ``given``, or an embedded Valkey for this scenario alone.
+
+    Raises:
+        SystemExit: none was given, and no Valkey or Redis is installed.
+    """
     if given:
         yield given
         return
@@ -75,7 +79,7 @@ def _redis_binary() -> str:
     except ImportError:
         found = shutil.which("valkey-server") or shutil.which("redis-server")
         if found is None:
-            raise SystemExit("no Valkey or Redis here: give one with --redis URL") from None
+            raise SystemExit("no Valkey or Redis is installed: give its URL with --redis URL") from None
         return found
     return str(get_binary_path())
 
@@ -89,7 +93,7 @@ def _wait_for_port(port: int, process: subprocess.Popen[bytes], timeout: float =
             if probe.connect_ex((HOST, port)) == 0:
                 return
         time.sleep(0.02)
-    raise RuntimeError(f"nothing listens on port {port} after {timeout:g} s")
+    raise RuntimeError(f"no process under test listens on port {port} after {timeout:g} s")
 
 
 class Target:
@@ -105,9 +109,9 @@ class Target:
         self._connection = http.client.HTTPConnection(HOST, port, timeout=60)
 
     def cpu(self) -> float:
-        """Seconds of CPU it has used so far: user and system, all threads."""
+        """Seconds of CPU time so far: user and system, all threads."""
         try:
-            # In nanoseconds; the times in /proc/PID/stat come in clock ticks of 10 ms.
+            # In nanoseconds; the times in /proc/PID/stat count clock ticks of 10 ms.
             tasks = Path(f"/proc/{self.pid}/task").iterdir()
             return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
         except OSError:
@@ -115,11 +119,15 @@ class Target:
             return float(times.user + times.system)
 
     def resident(self) -> int:
-        """Bytes of memory it holds."""
+        """Bytes of resident memory."""
         return int(self._info.memory_info().rss)
 
     def ask(self, path: str, *, method: str = "POST", headers: Mapping[str, str] | None = None) -> Any:
-        """Its control answers in JSON."""
+        """Send a control request; returns the JSON of the answer.
+
+        Raises:
+            RuntimeError: the status is not 200. The text has the end of the process's log.
+        """
         status, _, body = self.request(path, method=method, headers=headers)
         if status != 200:
             raise RuntimeError(f"{self.name} answered {status} to {path}:\n{self.log()[-2000:]}")
@@ -157,7 +165,7 @@ class Target:
 def targets(
     kind: str, url: str, *, count: int = 1, prefix: str = "load", env: Mapping[str, str] | None = None
 ) -> Iterator[list[Target]]:
-    """``count`` server processes of one kind (see ``loadtest.targets``), ready."""
+    """``count`` server processes of one kind (see ``loadtest.targets``) that accept connections."""
     command = [sys.executable, "-m", "loadtest.target", kind, "--redis", url, "--prefix", prefix]
     with commands([[*command, "--port", "{port}"]] * count, name=kind, env=env) as started:
         yield started

@@ -1,4 +1,4 @@
-"""What a scenario finds out: a table, checks and plots."""
+"""The result of a scenario: a table, checks and plots."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Plot:
 
 @dataclass
 class Result:
-    """Of one scenario."""
+    """The result of one scenario."""
 
     name: str
     about: str
@@ -51,11 +51,11 @@ class Result:
         self.rows.append(list(cells))
 
     def budget(self, text: str, holds: bool) -> None:
-        """A budget of the design; missing it is said, and is no failure."""
+        """Add a budget. A budget that is missed is printed, and is no failure."""
         self.checks.append(Check(text, holds))
 
     def require(self, text: str, holds: bool) -> None:
-        """Nothing may be lost in silence."""
+        """Add a requirement: the scenario fails when it does not hold."""
         self.checks.append(Check(text, holds, required=True))
 
     @property
@@ -67,7 +67,7 @@ class Result:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The nearest rank; NaN of nothing."""
+    """By the nearest rank; ``share`` is 0.0 to 1.0. NaN when there are no values."""
     if not values:
         return math.nan
     ordered = sorted(values)
@@ -75,7 +75,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def show(cell: Cell) -> str:
-    """A cell as people read it: three significant digits."""
+    """A cell as text: three significant digits."""
     if cell is None:
         return "-"
     if isinstance(cell, float):

@@ -1,6 +1,6 @@
 """A server process under test: ``python -m loadtest.target KIND --port N --redis URL --prefix P``.
 
-Besides what is measured it answers a few paths of its own, by which the load test drives it.
+Besides the app under test it serves a few control paths, which the load test uses.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ KINDS = {
 
 @dataclass
 class Subject:
-    """What a kind consists of: an ASGI app, and how it sends a message to all its clients."""
+    """One kind of server: an ASGI app, and how it sends a message to all its clients."""
 
     app: Any
     publish: Callable[[dict[str, Any]], Awaitable[Any]] | None = None
-    """``None``: its sockets only wait."""
+    """``None``: nothing is ever sent to its sockets."""
     publish_to: Callable[[int, dict[str, Any]], Awaitable[Any]] | None = None
-    """To the room of that number, where there are several."""
+    """Sends to the room with that number; ``None``: there is only one room."""
 
 
 def message(size: int) -> dict[str, Any]:
-    """Of ``size`` bytes as compact JSON (40 at least), with the mark and the time of sending."""
+    """A message of ``size`` bytes as compact JSON (at least 40), with the mark and the time of sending."""
     now = time.monotonic_ns()
     return {"m": MARK, "t": now, "p": "x" * (size - len(f'{{"m":"{MARK}","t":{now},"p":""}}'))}
 
 
 class Driver:
-    """The load test's hand in the server. Off the path of WebSockets: their ``send`` is not wrapped."""
+    """Serves the control paths inside the server. The ``send`` of WebSockets is not wrapped."""
 
     def __init__(self, subject: Subject) -> None:
         self._app = subject.app
@@ -82,7 +82,7 @@ class Driver:
         if rooms and self._subject.publish_to is not None:
             return self._subject.publish_to(number % rooms, message(size))
         if self._subject.publish is None:
-            raise ValueError("the sockets of this kind only wait: nothing can be published to them")
+            raise ValueError("this kind of server cannot publish: its sockets only wait")
         return self._subject.publish(message(size))
 
     def _start(self, options: dict[str, float]) -> None:
@@ -91,7 +91,7 @@ class Driver:
         task.add_done_callback(self._tasks.discard)
 
     async def _run(self, options: dict[str, float]) -> None:
-        """``count`` messages of ``size`` bytes, ``batch`` at a time, ``gap`` ms apart."""
+        """Publish ``count`` messages of ``size`` bytes, ``batch`` at a time, ``gap`` ms between batches."""
         count, size = int(options["count"]), int(options.get("size", 128))
         rooms = int(options.get("rooms", 0))
         batch, gap = int(options.get("batch", 10)), options.get("gap", 0.0) / 1000
@@ -124,7 +124,7 @@ def main() -> None:
         loop="uvloop",
         http="httptools",
         ws="websockets-sansio",
-        ws_ping_interval=None,  # the generator answers no pings of the WebSocket layer
+        ws_ping_interval=None,  # the generator does not answer WebSocket pings
         log_level="warning",
         access_log=False,
         backlog=4096,

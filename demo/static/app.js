@@ -16,7 +16,7 @@ const people = new People();
 const panel = new Panel();
 let client = null;
 let user = null;
-let leaving = false; // this very window signs out: it needs no explanation
+let leaving = false; // this window itself signs out: it shows no explanation
 let redis = null; // whether the node of our socket has Redis; null while that is unknown
 let pulseTimer = null;
 
@@ -37,7 +37,7 @@ function enter({ user: name, node }) {
     gate();
     return;
   }
-  if (user !== null && user !== name) notes.clear(); // what another person typed here is not this one's
+  if (user !== null && user !== name) notes.clear(); // drafts of another user are not shown to this one
   user = name;
   people.me = name;
   $("gate").hidden = $("lock").hidden = true;
@@ -114,7 +114,7 @@ document.addEventListener("visibilitychange", () => {
 
 function open() {
   close();
-  client = connect(undefined, { maxDelay: 3_000 }); // a few windows: none has to wait for the others
+  client = connect(undefined, { maxDelay: 3_000 }); // a demo has few windows: their reconnects need not be spread out
   client.on("state", ({ state }) => {
     redis = null;
     showState(state);
@@ -178,7 +178,7 @@ async function whoIsHere(board) {
   try {
     people.replace(await board.presence());
   } catch {
-    // A guess is better than an empty row: joins and leaves still say who comes and goes.
+    // The list of before is better than an empty row: joins and leaves still update it.
     people.joined({ client: client?.id ?? "me", user });
   }
 }
@@ -190,7 +190,7 @@ async function pulse() {
   if (asked?.state !== "connected") return;
   const id = asked.id;
   const live = await asked.rpc("pulse").then((answer) => answer.live, () => false);
-  if (asked !== client || asked.id !== id) return; // another connection, which asks for itself
+  if (asked !== client || asked.id !== id) return; // there is another connection by now, which makes its own call
   redis = live;
   showState(asked.state);
   pulseTimer = setTimeout(() => void pulse(), PULSE_EVERY);
@@ -206,7 +206,7 @@ function showState(connection) {
   showNode($("socket-node"), client?.node?.replace(/-[^-]+-[^-]+$/, "") ?? null);
 }
 
-// Small pleasures
+// Hearts
 
 $("heart").addEventListener("click", () => {
   client?.publish(BOARD, { type: "heart" }).catch((error) => toast(error.message));

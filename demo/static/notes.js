@@ -34,7 +34,7 @@ export class Notes {
   /** Read the whole board. */
   load() {
     if (this.#loading) {
-      this.#reloadAgain = true; // the answer under way may be older than what called for this one
+      this.#reloadAgain = true; // the answer that is on its way may be older than the change that caused this call
       return this.#loading;
     }
     this.#loading = this.#load().finally(() => {
@@ -52,7 +52,7 @@ export class Notes {
       this.#state.replace(version, notes);
       this.#renderAll();
     } catch (error) {
-      if (error.status === 401) return; // the lock says it
+      if (error.status === 401) return; // the lock is shown
       this.#later(2000);
     }
   }
@@ -120,7 +120,7 @@ export class Notes {
     clearTimeout(this.#holeTimer);
     this.#holeTimer = null;
     const all = [...this.#elements.values(), ...this.#drafts];
-    this.#elements.clear(); // first: an editor that loses the focus here has nothing to save any more
+    this.#elements.clear(); // first, so that an editor that loses the focus here saves nothing
     this.#drafts.clear();
     for (const shown of all) shown.remove();
   }
@@ -325,7 +325,7 @@ export class Notes {
     };
     area.addEventListener("input", tell);
     shown.addEventListener("focusout", ({ relatedTarget }) => {
-      if (!shown.contains(relatedTarget)) finish(); // the note's own buttons are no reason to stop
+      if (!shown.contains(relatedTarget)) finish(); // the focus went to one of the note's own buttons
     }, { signal: editing.signal });
     area.addEventListener("keydown", (event) => {
       if (event.key !== "Escape" && !(event.key === "Enter" && (event.ctrlKey || event.metaKey))) return;
@@ -333,7 +333,7 @@ export class Notes {
       finish();
       shown.focus();
     });
-    if (typed !== null) return; // the person may be elsewhere by now
+    if (typed !== null) return; // the user may be editing another note by now
     area.focus();
     area.select();
   }
@@ -355,7 +355,7 @@ export class Notes {
       this.#place(shown, place.x, place.y);
       shown.dataset.saving = text;
       const note = await this.#try(api.addNote({ text, colour: shown.dataset.colour, ...place }));
-      if (note) this.changed({ type: "note", note }); // finds the draft, unless the announcement has
+      if (note) this.changed({ type: "note", note }); // replaces the draft, unless the announcement has done it
       delete shown.dataset.saving;
       if (!note && this.#drafts.has(shown)) this.#edit(shown, text);
       return;
@@ -377,9 +377,9 @@ export class Notes {
     let closed = false;
     const close = ({ refocus }) => {
       if (closed) return;
-      closed = true; // moving the focus is a loss of focus, which would come here again
+      closed = true; // moving the focus causes another focusout event, which would call this again
       if (refocus) (shown.querySelector("textarea") ?? shown).focus();
-      palette.remove(); // without the focus: it would leave the note, and end the editing
+      palette.remove(); // after the focus has moved: otherwise the note would lose it, and the editing would end
     };
     for (const colour of COLOURS) {
       const swatch = element("button", { type: "button", className: "swatch", title: colour, "aria-label": colour });

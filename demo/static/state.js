@@ -38,7 +38,7 @@ export class BoardState {
       const known = Math.max(this.notes.get(note.id)?.version ?? 0, this.#gone.get(note.id) ?? 0);
       if (note.version > known) this.notes.set(note.id, note);
     }
-    // A lower version than ours: Redis was emptied. Its numbers start again, and ours mean nothing.
+    // A lower version than the one here: Redis was emptied and its numbers begin anew.
     if (version < this.version) {
       this.notes = new Map(notes.map((note) => [note.id, note]));
       this.#ahead.clear();

@@ -1,4 +1,4 @@
-"""The same 1000 sockets, or fewer, in other shapes: more rooms, fewer members, more nodes."""
+"""Up to 1000 sockets in other shapes: more rooms, fewer members, more nodes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def run(options: argparse.Namespace, say: Say) -> Result:
             clients.wait_ready()
             found = saturated_rooms(nodes, clients, seconds=options.seconds)
             report = clients.stop()
-        result.require(f"{name}: every socket got all that was for it", report.complete(found.sent // rooms))
+        result.require(
+            f"{name}: every socket got all messages of its room", report.complete(found.sent // rooms)
+        )
         result.row(
             curve,
             len(nodes),
@@ -70,7 +72,7 @@ def run(options: argparse.Namespace, say: Say) -> Result:
 
 
 def saturated_rooms(nodes: Sequence[Target], clients: Crowd, *, seconds: float) -> Measure:
-    """As ``drive.saturated``, in turns to every room; a portion is for all rooms alike."""
+    """As ``drive.saturated``, with the rooms in turn; a portion has as many messages for each room."""
     rooms, sockets = clients.plan.rooms, clients.plan.sockets
     step = math.lcm(rooms, 10)
     portion, largest = step, max(step, min(20_000, 400_000 * rooms // sockets) // step * step)
@@ -81,7 +83,7 @@ def saturated_rooms(nodes: Sequence[Target], clients: Crowd, *, seconds: float) 
         nodes[0].ask(f"/publish?count={portion}&batch=10&size={SIZE}&rooms={rooms}")
         sent += portion
         if not clients.wait_received(before + (sent - portion) * sockets // rooms):
-            break  # something is lost: no more comes
+            break  # a message is lost: nothing more will arrive
         if time.monotonic() - asked < seconds / 10:
             portion = min(largest, portion * 2)
     clients.wait_received(before + sent * sockets // rooms)

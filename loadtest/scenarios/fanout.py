@@ -58,7 +58,7 @@ def run(options: argparse.Namespace, say: Say) -> Result:
 
 
 def _beside_bare(result: Result, url: str, say: Say) -> float:
-    """One message at a time, in turns with the bare system call: the median of the ratios."""
+    """One message at a time, alternating with the bare system call; returns the median of the ratios."""
     rounds: list[tuple[Measure, Measure]] = []
     with (
         targets("endpoint", url, prefix="beside") as (target,),
@@ -69,7 +69,7 @@ def _beside_bare(result: Result, url: str, say: Say) -> float:
         clients.wait_ready()
         at_floor.wait_ready()
         for number in range(5):
-            say(f"one at a time beside the bare system call, round {number + 1} of 5")
+            say(f"one at a time, alternating with the bare system call: round {number + 1} of 5")
             pair = (
                 one_at_a_time(target, clients, size=128, seconds=0.8),
                 one_at_a_time(floor, at_floor, size=128, seconds=0.8),
@@ -77,7 +77,7 @@ def _beside_bare(result: Result, url: str, say: Say) -> float:
             rounds.append(pair)
     rounds.sort(key=lambda pair: pair[0].cost / pair[1].cost)
     ours, bare = rounds[2]
-    for way, found in (("endpoint, in turns with", ours), ("bare system call", bare)):
+    for way, found in (("endpoint, alternating with", ours), ("bare system call", bare)):
         lost = found.sent * 1000 - found.deliveries
         result.row(way, 1000, 128, "one at a time", found.rate, found.cost, found.sent, lost)
     return ours.cost / bare.cost

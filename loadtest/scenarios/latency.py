@@ -1,4 +1,6 @@
-"""How long a message takes from the publisher to a client, at half of what the machine can carry."""
+"""How long a message takes from the publisher to a client, at a quarter, half and three quarters of the
+machine's capacity.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ def run(options: argparse.Namespace, say: Say) -> Result:
     result.plots.append(Plot("Age at arrival", "load, % of capacity", "ms", log=False))
     with redis_server(options.redis) as url, targets("endpoint", url, count=NODES, prefix="latency") as nodes:
         for sockets in (300, 1000):
-            say(f"{sockets} sockets: what one message costs, all processes together")
+            say(f"{sockets} sockets: the cost of one message in all processes together")
             capacity = _capacity(nodes, sockets)
             for share in (0.25, 0.5, 0.75):
                 rate = capacity * share
@@ -29,13 +31,13 @@ def run(options: argparse.Namespace, say: Say) -> Result:
                 _one(result, nodes, sockets, share, rate, max(100, int(rate * seconds)))
     result.notes.append(
         "capacity: the rate of single, evenly spaced messages at which all processes together, "
-        "this load test's clients too, would use two cores whole"
+        "including the clients of this load test, would use two cores completely"
     )
     return result
 
 
 def _capacity(nodes: list[Target], sockets: int) -> float:
-    """Messages per second at which two cores would be busy, by what 40 single ones cost."""
+    """Messages per second at which two cores would be busy, from the cost of 40 single messages."""
     with crowd(Plan(ENDPOINT, [node.port for node in nodes], sockets, latency=True)) as clients:
         clients.wait_ready()
         before = sum(node.cpu() for node in nodes) + clients.cpu()

@@ -1,4 +1,4 @@
-"""From a logout on one node to the last socket of that session, on three nodes."""
+"""The time from a logout on one node until the last socket of that session is closed, on three nodes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SESSIONS, EACH, NODES = 200, 5, 3
 def run(options: argparse.Namespace, say: Say) -> Result:
     result = Result("logout", ABOUT, ["from the request to", "p50 ms", "p99 ms", "max ms"])
     with redis_server(options.redis) as url, targets("endpoint", url, count=NODES, prefix="logout") as nodes:
-        say(f"{SESSIONS} people sign in")
+        say(f"{SESSIONS} users sign in")
         cookies = [_login(nodes[number % NODES], number) for number in range(SESSIONS)]
         plan = Plan(
             ENDPOINT,
@@ -27,7 +27,7 @@ def run(options: argparse.Namespace, say: Say) -> Result:
         )
         with crowd(plan) as clients:
             clients.wait_ready()
-            say(f"{SESSIONS} sign out, one after the other")
+            say(f"{SESSIONS} users sign out, one after the other")
             begun, replied, complete = [], [], 0
             for number, cookie in enumerate(cookies):
                 begun.append(time.monotonic())

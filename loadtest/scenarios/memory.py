@@ -1,4 +1,4 @@
-"""What an idle socket holds."""
+"""The memory of an idle socket."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from loadtest.generator import APP, ENDPOINT, Plan, Wire, crowd
 from loadtest.processes import Target, redis_server, targets
 from loadtest.results import Result
 
-_TRACED = 500  # sockets, of which each allocation is traced
+_TRACED = 500  # sockets in the run that traces allocations
 ABOUT = "resident memory of idle sockets"
 
 
 def run(options: argparse.Namespace, say: Say) -> Result:
-    result = Result("memory", ABOUT, ["way", "sockets", "KB/socket", "after they left, MB", "before, MB"])
+    result = Result("memory", ABOUT, ["way", "sockets", "KB/socket", "after they closed, MB", "before, MB"])
     sockets = max(options.sockets)
     kinds: list[tuple[str, str, Wire, float | None]] = [
         ("bare uvicorn and Starlette", "plain-socket", APP, None),
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace, say: Say) -> Result:
             result.row(name, sockets, per_socket, after / 1e6, before / 1e6)
             if budget is not None:
                 result.budget(f"{name}: {per_socket:.1f} KB, budget {budget:g}", per_socket <= budget)
-        say("built-in endpoint: what it is made of")
+        say("built-in endpoint: allocations by package")
         with targets("endpoint", url, prefix="memory", env={"PYTHONTRACEMALLOC": "1"}) as (target,):
             result.notes.append(f"bytes per socket on the endpoint, by package: {_made_of(target)}")
     result.notes.append("without permessage-deflate: the clients do not ask for it")
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace, say: Say) -> Result:
 
 
 def _hold(target: Target, wire: Wire, sockets: int) -> tuple[float, int, int]:
-    # The first hundred pay for what is loaded and allocated once.
+    # The first hundred sockets cause what is loaded and allocated once.
     with crowd(Plan(wire, [target.port], 100)) as first:
         first.wait_ready()
         target.ask("/collect")
@@ -46,7 +46,7 @@ def _hold(target: Target, wire: Wire, sockets: int) -> tuple[float, int, int]:
         with crowd(Plan(wire, [target.port], sockets)) as clients:
             clients.wait_ready(240)
             target.ask("/collect")
-            time.sleep(1)  # what runs once after a handshake has run
+            time.sleep(1)  # until the work that follows each handshake is done
             held = target.resident()
             report = clients.stop()
         if report.closes:

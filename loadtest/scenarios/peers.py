@@ -1,4 +1,4 @@
-"""The same work with other libraries, each as its documentation recommends, in one run."""
+"""The same work with other libraries, each used as its documentation recommends, in one run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loadtest.generator import APP, ENDPOINT, SOCKET_IO, Plan, Wire, crowd
 from loadtest.processes import ROOT, Target, commands, redis_server, targets
 from loadtest.results import Plot, Result, percentile
 
-ABOUT = "the same fan-out with peers: 1000 sockets, 128 B, one process, through Redis"
+ABOUT = "the same fan-out with other libraries: 1000 sockets, 128 B, one process, through Redis"
 SOCKETS, SIZE, RATE = 1000, 128, 10
 NODE_PACKAGES = ["socket.io@4", "@socket.io/redis-adapter@8", "redis@5", "ws@8"]
 
@@ -54,7 +54,9 @@ def run(options: argparse.Namespace, say: Say) -> Result:
     if (theirs := rates.get("Socket.IO on Node")) and (ours := rates.get("asgi-cluster, endpoint")):
         ratio = float(ours) / float(theirs)
         result.budget(f"{ratio:.1f} × the deliveries/s of Socket.IO on Node, budget 5", ratio >= 5)
-    result.notes.append(f"p99: age at arrival of {RATE} messages/s; KB/socket: resident, idle, of {SOCKETS}")
+    result.notes.append(
+        f"p99: age at arrival with {RATE} messages/s; KB/socket: resident memory of {SOCKETS} idle sockets"
+    )
     return result
 
 
@@ -96,9 +98,9 @@ def _one(result: Result, name: str, target: Target, wire: Wire, seconds: float, 
 
 @contextmanager
 def _node_packages(result: Result, say: Say) -> Iterator[Path | None]:
-    """Node's packages in a temporary folder; ``None`` where there is no Node or no registry."""
+    """The packages for Node in a temporary folder; ``None`` when npm is missing or cannot install them."""
     if shutil.which("npm") is None:
-        result.notes.append("no Node here: Socket.IO and ws are missing")
+        result.notes.append("npm is not installed: Socket.IO and ws were not measured")
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="loadtest-node-") as directory:
@@ -108,7 +110,7 @@ def _node_packages(result: Result, say: Say) -> Iterator[Path | None]:
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=180, check=False
         )
         if done.returncode != 0:
-            result.notes.append("npm could not install Socket.IO and ws: they are missing")
+            result.notes.append("npm could not install Socket.IO and ws: they were not measured")
             yield None
         else:
             yield Path(directory, "node_modules")

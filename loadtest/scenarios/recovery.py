@@ -1,4 +1,4 @@
-"""A node is killed while people listen: who gets what."""
+"""A node is killed while clients receive messages: which messages each client gets."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace, say: Say) -> Result:
         say("one node is killed")
         nodes[1].kill()
         _publish(nodes[0], last, options.seconds * 2)
-        say("the clients catch up")
+        say("the clients recover")
         outcome = people.finish(last)
     expected = sum(last.values()) * CLIENTS * EACH // ROOMS
     times = [seconds * 1000 for seconds in outcome.recovery_times]
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace, say: Say) -> Result:
         outcome.received,
         expected,
         outcome.lost,
-        outcome.told,
+        outcome.reported,
         outcome.doubled,
         outcome.disordered,
         outcome.reconnects,
@@ -50,13 +50,13 @@ def run(options: argparse.Namespace, say: Say) -> Result:
         f"{outcome.doubled} twice, {outcome.disordered} out of order",
         outcome.doubled == outcome.disordered == 0,
     )
-    result.require("the clients of the killed node came back", len(times) >= CLIENTS // NODES)
-    result.notes.append("clients come back after 20 to 300 ms of their own; that is in the times")
+    result.require("the clients of the killed node connected again", len(times) >= CLIENTS // NODES)
+    result.notes.append("a client waits 20 to 300 ms before it connects again; the times include that")
     return result
 
 
 def _publish(node: Target, last: dict[str, int], seconds: float) -> None:
-    """To each room in turn, numbered from 1; only what the server took counts as sent."""
+    """Publish to each room in turn, numbered from 1; only what the server has answered counts as sent."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         for room in last:

@@ -1,1 +1,1 @@
-"""What is measured: each module makes a ``Subject`` from a Redis URL and a prefix."""
+"""The servers under test: each module makes a ``Subject`` from a Redis URL and a prefix."""

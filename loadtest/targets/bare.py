@@ -1,6 +1,7 @@
-"""The floor: ``python -m loadtest.targets.bare PORT``: a ready frame, one system call for each socket.
+"""The least possible cost: a ready frame and one system call for each socket.
 
-Not a server for anything: it answers the handshake and the load test's control, and that is all.
+``python -m loadtest.targets.bare PORT``. It answers the handshake and the control requests of the load test,
+and nothing else.
 """
 
 from __future__ import annotations

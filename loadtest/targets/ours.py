@@ -1,4 +1,4 @@
-"""asgi-cluster: sockets of the built-in endpoint, and the app's own through ``cluster.accept``."""
+"""asgi-cluster: sockets of the built-in endpoint, and app-owned sockets with ``cluster.accept``."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def make(url: str, prefix: str) -> Subject:
         return JSONResponse({"complete": receipt.complete, "elapsed": receipt.elapsed})
 
     async def keep(request: Request) -> Response:
-        """Publish one message with a number of its own in a room with history."""
+        """Publish one numbered message in a room with history."""
         number = request.query_params["room"]
         await cluster.room(f"kept:{number}").broadcast({"n": int(request.query_params["n"])})
         return JSONResponse("ok")

@@ -1,4 +1,4 @@
-"""Starlette and uvicorn without anything of ours."""
+"""Starlette and uvicorn without asgi-cluster."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loadtest.target import Subject
 
 
 def make(url: str, prefix: str) -> Subject:
-    """A WebSocket that only waits: what uvicorn and Starlette cost by themselves."""
+    """A WebSocket that only waits: the cost of uvicorn and Starlette alone."""
 
     async def socket(websocket: WebSocket) -> None:
         await websocket.accept()
@@ -31,7 +31,7 @@ def make(url: str, prefix: str) -> Subject:
 
 
 def make_tutorial(url: str, prefix: str) -> Subject:
-    """The loop of the tutorials, ``await send_text`` for each client, fed by Redis Pub/Sub."""
+    """The loop of many tutorials: ``await send_text`` for each client, with messages from Redis Pub/Sub."""
     sockets: list[WebSocket] = []
     client = redis.asyncio.Redis.from_url(url)
 

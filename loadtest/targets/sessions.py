@@ -1,6 +1,7 @@
-"""The same tiny app with different sessions, without a server: ``python -m loadtest.targets.sessions``.
+"""The same small app with different sessions, without a server: ``python -m loadtest.targets.sessions``.
 
-Prints one JSON object: what each way costs per request, in microseconds of CPU, measured in turns.
+Prints one JSON object: the CPU time of a request with each kind of session, in microseconds, measured in
+turns.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from starlette.routing import Route
 from asgi_cluster import CacheConfig, Cluster, ClusterMiddleware, CookieConfig, SessionConfig
 
 ROUNDS = 9
-_numbers = itertools.count(1_000_000)  # a write of what is there already would be no write
+_numbers = itertools.count(1_000_000)  # writing the stored value again would not be a change
 
 
 async def _read(request: Request) -> PlainTextResponse:
@@ -92,7 +93,7 @@ async def _cost(app: Any, path: str, cookies: list[bytes], calls: int) -> float:
 async def _commands(url: str) -> int:
     async with redis.asyncio.Redis.from_url(url) as client:
         info = await client.info("commandstats")
-    # Without what keeps the lease alive, and without this question itself.
+    # Without the heartbeats that renew the lease, and without the commands of this function.
     ignored = ("cmdstat_pexpire", "cmdstat_info", "cmdstat_hello", "cmdstat_client", "cmdstat_ping")
     return sum(value["calls"] for name, value in info.items() if not name.startswith(ignored))
 
@@ -134,11 +135,11 @@ async def measure(url: str, calls: int, people: int) -> dict[str, Any]:
             if name not in ("no session", "asgi-cluster, no cookie"):
                 headers = [await call(app, "/write", b"n=%d" % number) for number in range(people)]
                 cookies[name] = [found[b"set-cookie"].split(b";")[0] for found in headers]
-            await _cost(app, path, cookies[name], max(people, 200))  # warm: the cache is filled
+            await _cost(app, path, cookies[name], max(people, 200))  # fills the cache
         gc.collect()
         gc.disable()
         counts = []
-        for _ in range(3):  # the least: now and then the nodes look at each other
+        for _ in range(3):  # the minimum counts: now and then a node reads the registry
             before = await _commands(url)
             await _cost(with_cache, "/read", cookies["asgi-cluster, cached"], calls)
             counts.append(await _commands(url) - before)

@@ -1,7 +1,7 @@
-"""Cached reads beside ten sessions and beside very many: ``python -m loadtest.targets.stored``.
+"""Cached reads with ten sessions and with very many: ``python -m loadtest.targets.stored``.
 
 Prints one JSON object. Two clusters in one process on one Redis: one has ten sessions, stored and cached; the
-other as many as it is asked for, and a full cache. Blocks of requests to them take turns.
+other has ``--stored`` sessions and a full cache. Blocks of requests to the two alternate.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ _AT_ONCE = 1000
 
 
 async def _fill(client: redis.asyncio.Redis, prefix: str, app: Any, count: int) -> list[bytes]:
-    """``count`` sessions, copies of one that the app made; the cookies of up to a full cache of them."""
+    """Store ``count`` copies of a session that the app made; returns the cookies of up to ``ENTRIES`` of
+    them.
+    """
     headers = await call(app, "/write", b"n=1")
     cookie = headers[b"set-cookie"].split(b";")[0]
     name, _, credentials = cookie.partition(b"=")
@@ -53,7 +55,7 @@ async def _fill(client: redis.asyncio.Redis, prefix: str, app: Any, count: int) 
 
 
 async def _remove(client: redis.asyncio.Redis, *prefixes: str) -> None:
-    # The server may be the user's own, and the sessions would live for days.
+    # The server may be the user's own, and the sessions would stay there until their timeout.
     for prefix in prefixes:
         pipeline = client.pipeline(transaction=False)
         async for key in client.scan_iter(match=f"{prefix}:*", count=_AT_ONCE):
@@ -64,7 +66,7 @@ async def _remove(client: redis.asyncio.Redis, *prefixes: str) -> None:
 
 
 async def _block(app: Any, cookies: list[bytes], choose: random.Random) -> list[float]:
-    """How long each of a block of reads took, in microseconds of wall clock."""
+    """The wall clock time of each read in a block, in microseconds."""
     took = []
     for cookie in choose.choices(cookies, k=BLOCK):
         start = time.perf_counter_ns()

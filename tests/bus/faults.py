@@ -380,7 +380,7 @@ def table(head: Sequence[str], rows: Sequence[Row | Limit]) -> str:
 
 FAULTS = [
     "fault",
-    "known after",
+    "detected after",
     "trusted again",
     "reads",
     "from cache",
@@ -405,30 +405,30 @@ PREFACE = f"""# Faults, and what a node does
 Written by `uv run --group test python -m tests.bus.faults`, against real servers. One node writes 16 sessions all the time,
 another reads them through its cache (lease {LEASE:g} s, deadline {DEADLINE:g} s) and is hit by the fault.
 
-- *known after*: from the fault to the gap, at most {KNOWN_WITHIN:g} s. *No gap*: nothing was lost and no gap reported.
+- *detected after*: from the fault to the gap, at most {KNOWN_WITHIN:g} s. *No gap*: nothing was lost and no gap reported.
 - *trusted again*: from the moment the server answers (a new primary: is elected; slots: have moved) to a live
   lease, at most {TRUSTED_WITHIN:g} s.
-- *refused*: reads that raised `StoreUnavailable`; *longest*: the longest read, whatever came of it.
+- *refused*: reads that raised `StoreUnavailable`; *longest*: the longest read, with or without success.
 - *stale*: reads older than the lease.
 - *gaps / reconnects*: as `stats()` counts them. *ready*: what the node reported meanwhile; false is right
-  while the store answers and the bus does not, and wrong while neither answers, or while the cache may be trusted.
-- *left*: tasks, connections and objects that were there after the nodes had been stopped, and not before.
+  while the store answers and the bus does not. It is wrong while neither answers, or while the lease is live.
+- *left*: tasks, connections and objects that exist after the nodes have been stopped, and did not exist before.
 
-A row is met when the bounds hold, nothing was stale, nothing is left, and what `ready` and `stats()` said was true:
-looked at every 10 ms, and at the end against the gaps that were reported.
+A row is met when the bounds hold, nothing was stale, nothing is left, and `ready` and `stats()` were true: they are read every
+10 ms, and compared at the end with the gaps that were reported.
 
 """
 PARTITION = f"""
 ## A partition in which the old primary still answers
 
-The limit of what is promised. Sentinels, replica and one node are on one side; the other node stays with the old
-primary, which answers it, and cannot see a successor. Times are from the partition on, which lasts until 8 s after the
+This is the limit of the guarantee. The sentinels, the replica and one node are on one side. The other node can only reach the
+old primary, which answers it. Times count from the beginning of the partition, which lasts until 8 s after the
 election. What the *cache* serves there is bounded, by a lease ({LEASE:g} s) from the last heartbeat on: an old primary that refuses
-writes proves nothing any more. It refuses them some time after the lag: it counts in whole seconds, and looks once in
-a second. Without `min-replicas-to-write` there is no bound, and the node says so when
+writes cannot renew the lease. It begins to refuse them some time after the lag, because it counts in whole seconds and checks once
+per second. Without `min-replicas-to-write` there is no bound, and the node logs a warning when
 it starts. What the old primary itself answers is as old as the partition in either case (*never*: the cache answered
-everything), and a write that it takes before it refuses is lost when it follows the new one. *Trusted again*: from the
-end of the partition to a lease of the new primary's.
+everything). A write that it accepts before it refuses is lost when it becomes a replica of the new primary. *Trusted again*: from the
+end of the partition to a lease from the new primary.
 
 """
 

@@ -34,9 +34,9 @@ def test_help_names_every_option() -> None:
     ("arguments", "said"),
     [
         (["--port", "0"], "1 to 65535"),
-        (["--port", "65535"], "no room for 3 nodes"),
+        (["--port", "65535"], "too high: the 3 nodes use the ports after it"),
         (["--nodes", "0"], "1 to 16"),
-        (["--redis", "http://localhost"], "starts with redis://"),
+        (["--redis", "http://localhost"], "has to start with redis://"),
     ],
 )
 def test_bad_argument_is_refused(arguments: list[str], said: str) -> None:

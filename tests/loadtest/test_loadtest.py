@@ -21,10 +21,10 @@ from loadtest.targets import stored
 
 
 def outcome(*numbers: int, last: int) -> tuple[int, int, int, int]:
-    """Lost, twice, out of order and told, of one listener who saw these numbers."""
-    subscription = Subscription("r", numbers=list(numbers), told=numbers.count(-1))
+    """Lost, twice, out of order and reported, of one client that received these numbers."""
+    subscription = Subscription("r", numbers=list(numbers), reported=numbers.count(-1))
     found = _judge([_Listener([], {"r": subscription})], {"r": last})
-    return found.lost, found.doubled, found.disordered, found.told
+    return found.lost, found.doubled, found.disordered, found.reported
 
 
 @pytest.mark.parametrize(

@@ -239,19 +239,20 @@ users start it, with Redis.
 
 NOTES = """\
 - *Starts*: with ASGI lifespan, or with the first request or WebSocket where the server has none. A start that fails ends the server, or
-  answers 503 with `Retry-After` and is tried again. gunicorn's own ASGI worker goes on without the app's own startup then, unless
+  answers 503 with `Retry-After` and is tried again. gunicorn's own ASGI worker continues without the app's own startup then, unless
   `--asgi-lifespan on` is given.
 - *Session, rooms, live logout*: a session that is read and written, a room with a message from another node, and a logout that closes a
-  client of the built-in endpoint, a socket of `cluster.accept` and one of the app's own. The receipt counts all three.
-- *Messages*: ready frames to the server's transport, or through ASGI `send`, and why; one INFO line says the same. Both are in order
-  and bounded. On Daphne an app may close with 1000 and 3000 to 4999 only, so other codes become 1000.
-- *SIGTERM*: with `RealtimeConfig(drain=1.0)` and 20 open sockets. One after another with 3001 is a drain. Elsewhere the server closes all
-  sockets in the same moment, in its own way, and an INFO or WARNING line at the start says so: call `await cluster.drain(seconds)` before you
+  client of the built-in endpoint, a socket of `cluster.accept` and a socket that the app itself accepted. The receipt counts all three.
+- *Messages*: written as ready frames to the server's transport, or sent through ASGI `send`, and why; one INFO line says the same. Both
+  keep the order, and the bound in bytes. On Daphne an app may close with 1000 and 3000 to 4999 only, so other codes become 1000.
+- *SIGTERM*: with `RealtimeConfig(drain=1.0)` and 20 open sockets. One after another with 3001 is a drain. Other servers close all
+  sockets at the same moment, in their own way, and an INFO or WARNING line at the start says so: call `await cluster.drain(seconds)` before you
   stop it. On Python 3.12 and newer, hypercorn with workers does not stop while a client is connected (its issue 308): drain first, or use
-  `--workers 0`. A node that does not sign off is noticed after 4 s; until then logouts wait up to a second for it.
+  `--workers 0`. A node that *signs off* removes itself from the registry. The others remove one that does not after
+  4 s; until then logouts wait up to a second for it.
 
-`drain` is 5 s by default, and at most 20 sockets are closed in a second as long as that fits: one socket costs 0.05 s, 1000 take the 5 s, and
-without sockets there is nothing to wait for. `drain=None` turns it off. Ctrl-C and `--reload` do not wait, and a second SIGTERM ends
+`drain` is 5 s by default. At most 20 sockets are closed per second as long as that time is enough: one socket takes 0.05 s, 1000 sockets take
+the 5 s, and without sockets the server stops at once. `drain=None` turns it off. Ctrl-C and `--reload` do not wait, and a second SIGTERM ends
 the wait. Give the server more time than that before it is killed (`terminationGracePeriodSeconds`, `--graceful-timeout`).
 """
 

@@ -287,13 +287,13 @@ async def main() -> None:
 PREFACE = f"""# Combinations, and what a logout does
 
 Written by `uv run python -m tests.sessions.combinations`, against real servers; `tests/sessions/test_combinations.py` runs each row on each
-backend. Two nodes and a process with `listen=False`; the socket is a client of the built-in endpoint on the first node, with a bystander of the
-same kind that belongs to another user and stays open in every row but those of the timeout, which ends its session as well.
+backend. There are two nodes and a process with `listen=False`. The socket is a client of the built-in endpoint on the first node. A second socket of
+the same kind belongs to another user and stays open in every row, except those of the timeout, which ends its session as well.
 
 - *closes with*: the close code of the socket. 4501 is a logout, 4502 an expired session.
 - *receipt*: sessions that were ended, sockets that were closed, nodes that acknowledged. The `listen=False` process is no node and is not in
   it. A user's logout ends no anonymous session, and closes the sockets that acted as the user. With `exclude=` it ends the user's other session.
-- *memory* to *rooms_url* (rooms on a server of their own): the row is met there; with the time from the call to the receipt, the best of five
+- *memory* to *rooms_url* (rooms on a server of their own): the row is met there, with the time from the call to the receipt, the best of five
   on a busy machine. The tests demand that it is less than half of the timeout ({TIMEOUT:g} s): that no node was waited for that could not answer.
 
 """
