@@ -120,7 +120,7 @@ async def test_session_user_overridden_by_accept(cluster_url: str, prefix: str, 
     clusters: list[Cluster] = []
 
     async def overridden(websocket: WebSocket) -> None:
-        cluster: Cluster = websocket.scope["asgi_cluster"].cluster
+        cluster: Cluster = websocket.app.state.cluster
         async with cluster.accept(websocket, user_id="robot") as connection:
             async for _ in connection:
                 pass
@@ -130,9 +130,10 @@ async def test_session_user_overridden_by_accept(cluster_url: str, prefix: str, 
     def app(number: int) -> ClusterMiddleware:
         cluster = Cluster(cluster_url, prefix=prefix, node_label=f"n{number}", sessions=SESSIONS)
         clusters.append(cluster)
-        return ClusterMiddleware(
-            Starlette(routes=[WebSocketRoute("/ws", overridden), Mount("/", here.app())]), cluster
-        )
+        routes = [WebSocketRoute("/ws", overridden), Mount("/", here.app())]
+        inner = Starlette(routes=routes)
+        inner.state.cluster = cluster
+        return ClusterMiddleware(inner, cluster)
 
     async with serve(app(0)) as first, serve(app(1)) as second:
         browser = await sign_in(first)
