@@ -165,7 +165,7 @@ class Cluster:
                 where.
             RuntimeError: already started, or not on asyncio.
         """
-        self._parts.memory.look()
+        self._parts.memory.check()
         await self._parts.supervisor.start()
         return self
 

@@ -112,5 +112,5 @@ class Parts:
         )
 
     def _attach(self) -> None:
-        self.memory.look()
+        self.memory.check()
         self.backend.attach(self.node, self.dispatch, self.rooms)

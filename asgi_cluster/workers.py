@@ -27,10 +27,10 @@ class UnsharedMemory:
                 "reach no other process. %s",
                 _CURE,
             )
-        self.look()
+        self.check()
 
-    def look(self) -> None:
-        """Look again: an app that is loaded before the fork has no siblings then."""
+    def check(self) -> None:
+        """Check again: an app that is loaded before the fork has no siblings at that time."""
         if self._may_be_wrong and _has_siblings():
             self._may_be_wrong = False
             logger.warning(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import MutableMapping
 from typing import Any
 
 import msgspec
+from starlette.types import Message, Scope
 
 from asgi_cluster.arguments import described
 from asgi_cluster.compat.litestar import is_cleared
@@ -18,9 +18,6 @@ from asgi_cluster.sockets.origin import Origins
 __all__ = ["SessionHeaders"]
 
 logger = logging.getLogger("asgi_cluster.middleware")
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
 
 _VARY = (b"vary", b"Cookie")
 

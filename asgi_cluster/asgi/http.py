@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+
+from starlette.types import Message, Receive, Scope, Send
 
 from asgi_cluster.asgi.headers import SessionHeaders
 from asgi_cluster.codes import CloseCode
@@ -14,11 +14,7 @@ from asgi_cluster.sessions.session import Session
 
 __all__ = ["Response", "error_of_ours", "refuse"]
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
 Headers = list[tuple[bytes, bytes]]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 _CORS = (b"access-control-allow-origin", b"access-control-allow-credentials", b"vary")
 

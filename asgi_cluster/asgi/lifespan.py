@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import AsyncExitStack
-from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asgi_cluster.cluster import Cluster
 from asgi_cluster.exceptions import ClusterError
@@ -14,8 +14,6 @@ __all__ = ["Lifespan"]
 
 logger = logging.getLogger("asgi_cluster.lifespan")
 
-Message = MutableMapping[str, Any]
-
 
 class Lifespan:
     """One run of the lifespan protocol (ASGI lifespan specification 2.0) around ``app``.
@@ -23,7 +21,7 @@ class Lifespan:
     Answered by us when the app has no lifespan: some raise (Django), some just return.
     """
 
-    def __init__(self, app: Callable[..., Awaitable[None]], cluster: Cluster) -> None:
+    def __init__(self, app: ASGIApp, cluster: Cluster) -> None:
         self._app = app
         self._cluster = cluster
         self._first: Message | None = None
@@ -31,12 +29,7 @@ class Lifespan:
         self._stopped = False
         self._stopping = False
 
-    async def __call__(
-        self,
-        scope: MutableMapping[str, Any],
-        receive: Callable[[], Awaitable[Message]],
-        send: Callable[[Message], Awaitable[None]],
-    ) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._first = await receive()
         self._receive, self._send = receive, send
         async with AsyncExitStack() as stack:

@@ -7,8 +7,9 @@ its shutdown.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from asgi_cluster.arguments import described
 from asgi_cluster.asgi.headers import SessionHeaders
@@ -21,12 +22,6 @@ from asgi_cluster.scope import SCOPE_KEY, ScopeState
 from asgi_cluster.sessions.session import Session
 
 __all__ = ["ClusterMiddleware"]
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class ClusterMiddleware:

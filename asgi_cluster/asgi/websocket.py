@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import Awaitable
 
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 
 from asgi_cluster.asgi.headers import SessionHeaders
@@ -25,12 +25,6 @@ from asgi_cluster.sockets.socket import Socket
 from asgi_cluster.tasks import running_asyncio_loop
 
 __all__ = ["SocketClosed", "WebSockets"]
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 logger = logging.getLogger("asgi_cluster.middleware")
 
@@ -92,7 +86,7 @@ class WebSockets:
         socket.began = self.hub.logouts.last
         state.socket = socket
         if (drainer := self._supervisor.drainer) is not None:
-            drainer.take()
+            drainer.install()
         handshake = Handshake(self, scope, send, state, socket)
         try:
             await app(scope, socket.guard_receive(receive), handshake)

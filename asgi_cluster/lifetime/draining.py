@@ -26,7 +26,7 @@ logger = logging.getLogger("asgi_cluster.draining")
 
 _drainers: dict[int, Drainer] = {}
 """Of this process, by the file descriptor that each one writes to. Several clusters in one process make a
-chain: the latest one is in front, and passes on to the one before.
+chain: the latest one comes first, and forwards to the one before.
 """
 
 
@@ -52,7 +52,7 @@ def draining_on_sigterm(
         return
     drainer = Drainer(drain, tasks, previous)
     try:
-        drainer.take()
+        drainer.install()
         yield drainer
     finally:
         drainer.close()
@@ -81,14 +81,14 @@ class Drainer:
         self._reader.setblocking(False)
         self._writer.setblocking(False)
         self._fd = -1
-        """What was there before: the loop's own wakeup file descriptor, or that of another drainer; -1 when
-        the loop handles no signals.
+        """The file descriptor that was set before: the loop's own, or that of another drainer; -1 when the
+        loop handles no signals.
         """
         _drainers[self._writer.fileno()] = self
 
-    def take(self) -> None:
-        """Stand in front of the handlers, again if need be: uvloop takes the file descriptor back each time
-        it is run, and granian runs its loop several times.
+    def install(self) -> None:
+        """Replace the handlers, again if need be: uvloop sets its file descriptor each time it is run, and
+        granian runs its loop several times.
         """
         if self._over or asyncio.get_running_loop() is not self._loop:
             return
@@ -98,18 +98,18 @@ class Drainer:
         if fd == -1:
             signal.set_wakeup_fd(-1)
         elif fd in _drainers and self._fd != -1:
-            # It passes on to this one. To stand in front of it again would send every signal in a circle.
+            # That one forwards to this one. Before it again, this one would send every signal in a circle.
             signal.set_wakeup_fd(fd, warn_on_full_buffer=False)
         elif fd != self._writer.fileno():
             if self._fd == -1:
-                self._loop.add_reader(self._reader, self._pass_on)
+                self._loop.add_reader(self._reader, self._forward)
             self._fd = fd
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._over:
             self._previous(number, frame)
         elif self._begun:
-            self._let_go()
+            self._raise_again()
         else:
             self._begun = True
             # A Python signal handler runs between two bytecodes of whatever the loop is doing: only wake it.
@@ -117,22 +117,22 @@ class Drainer:
 
     def _begin(self) -> None:
         try:
-            self._draining = spawn(self._tasks, self._drain_and_let_go(), name="asgi-cluster drain")
+            self._draining = spawn(self._tasks, self._drain_then_raise(), name="asgi-cluster drain")
         except RuntimeError:
-            self._let_go()  # the cluster has ended in this moment
+            self._raise_again()  # the cluster has ended in this moment
 
-    async def _drain_and_let_go(self) -> None:
+    async def _drain_then_raise(self) -> None:
         try:
             await self._drain()
         finally:
-            self._let_go()
+            self._raise_again()
 
-    def _let_go(self) -> None:
+    def _raise_again(self) -> None:
         if not self._over:
             self._restore()
             signal.raise_signal(signal.SIGTERM)
 
-    def _pass_on(self) -> None:
+    def _forward(self) -> None:
         # Every signal but the one that is held back.
         with suppress(BlockingIOError):
             numbers = self._reader.recv(4096).replace(bytes([signal.SIGTERM]), b"")
@@ -147,15 +147,15 @@ class Drainer:
         if self._fd != -1:
             fd = signal.set_wakeup_fd(self._fd, warn_on_full_buffer=False)
             if fd != self._writer.fileno():
-                signal.set_wakeup_fd(fd, warn_on_full_buffer=False)  # the loop has taken it back already
+                signal.set_wakeup_fd(fd, warn_on_full_buffer=False)  # the loop has set its own already
             self._loop.remove_reader(self._reader)
-            self._pass_on()
+            self._forward()
             for other in _drainers.values():
                 if other._fd == self._writer.fileno():
                     other._fd = self._fd
 
     def close(self) -> None:
-        """Give everything back. A stop in another way does not wait for the rest of a drain; a signal that is
+        """Restore the handlers. A stop in another way does not wait for the rest of a drain; a signal that is
         still held back is raised again.
         """
         if self._draining is not None:

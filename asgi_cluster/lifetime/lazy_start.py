@@ -25,8 +25,8 @@ __all__ = ["LazyStart"]
 logger = logging.getLogger("asgi_cluster.lifespan")
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0  # seconds after a start that failed before the next one
-_PATIENCE = 10.0  # seconds that a start may take
-_EXIT = 5.0  # seconds that the stop may hold the exit of the process
+_START_TIMEOUT = 10.0  # seconds
+_STOP_TIMEOUT = 5.0  # seconds by which the stop may delay the exit of the process
 
 
 class LazyStart:
@@ -71,7 +71,7 @@ class LazyStart:
 
     async def _try(self) -> None:
         try:
-            async with asyncio.timeout(_PATIENCE):
+            async with asyncio.timeout(_START_TIMEOUT):
                 await self._start()
         except Exception as error:
             self._pause = min(_LONGEST_PAUSE, self._pause * 2 or _FIRST_PAUSE)
@@ -101,7 +101,7 @@ class LazyStart:
             # Only where the server has left its loop open: a closed one has cancelled what ran on it.
             if not loop.is_closed() and not loop.is_running():
                 with suppress(TimeoutError):
-                    loop.run_until_complete(asyncio.wait_for(self._stop(), _EXIT))
+                    loop.run_until_complete(asyncio.wait_for(self._stop(), _STOP_TIMEOUT))
 
         self._at_exit = stop
         atexit.register(stop)
