@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from redis.exceptions import ResponseError
 
+from asgi_cluster.backends.redis.address import Address
 from asgi_cluster.backends.redis.connection import MultiplexedConnection, OnPush
 from asgi_cluster.backends.redis.errors import ConnectionBroken, first_word
-from asgi_cluster.backends.redis.urls import Address
 from tests.bus.fake import FakeServer, bulk, push
 from tests.support.proxy import Proxy
 from tests.support.servers import Server

@@ -13,8 +13,8 @@ import pytest
 import redis
 from redis.exceptions import ConnectionError
 
+from asgi_cluster.backends.redis.address import Address
 from asgi_cluster.backends.redis.compat import ContextConnection, receive_pushes, writer_of
-from asgi_cluster.backends.redis.urls import Address
 from tests.bus.fake import FakeServer, push
 
 

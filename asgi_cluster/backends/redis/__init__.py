@@ -3,7 +3,7 @@
 ::
 
     MultiplexedConnection    one socket: commands in, replies and pushes out, in order
-          |                  [connection replies urls compat]
+          |                  [connection replies address urls compat]
           |
           |                  one loop opens it, and again when it breaks, for each layer below
           |                  [reconnect]

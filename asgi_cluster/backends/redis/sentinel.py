@@ -15,13 +15,14 @@ from weakref import WeakKeyDictionary
 
 from redis.exceptions import RedisError
 
+from asgi_cluster.backends.redis.address import Address, HostPort
 from asgi_cluster.backends.redis.connection import MultiplexedConnection, OnPush
 from asgi_cluster.backends.redis.errors import ConnectionBroken, reason_of
 from asgi_cluster.backends.redis.lifetime import background
 from asgi_cluster.backends.redis.primary import Primary
 from asgi_cluster.backends.redis.reconnect import ReconnectLoop
 from asgi_cluster.backends.redis.single import OnePrimary
-from asgi_cluster.backends.redis.urls import Address, Target
+from asgi_cluster.backends.redis.urls import Target
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.tasks import Failing
 
@@ -34,8 +35,6 @@ _ANSWER = 0.3
 _PATIENCE = 1.0
 _LONGEST_PAUSE = 1.0
 _PROBE_EVERY = 1.0
-
-HostPort = tuple[str, int]
 
 
 class _Sentinel:

@@ -7,19 +7,19 @@ import logging
 
 from redis.exceptions import RedisError
 
+from asgi_cluster.backends.redis.address import Address, HostPort
 from asgi_cluster.backends.redis.client import PrimaryClient
 from asgi_cluster.backends.redis.errors import ConnectionBroken, reason_of
 from asgi_cluster.backends.redis.lifetime import Background
 from asgi_cluster.backends.redis.primary import Primary
-from asgi_cluster.backends.redis.slots import HostPort, View, facts_of, parse_slots
-from asgi_cluster.backends.redis.urls import Address
+from asgi_cluster.backends.redis.slots import View, facts_of, parse_slots
 from asgi_cluster.exceptions import StoreUnavailable
 
 __all__ = ["Shard"]
 
 logger = logging.getLogger("asgi_cluster.redis")
 
-_FAREWELL = 1.0
+_LAST_REPLIES = 1.0
 _ANSWER = 0.5
 
 
@@ -50,7 +50,7 @@ class Shard:
         What was sent to it is answered, most likely by a MOVED, and must not end as unknown.
         """
         try:
-            await self.commands.drained(timeout=_FAREWELL)
+            await self.commands.drained(timeout=_LAST_REPLIES)
         except (TimeoutError, ConnectionBroken, RedisError) as error:
             logger.debug(
                 "%s was closed before it had answered everything: %s", self.primary.name, reason_of(error)

@@ -11,6 +11,7 @@ from typing import Any
 
 from redis.exceptions import AskError, MovedError, NoScriptError, RedisError, ResponseError
 
+from asgi_cluster.backends.redis.address import HostPort
 from asgi_cluster.backends.redis.errors import unavailable
 from asgi_cluster.backends.redis.lifetime import Background, background
 from asgi_cluster.backends.redis.primary import Primary
@@ -18,7 +19,6 @@ from asgi_cluster.backends.redis.shard import Shard
 from asgi_cluster.backends.redis.single import Routed
 from asgi_cluster.backends.redis.slots import (
     SLOTS,
-    HostPort,
     View,
     ask_for_slots,
     parse_redirect,

@@ -11,12 +11,12 @@ from typing import Any, Protocol
 
 from redis.exceptions import NoScriptError, RedisError
 
+from asgi_cluster.backends.redis.address import Address
 from asgi_cluster.backends.redis.client import PrimaryClient
 from asgi_cluster.backends.redis.errors import first_word, unavailable
 from asgi_cluster.backends.redis.lifetime import background
 from asgi_cluster.backends.redis.primary import Primary
 from asgi_cluster.backends.redis.scripts import Script
-from asgi_cluster.backends.redis.urls import Address
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.tasks import Failing
 

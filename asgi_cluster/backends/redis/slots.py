@@ -9,14 +9,13 @@ from typing import Any
 from redis.crc import key_slot
 from redis.exceptions import RedisError
 
+from asgi_cluster.backends.redis.address import Address, HostPort
 from asgi_cluster.backends.redis.errors import ConnectionBroken, reason_of
 from asgi_cluster.backends.redis.reconnect import connected
-from asgi_cluster.backends.redis.urls import Address
 from asgi_cluster.exceptions import StoreUnavailable
 
 __all__ = [
     "SLOTS",
-    "HostPort",
     "View",
     "ask_for_slots",
     "facts_of",
@@ -28,8 +27,6 @@ __all__ = [
 
 SLOTS = 16384
 _ANSWER = 0.5
-
-HostPort = tuple[str, int]
 
 View = list[HostPort | None]
 """For each slot, host and port of its primary; ``None`` when no primary has it."""
