@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from asgi_cluster.backends.redis.backend import RedisBackend
-from asgi_cluster.backends.redis.room_bus import RedisRoomBus
-from asgi_cluster.backends.redis.session_bus import RedisSessionBus
+from asgi_cluster.backends.redis.bus import RedisRoomBus, RedisSessionBus
 from asgi_cluster.bus.messages import Changed, MalformedMessage, decode
 from asgi_cluster.ids import NodeId
 from tests.contract.sites import make_node

@@ -8,10 +8,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from asgi_cluster.backends.memory.broker import Attachment, MemoryBroker
+from asgi_cluster.backends.memory.bus import MemoryRoomBus, MemorySessionBus
 from asgi_cluster.backends.memory.history import MemoryHistory
 from asgi_cluster.backends.memory.presence import MemoryPresence
-from asgi_cluster.backends.memory.room_bus import MemoryRoomBus
-from asgi_cluster.backends.memory.session_bus import MemorySessionBus
 from asgi_cluster.backends.memory.store import MemorySessionStore
 from asgi_cluster.bus.lease import Clock, Lease, boot_clock
 from asgi_cluster.bus.room_bus import RoomReceiver
@@ -66,7 +65,7 @@ class MemoryBackend:
     @asynccontextmanager
     async def open(self, node: Node, sessions: SessionReceiver, rooms: RoomReceiver) -> AsyncIterator[None]:
         """See ``Backend.open``. Registers the node until it is left; that is all there is to do."""
-        self._broker.attach(self._attachment, node.id, lambda: sessions, lambda: rooms, listens=node.listens)
+        self._broker.attach(self._attachment, node, lambda: sessions, lambda: rooms)
         self._opened = True
         try:
             yield
@@ -80,9 +79,7 @@ class MemoryBackend:
         """
         if self._opened or self._attachment.node == node.id:
             return
-        self._broker.attach(
-            self._attachment, node.id, weakref.ref(sessions), weakref.ref(rooms), listens=node.listens
-        )
+        self._broker.attach(self._attachment, node, weakref.ref(sessions), weakref.ref(rooms))
 
     @property
     def ready(self) -> bool:
@@ -96,7 +93,7 @@ class MemoryBackend:
             lease_remaining=self._lease.remaining,
             gaps=0,
             reconnects=0,
-            received=self._attachment.received if self._attachment.listens else 0,
+            received=self._attachment.received,
             malformed=0,
             last_gap=None,
         )

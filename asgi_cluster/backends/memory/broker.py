@@ -18,6 +18,7 @@ from asgi_cluster.bus.lease import Clock, boot_clock
 from asgi_cluster.bus.room_bus import RoomReceiver
 from asgi_cluster.bus.session_bus import SessionReceiver
 from asgi_cluster.ids import NodeId, new_token
+from asgi_cluster.node import Node
 
 __all__ = ["Attachment", "MemoryBroker"]
 
@@ -25,49 +26,22 @@ logger = logging.getLogger("asgi_cluster.memory")
 
 
 class Attachment:
-    """One node's place: its receivers, and the rooms that it is subscribed to. Without a node it takes no
-    part.
+    """A backend's place in a broker: its node, its receivers, and the rooms that it is subscribed to.
 
     A publisher (``listens=False``) is no node, and receives only what is posted to it.
     """
 
-    __slots__ = (
-        "incarnation",
-        "listens",
-        "node",
-        "received",
-        "room_receiver",
-        "rooms",
-        "session_receiver",
-        "started_at",
-    )
-
     def __init__(self) -> None:
         self.rooms: set[str] = set()
-        self.set(None, _no_receiver, _no_receiver, listens=False)
-
-    def set(
-        self,
-        node: NodeId | None,
-        session_receiver: Callable[[], SessionReceiver | None],
-        room_receiver: Callable[[], RoomReceiver | None],
-        *,
-        listens: bool,
-    ) -> None:
-        """For another node, or for none. What receives may be gone: ``session_receiver()`` is ``None``
-        then.
-        """
-        self.node = node
-        self.session_receiver = session_receiver
-        self.room_receiver = room_receiver
-        self.listens = listens
-        self.incarnation = new_token() if listens else ""
-        self.started_at = time.time()
+        self.node: NodeId | None = None
+        self.listens = False
+        self.incarnation = ""
+        """Of a node; ``""`` for a publisher, and while it is not attached."""
+        self.session_receiver: Callable[[], SessionReceiver | None] = lambda: None
+        self.room_receiver: Callable[[], RoomReceiver | None] = lambda: None
+        """``None``: the cluster object is gone."""
+        self.started_at = 0.0
         self.received = 0
-
-
-def _no_receiver() -> None:
-    return None
 
 
 class MemoryBroker:
@@ -122,27 +96,29 @@ class MemoryBroker:
     def attach(
         self,
         attachment: Attachment,
-        node: NodeId,
+        node: Node,
         session_receiver: Callable[[], SessionReceiver | None],
         room_receiver: Callable[[], RoomReceiver | None],
-        *,
-        listens: bool,
     ) -> None:
-        """A node arrives. Another one that had this attachment has left."""
+        """A node arrives. The one that had this attachment before leaves."""
         with self.lock:
             self.detach(attachment)
-            attachment.set(node, session_receiver, room_receiver, listens=listens)
-            self._attachments[node] = attachment
+            attachment.node, attachment.listens = node.id, node.listens
+            attachment.incarnation = new_token() if node.listens else ""
+            attachment.session_receiver, attachment.room_receiver = session_receiver, room_receiver
+            attachment.started_at, attachment.received = time.time(), 0
+            self._attachments[node.id] = attachment
 
     def detach(self, attachment: Attachment) -> None:
         """A node leaves."""
         with self.lock:
-            node = attachment.node
-            if node is not None and self._attachments.get(node) is attachment:
-                del self._attachments[node]
+            if attachment.node is None:
+                return
+            if self._attachments.get(attachment.node) is attachment:
+                del self._attachments[attachment.node]
                 for callback in self.on_detach:
                     callback(attachment)
-            attachment.set(None, _no_receiver, _no_receiver, listens=False)
+            attachment.node, attachment.listens, attachment.incarnation = None, False, ""
 
     def publish_sessions(self, payload: bytes) -> None:
         """To every node."""

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from ssl import SSLContext
 from typing import Any
 
+from asgi_cluster.backends.redis.bus import RedisRoomBus, RedisSessionBus
 from asgi_cluster.backends.redis.history import RedisHistory
 from asgi_cluster.backends.redis.inbox import Inbox
 from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.presence import RedisPresence
 from asgi_cluster.backends.redis.registration import Registration
 from asgi_cluster.backends.redis.registry import Registry
-from asgi_cluster.backends.redis.room_bus import RedisRoomBus
 from asgi_cluster.backends.redis.sentinel import SentinelTopology
-from asgi_cluster.backends.redis.session_bus import RedisSessionBus
 from asgi_cluster.backends.redis.sharded import ClusterTopology
 from asgi_cluster.backends.redis.single import Topology, single_server
 from asgi_cluster.backends.redis.store import RedisSessionStore
-from asgi_cluster.backends.redis.subscribers import Channels, SubscriberSet
+from asgi_cluster.backends.redis.subscribers import SubscriberSet
 from asgi_cluster.backends.redis.urls import Target, parse_targets
 from asgi_cluster.bus.room_bus import RoomReceiver
 from asgi_cluster.bus.session_bus import SessionReceiver
@@ -103,35 +102,30 @@ class RedisBackend:
                 await stack.enter_async_context(self._inbox.opened(node, sessions))
                 yield
                 return
-            await self.session_bus.check_rights(node.id)
-            await self.room_bus.check_rights()
-            stack.enter_context(self.session_bus.receiving(sessions))
-            stack.enter_context(self.room_bus.receiving(rooms))
-            for registration, subscribers, channels in self._registrations(node, sessions):
-                try:
-                    await stack.enter_async_context(registration.opened(subscribers, channels))
-                except BusUnavailable as error:
-                    raise StoreUnavailable(error.reason) from error
+            of_sessions = await self.session_bus.listen(node.id, sessions)
+            of_rooms = await self.room_bus.listen(node.id, rooms)
+            # Presence goes by the registry where the rooms are: what is removed from that one is reported.
+            registration = Registration(
+                self._rooms_registry, node, sessions.load, removed=sessions.node_removed
+            )
+            try:
+                if self._rooms_registry is self._registry:
+                    await stack.enter_async_context(
+                        registration.opened(self._subscribers, [of_sessions, of_rooms])
+                    )
+                else:
+                    await stack.enter_async_context(
+                        Registration(self._registry, node, sessions.load).opened(
+                            self._subscribers, [of_sessions]
+                        )
+                    )
+                    await stack.enter_async_context(registration.opened(self._room_subscribers, [of_rooms]))
+            except BusUnavailable as error:
+                raise StoreUnavailable(error.reason) from error
             yield
 
     def _sets(self) -> Sequence[SubscriberSet]:
         return list(dict.fromkeys((self._subscribers, self._room_subscribers)))
-
-    def _registrations(
-        self, node: Node, receiver: SessionReceiver
-    ) -> Iterator[tuple[Registration, SubscriberSet, Channels]]:
-        """Where the node is registered, and what it subscribes to there. Presence goes by the registry where
-        the rooms are: the receiver gets what is removed from that one.
-        """
-        load, removed = receiver.load, receiver.node_removed
-        of_sessions = self.session_bus, self.session_bus.channels(node.id)
-        of_rooms = self.room_bus, self.room_bus.channels(node.id)
-        rooms = Registration(self._rooms_registry, node, load, removed=removed)
-        if self._rooms_registry is self._registry:
-            yield rooms, self._subscribers, (of_sessions, of_rooms)
-        else:
-            yield Registration(self._registry, node, load), self._subscribers, (of_sessions,)
-            yield rooms, self._room_subscribers, (of_rooms,)
 
     def attach(self, node: Node, sessions: SessionReceiver, rooms: RoomReceiver) -> None:
         """Redis needs a start: nothing to attach to without one."""

@@ -49,11 +49,10 @@ class Inbox:
 
     async def _run(self, node: Node, receiver: SessionReceiver, wanted: asyncio.Event) -> None:
         await wanted.wait()
-        beat = _InboxBeat(self._subscribers.topology, self._names, node.id)
-        channels = [(_Answers(receiver), [self._names.node_channel(node.id)])]
+        answers = _Answers(self._subscribers.topology, self._names, node.id, receiver)
         while True:
             try:
-                async with self._subscribers.opened(beat, channels, node.failing):
+                async with self._subscribers.opened(answers, [(answers, [answers.channel])], node.failing):
                     self._open.set()
                     await asyncio.Event().wait()
             except BusUnavailable as error:
@@ -75,36 +74,30 @@ class Inbox:
 
 
 class _Answers:
-    """Hands answers on. One that was missed is named in the logout's receipt, so gaps mean nothing here."""
+    """A publisher's own channel: its listener, and its heartbeat, which is a message to this channel. It
+    answers 1 while the channel is subscribed. The publisher is not registered; no key is written.
+    """
 
-    def __init__(self, receiver: SessionReceiver) -> None:
+    def __init__(self, topology: Topology, names: Names, node: NodeId, receiver: SessionReceiver) -> None:
+        self.channel = names.node_channel(node)
+        self._topology = topology
         self._receiver = receiver
+        # An answer to no request is ignored by its receiver.
+        self._command = (names.publish, self.channel, encode(Ack("", node, 0)))
 
     def message(self, channel: str, payload: bytes) -> None:
         """See ``ChannelListener.message``."""
         self._receiver.session_message(payload)
 
     def gap(self, reason: str, channels: frozenset[str]) -> None:
-        """See ``ChannelListener.gap``."""
+        """See ``ChannelListener.gap``: the logout's receipt names the answers that did not come."""
 
     def restored(self, channels: frozenset[str]) -> None:
         """See ``ChannelListener.restored``."""
 
-
-class _InboxBeat:
-    """The heartbeat of a publisher, which is not registered and has nothing to cache: a message to its own
-    inbox, which answers 1 while the inbox is subscribed. Writes no key.
-    """
-
-    def __init__(self, topology: Topology, names: Names, node: NodeId) -> None:
-        self._topology = topology
-        self._channel = names.node_channel(node)
-        # An answer to no request is ignored by its receiver.
-        self._command = (names.publish, self._channel, encode(Ack("", node, 0)))
-
     def primaries(self) -> Sequence[Primary]:
         """See ``HeartbeatSource.primaries``: the one that has the channel."""
-        home = self._topology.home(self._channel)
+        home = self._topology.home(self.channel)
         return [] if home is None else [home]
 
     def heartbeat(self, primary: Primary) -> Heartbeat:
