@@ -146,7 +146,10 @@ class Site:
             **(cluster or {}),
         )
         all_routes = [Route("/login", login), Route("/logout", logout), *(routes or ())]
-        wrapped = ClusterMiddleware(app or Starlette(routes=all_routes), made)
+        inner = app or Starlette(routes=all_routes)
+        if isinstance(inner, Starlette):
+            inner.state.cluster = made
+        wrapped = ClusterMiddleware(inner, made)
         served = await self._stack.enter_async_context(
             serve(wrap(wrapped) if wrap else wrapped, **(server or {}))
         )

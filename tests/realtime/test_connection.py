@@ -15,7 +15,6 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from asgi_cluster import Cluster, Connection, RoomRule
 from asgi_cluster.backends.memory.history import MemoryHistory
 from asgi_cluster.backends.memory.presence import MemoryPresence
-from asgi_cluster.scope import ScopeState
 from tests.realtime.conftest import sign_in
 from tests.realtime.site import Node, Raw, Site
 from tests.support.waiting import eventually
@@ -24,9 +23,9 @@ UVICORN = ["websockets-sansio", "websockets", "wsproto"]
 
 
 def cluster_of(websocket: WebSocket) -> Cluster:
-    state = ScopeState.of(websocket.scope)
-    assert state is not None
-    return state.cluster
+    """The cluster of the node that serves it (``Site.node``)."""
+    cluster: Cluster = websocket.app.state.cluster
+    return cluster
 
 
 async def chat(websocket: WebSocket) -> None:

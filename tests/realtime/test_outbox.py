@@ -14,10 +14,10 @@ from starlette.websockets import WebSocket
 from websockets.exceptions import ConnectionClosed
 
 from asgi_cluster import Connection, RoomRule
-from asgi_cluster.scope import ScopeState
 from asgi_cluster.sockets.batches import Flusher
 from asgi_cluster.sockets.prepared import PreparedMessage
 from tests.realtime.site import Node, Site
+from tests.realtime.test_connection import cluster_of
 from tests.support.waiting import eventually
 
 PATHS = ["direct", "wrapped", "websockets", "wsproto"]
@@ -43,9 +43,7 @@ class Member:
         self.connections: list[Connection] = []
 
     async def __call__(self, websocket: WebSocket) -> None:
-        state = ScopeState.of(websocket.scope)
-        assert state is not None
-        async with state.cluster.accept(websocket) as connection:
+        async with cluster_of(websocket).accept(websocket) as connection:
             await connection.join("room")
             self.connections.append(connection)
             await connection.send("ready")
