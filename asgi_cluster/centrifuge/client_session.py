@@ -37,10 +37,11 @@ from asgi_cluster.ids import check_user
 from asgi_cluster.rooms.connection import Connection
 from asgi_cluster.rooms.names import check_room
 from asgi_cluster.rooms.rules import Connected, ConnectRequest
+from asgi_cluster.sockets.coroutines import discard
 from asgi_cluster.sockets.outbox import Outbox
 from asgi_cluster.sockets.prepared import PreparedMessage
-from asgi_cluster.sockets.server import discard
-from asgi_cluster.sockets.socket import Message, Receive, Socket
+from asgi_cluster.sockets.receiving import Message, Receive
+from asgi_cluster.sockets.socket import Socket
 from asgi_cluster.tasks import spawn
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from asgi_cluster.centrifuge.services import Services
 from asgi_cluster.centrifuge.wire import JSON
 from asgi_cluster.codes import CloseCode
 from asgi_cluster.scope import ScopeState
-from asgi_cluster.sockets.socket import Receive, Send
+from asgi_cluster.sockets.receiving import Receive, Send
 
 if TYPE_CHECKING:
     from asgi_cluster.config import RealtimeConfig
@@ -115,7 +115,7 @@ class Endpoint:
         subprotocol = _SUBPROTOCOL if _SUBPROTOCOL in offered else None
         await send({"type": "websocket.accept", "subprotocol": subprotocol, "headers": []})
         client = ClientSession(
-            self._services, socket, self._cluster, state.session, self._hub.outbox(socket, JSON)
+            self._services, socket, self._cluster, state.session, self._hub.outboxes.open(socket, JSON)
         )
         socket.connection = client
         return client

@@ -11,7 +11,7 @@ from asgi_cluster.bus.lease import boot_clock
 from asgi_cluster.codes import CloseCode
 from asgi_cluster.rooms.connection import Connection
 from asgi_cluster.scope import ScopeState
-from asgi_cluster.sockets.socket import Receive, Send
+from asgi_cluster.sockets.receiving import Receive, Send
 from asgi_cluster.sockets.wire import BARE
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Acceptance:
             # For a socket that was open before, there is no time at which the app began to decide.
             hub.set_user(socket, self._user, since=socket.since if in_handshake else boot_clock())
             hub.close_if_logged_out(socket, since=socket.began, final=in_handshake)
-        outbox = hub.outbox(socket, BARE)
+        outbox = hub.outboxes.open(socket, BARE)
         connection = self._connection = socket.connection = Connection(
             socket, self._rooms, hub, self._cluster, state.session, outbox
         )

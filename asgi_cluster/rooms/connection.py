@@ -13,7 +13,8 @@ from asgi_cluster.ids import ConnectionId
 from asgi_cluster.rooms.names import check_room
 from asgi_cluster.rooms.payload import encode_payload
 from asgi_cluster.sockets.outbox import Outbox
-from asgi_cluster.sockets.socket import Message, Receive, Socket
+from asgi_cluster.sockets.receiving import Message, Receive
+from asgi_cluster.sockets.socket import Socket
 from asgi_cluster.tasks import spawn
 
 if TYPE_CHECKING:

@@ -36,7 +36,7 @@ from asgi_cluster.rooms.presence import ClientInfo, PresenceStore, read_info
 from asgi_cluster.rooms.presence_tracker import PresenceTracker
 from asgi_cluster.rooms.retention import Kept, Retention
 from asgi_cluster.rooms.rules import RoomRule, find_rule
-from asgi_cluster.rooms.stream import RoomStream
+from asgi_cluster.rooms.stream_runner import StreamRunner
 from asgi_cluster.sockets.hub import Hub
 from asgi_cluster.tasks import spawn
 
@@ -74,7 +74,7 @@ class Rooms:
         self._bus = bus
         self._history = history
         self._presence = PresenceTracker(presence, bus, info=self.client_info, timeout=node.deadline)
-        self._local = LocalRooms(bus, hub)
+        self._local = LocalRooms(bus, hub, crosses_loops=node.crosses_loops)
         self._config = config
         self.node = node
         self._delivery = Delivery(self._local)
@@ -263,7 +263,7 @@ class Rooms:
             # In a room with history no message may be dropped for a slow member, whatever the rule here says.
             local_room.slow = rule.slow if kept is None else "disconnect"
         connection.rooms[room] = local_room
-        local_room.attach(connection.outbox)
+        local_room.attach(connection.id, connection.outbox)
         if rule is not None and rule.join_leave:
             connection._announced[room] = None
             self._tell(connection, room, Joined(connection.id, self.client_info(connection)))
@@ -298,7 +298,7 @@ class Rooms:
         local_room = connection.rooms.pop(room, None)
         if local_room is None:
             return False
-        local_room.detach(connection.outbox)
+        local_room.detach(connection.id, connection.outbox)
         self._local.release(local_room)
         return True
 
@@ -327,14 +327,14 @@ class Rooms:
             info = msgspec.structs.replace(info, conn_info=msgspec.Raw(msgspec.json.encode(connection._info)))
         return msgspec.json.encode(info)
 
-    def _stream(self, local_room: LocalRoom, kept: Kept) -> RoomStream:
+    def _stream(self, local_room: LocalRoom, kept: Kept) -> StreamRunner:
         if local_room.stream is None:
             room = local_room.name
 
             def start(work: Coroutine[Any, Any, None]) -> None:
                 self._start(local_room, work)
 
-            local_room.stream = RoomStream(
+            local_room.stream = StreamRunner(
                 room,
                 history=self._history,
                 size=kept.size,

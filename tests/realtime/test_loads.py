@@ -244,7 +244,7 @@ async def test_stalled_readers(redis_site: Site, capsys: pytest.CaptureFixture[s
 def small_buffers(node: Node) -> None:
     """The kernel's: they would take everything that is sent here."""
     for connection in node.cluster._parts.hub.served():
-        socket = connection.socket.transport.get_extra_info("socket")
+        socket = connection.socket.server.transport.get_extra_info("socket")
         socket.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, 16384)
 
 
