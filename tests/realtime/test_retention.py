@@ -182,17 +182,17 @@ async def test_superseded_rules_are_forgotten(redis_site: Site) -> None:
             [new] = set(server.hkeys(key)) - {old}
             age(old, 59)
             age(new, 30)
-            await node.rooms.retention._exchange(1.0)
+            await node._parts.rooms.retention._exchange(1.0)
             age(old, 600)
             age(new, 600)
-            await node.rooms.retention._exchange(1.0)
+            await node._parts.rooms.retention._exchange(1.0)
             assert set(server.hkeys(key)) == {old, new}
-            kept = node.rooms.retention.of("kept:a")
+            kept = node._parts.rooms.retention.of("kept:a")
             assert kept is not None
             assert kept.size == 100
-            await node.rooms.retention._exchange(1.0)
+            await node._parts.rooms.retention._exchange(1.0)
             assert server.hkeys(key) == [new]
-            kept = node.rooms.retention.of("kept:a")
+            kept = node._parts.rooms.retention.of("kept:a")
             assert kept is not None
             assert kept.size == 2
 
@@ -241,7 +241,7 @@ async def test_cold_burst_reads_the_rules_once(prefix: str) -> None:
     """A worker that was idle and sends five hundred messages at once asks once before them."""
     with start_valkey() as server, server.client() as client:
         async with Cluster(server.url, prefix=prefix, listen=False) as publisher:
-            publisher.rooms.retention._until = 0.0
+            publisher._parts.rooms.retention._until = 0.0
             before = client.info("commandstats").get("cmdstat_evalsha", {}).get("calls", 0)
             await asyncio.gather(*(publisher.room("r").broadcast(n) for n in range(500)))
             assert client.info("commandstats")["cmdstat_evalsha"]["calls"] - before < 10
@@ -296,14 +296,14 @@ async def test_quiet_node_keeps_its_reading_fresh(redis_site: Site, monkeypatch:
     """
     monkeypatch.setattr(retention, "_IDLE_AFTER", 0.0)
     async with worker(redis_site, listen=True) as node, worker(redis_site) as publisher:
-        readings, unread = {node.rooms.retention._until}, publisher.rooms.retention._until
+        readings, unread = {node._parts.rooms.retention._until}, publisher._parts.rooms.retention._until
 
         def often() -> bool:
-            readings.add(node.rooms.retention._until)
+            readings.add(node._parts.rooms.retention._until)
             return len(readings) > 3
 
         await eventually(often, timeout=15)
-        assert publisher.rooms.retention._until == unread
+        assert publisher._parts.rooms.retention._until == unread
 
 
 async def test_reading_the_rules_seldom_writes(prefix: str) -> None:
@@ -318,7 +318,7 @@ async def test_reading_the_rules_seldom_writes(prefix: str) -> None:
             before = {name: calls(name) for name in ("set", "hset", "pexpire")}
             most = {"set": 30, "hset": 30, "pexpire": 150}  # the beats, some in each second, are PEXPIRE
             for _ in range(300):
-                await node.rooms.retention._exchange(5.0)
+                await node._parts.rooms.retention._exchange(5.0)
             written = {name: calls(name) - n for name, n in before.items()}
             assert {name: n for name, n in written.items() if n > most[name]} == {}
 
