@@ -25,7 +25,7 @@ from asgi_cluster.sessions.config import CacheConfig, CookieConfig, SessionConfi
 from asgi_cluster.sessions.ended import SessionEnded
 from asgi_cluster.sessions.receipts import LogoutReceipt
 from asgi_cluster.sessions.session import Session
-from asgi_cluster.sockets.hub import RealtimeStats
+from asgi_cluster.sockets.stats import RealtimeStats
 from asgi_cluster.stats import ClusterStats
 
 __version__ = "0.2.0"

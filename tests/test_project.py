@@ -44,7 +44,7 @@ INTERNALS: dict[type, str] = {
         check_sealed commit cookie_header due exposed failure fetch open raised replace sealed stored touched
         unread unsaved unwatch verify watched withdraw
     """,
-    Connection: "gone outbox rooms service socket",
+    Connection: "gone info membership outbox rooms socket",
     Room: "",
     Cluster: "",
 }

@@ -16,8 +16,9 @@ from asgi_cluster.centrifuge.limits import ConnectionLimits
 from asgi_cluster.centrifuge.services import Services
 from asgi_cluster.centrifuge.wire import JSON
 from asgi_cluster.codes import CloseCode
+from asgi_cluster.rooms.connection import Connection
 from asgi_cluster.scope import ScopeState
-from asgi_cluster.sockets.socket import Receive, Send
+from asgi_cluster.sockets.receiving import Receive, Send
 
 if TYPE_CHECKING:
     from asgi_cluster.config import RealtimeConfig
@@ -47,7 +48,9 @@ class Endpoint:
         self._hub = hub
         self._origins = origins
         self._cluster = cluster
-        self._services = Services(config, node, hub, rooms, ConnectionLimits(rooms, config))
+        self._services = Services(
+            config, node, hub, rooms, ConnectionLimits(rooms.memberships.presence, config)
+        )
         self._refused_protobuf = False
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
@@ -114,11 +117,9 @@ class Endpoint:
             return None
         subprotocol = _SUBPROTOCOL if _SUBPROTOCOL in offered else None
         await send({"type": "websocket.accept", "subprotocol": subprotocol, "headers": []})
-        client = ClientSession(
-            self._services, socket, self._cluster, state.session, self._hub.outbox(socket, JSON)
-        )
-        socket.connection = client
-        return client
+        outbox = self._hub.outboxes.open(socket, JSON)
+        connection = socket.connection = Connection(socket, state.session, outbox, self._cluster)
+        return ClientSession(self._services, connection)
 
     async def _refuse_protobuf(self, send: Send) -> None:
         """Accepted with its own subprotocol, because SDKs get no code from a refused handshake and retry it

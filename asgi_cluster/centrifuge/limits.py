@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from asgi_cluster.config import RealtimeConfig
     from asgi_cluster.rooms.connection import Connection
-    from asgi_cluster.rooms.rooms import Rooms
+    from asgi_cluster.rooms.presence_tracker import PresenceTracker
 
 __all__ = ["ConnectionLimits"]
 
@@ -17,8 +17,8 @@ class ConnectionLimits:
     with its presence.
     """
 
-    def __init__(self, rooms: Rooms, config: RealtimeConfig) -> None:
-        self._rooms = rooms
+    def __init__(self, presence: PresenceTracker, config: RealtimeConfig) -> None:
+        self._presence = presence
         self._per_user = config.max_connections_per_user
         self._per_session = config.max_connections_per_session
 
@@ -27,14 +27,15 @@ class ConnectionLimits:
         fit are counted. Raises ``BusUnavailable`` when the store does not answer.
         """
         for room, limit in self._counted(connection):
-            if not await self._rooms.count_in(room, connection, limit):
-                await self._rooms.count_out(connection)
+            if not await self._presence.add(connection, room, limit=limit):
+                await self.leave(connection)
                 return False
         return True
 
     async def leave(self, connection: Connection) -> None:
         """It is over. (Its presence goes with its rooms.)"""
-        await self._rooms.count_out(connection)
+        counting = [room for room in connection._present if room not in connection.rooms]
+        await self._presence.remove_from(connection, counting)
 
     def _counted(self, connection: Connection) -> list[tuple[str, int]]:
         counted = []

@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from asgi_cluster.bus.messages import PayloadKind, Published
-from asgi_cluster.centrifuge.protocol import Pub, encode_push, to_json
+from asgi_cluster.centrifuge.messages import Pub
+from asgi_cluster.centrifuge.protocol import encode_push, to_json
 from asgi_cluster.rooms.history import Entry
 from asgi_cluster.rooms.publications import published
 from asgi_cluster.sockets.prepared import PreparedMessage

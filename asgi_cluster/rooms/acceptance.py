@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from asgi_cluster.bus.lease import boot_clock
 from asgi_cluster.codes import CloseCode
 from asgi_cluster.rooms.connection import Connection
+from asgi_cluster.rooms.input import Input
 from asgi_cluster.scope import ScopeState
-from asgi_cluster.sockets.socket import Receive, Send
+from asgi_cluster.sockets.receiving import Receive, Send
 from asgi_cluster.sockets.wire import BARE
 
 if TYPE_CHECKING:
+    from asgi_cluster.rooms.memberships import Memberships
     from asgi_cluster.rooms.rooms import Rooms
     from asgi_cluster.sockets.hub import Hub
     from asgi_cluster.sockets.origin import Origins
@@ -96,11 +98,11 @@ class Acceptance:
             # For a socket that was open before, there is no time at which the app began to decide.
             hub.set_user(socket, self._user, since=socket.since if in_handshake else boot_clock())
             hub.close_if_logged_out(socket, since=socket.began, final=in_handshake)
-        outbox = hub.outbox(socket, BARE)
-        connection = self._connection = socket.connection = Connection(
-            socket, self._rooms, hub, self._cluster, state.session, outbox
-        )
-        connection._read_with(receive)
+        outbox = hub.outboxes.open(socket, BARE)
+        connection = Connection(socket, state.session, outbox, self._cluster)
+        connection.membership = BareMembership(connection, self._rooms.memberships)
+        connection._input = Input(receive, socket, hub)
+        self._connection = socket.connection = connection
         return connection
 
     async def __aexit__(
@@ -114,9 +116,10 @@ class Acceptance:
             code, reason = int(CloseCode.SHUTDOWN), CloseCode.SHUTDOWN.text
         elif error is not None and not isinstance(error, OSError):
             code, reason = 1011, "internal error"
-        connection._stop_reading()
+        if connection._input is not None:
+            connection._input.stop()
         try:
-            await self._rooms.leave_all(connection)
+            await self._rooms.memberships.leave_all(connection)
         finally:
             socket = connection.socket
             try:
@@ -129,6 +132,34 @@ class Acceptance:
             else:
                 socket.close(code, reason)
             socket.connection = None
+
+
+class BareMembership:
+    """The rooms of an app's own socket: its client gets what is published in them, and nothing else."""
+
+    __slots__ = ("_connection", "_memberships")
+
+    def __init__(self, connection: Connection, memberships: Memberships) -> None:
+        self._connection = connection
+        self._memberships = memberships
+
+    async def join(self, room: str) -> None:
+        """As ``Connection.join``."""
+        self._connection._check_open()
+        await self._memberships.enter(self._connection, room)
+        self._connection._check_open()
+
+    async def leave(self, room: str) -> None:
+        """As ``Connection.leave``."""
+        await self._memberships.leave(self._connection, room)
+
+    def lost(self, room: str) -> None:
+        """Without a protocol there is only one sign for that, the close code 3010."""
+        self._connection.socket.close(CloseCode.INSUFFICIENT_STATE, CloseCode.INSUFFICIENT_STATE.text)
+
+    def gone(self) -> None:
+        """It is in no room any more."""
+        self._memberships.detach_all(self._connection)
 
 
 class OriginRefused(OSError):

@@ -13,6 +13,7 @@ from asgi_cluster.bus.messages import Disconnect, Joined, Left, MalformedMessage
 from asgi_cluster.rooms.history import open_envelope
 from asgi_cluster.rooms.local_room import LocalRoom
 from asgi_cluster.rooms.local_rooms import LocalRooms
+from asgi_cluster.tasks import spawn
 
 if TYPE_CHECKING:
     from asgi_cluster.rooms.connection import Connection
@@ -97,7 +98,7 @@ class Delivery:
                         for member in self._rooms.members(local_room)
                         if message.user is None or member.user_id == message.user
                     ),
-                    lambda member: member._expelled(local_room.name, message.code, message.reason),
+                    lambda member: _take_out(member, local_room.name),
                 )
             case _:
                 self._complain("a message arrived in a room that does not belong in one")
@@ -133,7 +134,7 @@ class Delivery:
             "publications of a room were lost for its %d members here: they are unsubscribed or closed",
             len(members),
         )
-        self._for_each(iter(members), lambda member: member._lost(local_room.name))
+        self._for_each(iter(members), lambda member: member.membership.lost(local_room.name))
 
     def _for_each(self, members: Iterator[Connection], act: Callable[[Connection], None]) -> None:
         """Each on its own loop, in slices: a room of ten thousand must not hold this one."""
@@ -146,3 +147,7 @@ class Delivery:
             if perf_counter() > until:
                 asyncio.get_running_loop().call_soon(self._for_each, members, act)
                 return
+
+
+def _take_out(member: Connection, room: str) -> None:
+    spawn(member.socket.tasks, member.leave(room), name="asgi-cluster leave")

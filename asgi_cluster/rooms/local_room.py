@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING
 
-from asgi_cluster.sockets.outbox import Outbox, SlowPolicy
+from asgi_cluster.ids import ConnectionId
+from asgi_cluster.sockets.batches import Flusher, SlowPolicy
+from asgi_cluster.sockets.outbox import Outbox
 from asgi_cluster.sockets.prepared import PreparedMessage
 from asgi_cluster.sockets.wire import Wire
 
 if TYPE_CHECKING:
-    from asgi_cluster.rooms.stream import RoomStream
+    from asgi_cluster.rooms.stream_runner import StreamRunner
 
 __all__ = ["LocalRoom"]
 
@@ -18,50 +20,50 @@ _BATCH_FROM = 8  # members from which on it pays to write to them in one pass
 
 
 class LocalRoom:
-    """The members of one room on this node.
+    """The members of one room on this node. Members get what arrives.
 
-    ``holds`` counts members and those who are about to become one; at zero the room is unsubscribed. Attached
-    members get what arrives.
+    ``users`` counts members and those who are about to become one; at zero the room is unsubscribed.
+    ``flusher`` writes to all of them at the end of a loop tick; ``None``: they are on several loops.
     """
 
-    __slots__ = ("_members", "crosses", "holds", "name", "slow", "stream", "subscribed")
+    __slots__ = ("_flusher", "_members", "name", "slow", "stream", "subscribed", "users")
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, flusher: Flusher | None) -> None:
         self.name = name
-        self.holds = 0
+        self.users = 0
         self.subscribed = False
-        self.crosses = False
         self.slow: SlowPolicy = "disconnect"
-        self.stream: RoomStream | None = None
+        self.stream: StreamRunner | None = None
+        self._flusher = flusher
         # By form, because each form is encoded once.
-        self._members: dict[Wire, dict[str, Outbox]] = {}
+        self._members: dict[Wire, dict[ConnectionId, Outbox]] = {}
 
-    def attach(self, outbox: Outbox) -> None:
-        """From now on the socket of ``outbox`` gets what arrives."""
+    def attach(self, connection: ConnectionId, outbox: Outbox) -> None:
+        """From now on the connection gets what arrives, in ``outbox``."""
         if outbox.closed:
             return
-        outbox.scatter()
-        self._members.setdefault(outbox.wire, {})[outbox.socket.id] = outbox
-        self.crosses = self.crosses or outbox.socket.crosses_loops
+        self._scatter()
+        self._members.setdefault(outbox.wire, {})[connection] = outbox
 
-    def detach(self, outbox: Outbox) -> None:
+    def detach(self, connection: ConnectionId, outbox: Outbox) -> None:
         """It gets nothing any more."""
-        outbox.scatter()
+        self._scatter()
         members = self._members.get(outbox.wire)
-        if members is not None and members.pop(outbox.socket.id, None) is not None and not members:
+        if members is not None and members.pop(connection, None) is not None and not members:
             del self._members[outbox.wire]
 
-    def outboxes(self) -> tuple[Outbox, ...]:
-        """Those of the attached members."""
-        return tuple(
-            outbox for members in tuple(self._members.values()) for outbox in tuple(members.values())
-        )
+    def _scatter(self) -> None:
+        # The members may not change while a shared batch is on its way to them.
+        if self._flusher is not None:
+            self._flusher.scatter()
+
+    def members(self) -> tuple[ConnectionId, ...]:
+        """The connections that get what arrives."""
+        return tuple(connection for members in tuple(self._members.values()) for connection in tuple(members))
 
     def clear(self) -> None:
         """No member gets anything any more."""
-        for outbox in self.outboxes():
-            outbox.scatter()
-            break
+        self._scatter()
         self._members.clear()
 
     def deliver(
@@ -77,41 +79,20 @@ class LocalRoom:
         slow = self.slow
         if slow == "latest":
             key = (self.name, key)
-        if self.crosses:
-            self._deliver_across(prepare, key, exclude)
-            return
-        parts = [
-            (members, packet)
-            for wire, members in self._members.items()
-            if (packet := prepare(wire)) is not None
-        ]
-        if exclude is None and len(parts) == 1 and len(parts[0][0]) >= _BATCH_FROM:
-            members, packet = parts[0]
-            next(iter(members.values())).broadcast(members, packet, slow, key)
-            return
-        for members, packet in parts:
-            if exclude is None:
-                for outbox in members.values():
-                    outbox.push(packet, slow, key)
+        flusher = self._flusher
+        for wire, members in tuple(self._members.items()):
+            packet = prepare(wire)
+            if packet is None:
+                continue
+            if flusher is None:
+                # memory:// calls on the publisher's thread. Even on the right one it takes the queue, or one
+                # message could overtake another.
+                for member, outbox in tuple(members.items()):
+                    if member != exclude:
+                        outbox.push_threadsafe(packet, slow, key)
+            elif exclude is None and len(members) >= _BATCH_FROM and len(self._members) == 1:
+                flusher.broadcast(members, packet, slow, key)
             else:
                 for member, outbox in members.items():
                     if member != exclude:
                         outbox.push(packet, slow, key)
-
-    def _deliver_across(
-        self, prepare: Callable[[Wire], PreparedMessage | None], key: Hashable, exclude: str | None
-    ) -> None:
-        # memory:// calls on the publisher's thread. Even on the right one it takes the queue, or one could
-        # overtake another.
-        for members, packet in self._prepared(prepare):
-            for member, outbox in members:
-                if member != exclude:
-                    outbox.push_threadsafe(packet, self.slow, key)
-
-    def _prepared(
-        self, prepare: Callable[[Wire], PreparedMessage | None]
-    ) -> Iterator[tuple[tuple[tuple[str, Outbox], ...], PreparedMessage]]:
-        for wire, members in tuple(self._members.items()):
-            packet = prepare(wire)
-            if packet is not None:
-                yield tuple(members.items()), packet

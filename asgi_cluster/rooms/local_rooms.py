@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from typing import Protocol
@@ -28,9 +29,10 @@ class Subscriptions(Protocol):
 class LocalRooms:
     """Every room with a member here, or one that is about to be."""
 
-    def __init__(self, subscriptions: Subscriptions, hub: Hub) -> None:
+    def __init__(self, subscriptions: Subscriptions, hub: Hub, *, crosses_loops: bool) -> None:
         self._subscriptions = subscriptions
         self._hub = hub
+        self._crosses_loops = crosses_loops
         self._rooms: dict[str, LocalRoom] = {}
         # memory:// joins loops in several threads; elsewhere it is never contended.
         self._lock = threading.RLock()
@@ -40,13 +42,15 @@ class LocalRooms:
         ``acquire``.
 
         Raises:
-            BusUnavailable: the server refuses the channel. Nothing is held then, nor after a cancellation.
+            BusUnavailable: the server refuses the channel. Nothing is counted then, nor after a cancellation.
         """
         with self._lock:
             local_room = self._rooms.get(room)
             if local_room is None:
-                local_room = self._rooms[room] = LocalRoom(room)
-            local_room.holds += 1
+                outboxes, loop = self._hub.outboxes, asyncio.get_running_loop()
+                local_room = LocalRoom(room, None if self._crosses_loops else outboxes.flusher(loop))
+                self._rooms[room] = local_room
+            local_room.users += 1
         try:
             if not local_room.subscribed:
                 # Each caller before the acknowledgement waits for it separately (the port is idempotent): the
@@ -61,8 +65,8 @@ class LocalRooms:
     def release(self, local_room: LocalRoom) -> None:
         """One less; the last one unsubscribes."""
         with self._lock:
-            local_room.holds -= 1
-            if local_room.holds == 0 and self._rooms.get(local_room.name) is local_room:
+            local_room.users -= 1
+            if local_room.users == 0 and self._rooms.get(local_room.name) is local_room:
                 del self._rooms[local_room.name]
                 # Here, under the lock: a join that comes after this subscribes after this.
                 self._subscriptions.unsubscribe(local_room.name)
@@ -75,7 +79,7 @@ class LocalRooms:
 
     def members(self, local_room: LocalRoom) -> tuple[Connection, ...]:
         """The members of a room here."""
-        found = (outbox.socket.connection for outbox in local_room.outboxes())
+        found = map(self._hub.member, local_room.members())
         return tuple(member for member in found if isinstance(member, Connection))
 
     def connections(self) -> tuple[Connection, ...]:

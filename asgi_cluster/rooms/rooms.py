@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Coroutine, Mapping
 from typing import Any
-from weakref import WeakValueDictionary
-
-import msgspec
 
 from asgi_cluster.bus.messages import (
     Disconnect,
-    Joined,
     Left,
     Message,
     PayloadKind,
@@ -26,35 +21,25 @@ from asgi_cluster.config import RealtimeConfig
 from asgi_cluster.exceptions import BusUnavailable, ClusterError
 from asgi_cluster.ids import new_token
 from asgi_cluster.node import Node
-from asgi_cluster.rooms.connection import Connection
 from asgi_cluster.rooms.delivery import Delivery
-from asgi_cluster.rooms.history import Entry, HistoryStore, Page, Position, seal_envelope
+from asgi_cluster.rooms.history import HistoryStore, Page, Position, seal_envelope
 from asgi_cluster.rooms.local_room import LocalRoom
 from asgi_cluster.rooms.local_rooms import LocalRooms
-from asgi_cluster.rooms.presence import ClientInfo, PresenceStore, read_info
+from asgi_cluster.rooms.memberships import Memberships, client_info
+from asgi_cluster.rooms.presence import PresenceStore, read_info
 from asgi_cluster.rooms.presence_tracker import PresenceTracker
 from asgi_cluster.rooms.retention import Kept, Retention
 from asgi_cluster.rooms.rules import RoomRule, find_rule
-from asgi_cluster.rooms.stream import RoomStream
+from asgi_cluster.rooms.stream_runner import StreamRunner
 from asgi_cluster.sockets.hub import Hub
 from asgi_cluster.tasks import spawn
 
-__all__ = ["Entered", "Rooms"]
+__all__ = ["Rooms"]
 
 logger = logging.getLogger("asgi_cluster.realtime")
 
 _HIGHEST = 1 << 53
 """Above every offset: the last integer up to which the numbers of a Redis script are exact."""
-
-
-@dataclass(frozen=True, slots=True)
-class Entered:
-    """How a connection entered a room: the room's position (``None``: no history), and what was missed
-    (``None``: the history does not have all of it).
-    """
-
-    position: Position | None
-    missed: Sequence[Entry] | None
 
 
 class Rooms:
@@ -72,13 +57,21 @@ class Rooms:
     ) -> None:
         self._bus = bus
         self._history = history
-        self._presence = PresenceTracker(presence, bus, info=self.client_info, timeout=node.deadline)
-        self._local = LocalRooms(bus, hub)
+        self._presence = PresenceTracker(presence, bus, info=client_info, timeout=node.deadline)
+        self._local = LocalRooms(bus, hub, crosses_loops=node.crosses_loops)
         self._config = config
         self.node = node
         self._delivery = Delivery(self._local)
-        self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
         self.retention = Retention(config.rules, history, node=node)
+        self.memberships = Memberships(
+            node=node,
+            rules=config.rules,
+            rooms=self._local,
+            presence=self._presence,
+            retention=self.retention,
+            publish=self._send,
+            stream=self._stream,
+        )
 
     def rule(self, room: str) -> tuple[RoomRule, dict[str, str]] | None:
         """The rule for a room, and what its pattern's names stand for."""
@@ -189,17 +182,6 @@ class Rooms:
         if found is None or not found[0].presence:
             raise ValueError(f"no rule gives {room!r} presence")
 
-    async def count_in(self, room: str, connection: Connection, limit: int) -> bool:
-        """Enter a counting room (presence, and nothing else) if fewer than ``limit`` are in it. Raises
-        ``BusUnavailable``.
-        """
-        return await self._presence.add(connection, room, limit=limit)
-
-    async def count_out(self, connection: Connection) -> None:
-        """Leave the counting rooms."""
-        counting = [room for room in connection._present if room not in connection.rooms]
-        await self._presence.remove_from(connection, counting)
-
     async def expel(self, room: str, user: str | None) -> None:
         """As ``Room.disconnect``."""
         message = Disconnect(user, None, room, UnsubscribeCode.SERVER, "server unsubscribe", self.node.id)
@@ -209,128 +191,16 @@ class Rooms:
         self.node.ensure_started("sending to a room")
         await self._bus.publish(room, seal_envelope(None, 0, encode(message)), timeout=self.node.deadline)
 
-    # Members
+    # Work in the background
 
-    async def enter(self, connection: Connection, room: str, *, since: Position | None = None) -> Entered:
-        """Make ``connection`` a member. Nothing is delivered to it before the return, and nothing missed
-        after it. A connection whose outbox is closed, or is closed meanwhile, is in no room afterwards.
-
-        Raises:
-            BusUnavailable, StoreUnavailable: not entered.
-        """
-        self.node.ensure_started("joining a room")
-        async with self._turn(connection, room):
-            already = connection.rooms.get(room)
-            if already is not None:
-                return Entered(None if already.stream is None else already.stream.last, None)
-            if connection._over:
-                return Entered(None, None)
-            return await self._enter(connection, room, since)
-
-    async def _enter(self, connection: Connection, room: str, since: Position | None) -> Entered:
-        found = self.rule(room)
-        rule = None if found is None else found[0]
-        try:
-            await self.retention.refresh(self.node.deadline)
-        except BusUnavailable:
-            # Entering publishes nothing, and a room without history can be entered while the bus is down.
-            logger.debug("a room is entered by the rules that were read last")
-        kept = self.retention.of(room)
-        local_room = await self._local.acquire(room)
-        try:
-            if rule is not None and rule.presence:
-                await self._presence.add(connection, room)
-            missed: Sequence[Entry] | None = None
-            position: Position | None = None
-            if kept is not None:
-                missed, position = await self._stream(local_room, kept).recover(since)
-        except BaseException:
-            self._local.release(local_room)
-            await self._presence.remove(connection, room)
-            raise
-        if connection._over:
-            self._local.release(local_room)
-            # ``leave_all`` may have run while the entry was on its way to the store: withdraw it again.
-            connection._present[room] = None
-            await self._presence.remove(connection, room)
-            return Entered(None, None)
-        # No await from here to the return: what is delivered after this goes to this member too.
-        if rule is not None:
-            # In a room with history no message may be dropped for a slow member, whatever the rule here says.
-            local_room.slow = rule.slow if kept is None else "disconnect"
-        connection.rooms[room] = local_room
-        local_room.attach(connection.outbox)
-        if rule is not None and rule.join_leave:
-            connection._announced[room] = None
-            self._tell(connection, room, Joined(connection.id, self.client_info(connection)))
-        return Entered(position, missed)
-
-    async def leave(self, connection: Connection, room: str) -> bool:
-        """End a membership; False when there was none. Waits for an ``enter`` that began before."""
-        async with self._turn(connection, room):
-            left = self.drop(connection, room)
-            await self._presence.remove(connection, room)
-            return left
-
-    def _turn(self, connection: Connection, room: str) -> asyncio.Lock:
-        """One change of a membership at a time, in the order of the calls: presence and membership agree
-        after each.
-        """
-        return self._turns.setdefault((connection.id, room), asyncio.Lock())
-
-    async def leave_all(self, connection: Connection) -> None:
-        """The connection is over."""
-        for room in {*connection.rooms, *connection._announced}:
-            self.drop(connection, room)
-        await self._presence.remove_from(connection, tuple(connection._present))
-
-    def drop(self, connection: Connection, room: str) -> bool:
-        """End a membership here and now; False when there was none. ``leave`` or ``leave_all`` is due for the
-        rest: who is present.
-        """
-        if room in connection._announced:
-            connection._announced.pop(room, None)
-            self._tell(connection, room, Left(connection.id, self.client_info(connection)))
-        local_room = connection.rooms.pop(room, None)
-        if local_room is None:
-            return False
-        local_room.detach(connection.outbox)
-        self._local.release(local_room)
-        return True
-
-    async def settle(self, connection: Connection, room: str) -> None:
-        """After ``drop``: it is not present any more, unless it has entered again."""
-        async with self._turn(connection, room):
-            if room not in connection.rooms:
-                await self._presence.remove(connection, room)
-
-    def _tell(self, connection: Connection, room: str, message: Message) -> None:
-        connection.socket.call(self._tell_soon, connection.socket.tasks, room, message)
-
-    def _tell_soon(self, tasks: asyncio.TaskGroup, room: str, message: Message) -> None:
-        async def tell() -> None:
-            try:
-                await self._send(room, message)
-            except ClusterError as error:
-                logger.debug("a join or leave was not published (%s)", type(error).__name__)
-
-        _spawn(tasks, tell())  # when the node is stopping, the registry's cleaner publishes it
-
-    def client_info(self, connection: Connection) -> bytes:
-        """What other clients see of a connection, as JSON."""
-        info = ClientInfo(user=connection.user_id or "", client=connection.id)
-        if connection._info is not None:
-            info = msgspec.structs.replace(info, conn_info=msgspec.Raw(msgspec.json.encode(connection._info)))
-        return msgspec.json.encode(info)
-
-    def _stream(self, local_room: LocalRoom, kept: Kept) -> RoomStream:
+    def _stream(self, local_room: LocalRoom, kept: Kept) -> StreamRunner:
         if local_room.stream is None:
             room = local_room.name
 
             def start(work: Coroutine[Any, Any, None]) -> None:
                 self._start(local_room, work)
 
-            local_room.stream = RoomStream(
+            local_room.stream = StreamRunner(
                 room,
                 history=self._history,
                 size=kept.size,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from asgi_cluster.arguments import Seconds, expect, seconds
 from asgi_cluster.rooms.names import FORBIDDEN
-from asgi_cluster.sockets.outbox import SlowPolicy
+from asgi_cluster.sockets.batches import SlowPolicy
 
 if TYPE_CHECKING:
     from asgi_cluster.rooms.connection import Connection

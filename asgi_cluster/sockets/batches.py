@@ -5,16 +5,31 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Hashable, Mapping
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import Literal, Protocol
 
-if TYPE_CHECKING:
-    from asgi_cluster.sockets.outbox import Outbox, SlowPolicy
-    from asgi_cluster.sockets.prepared import PreparedMessage
+from asgi_cluster.ids import ConnectionId
+from asgi_cluster.sockets.prepared import PreparedMessage
 
-__all__ = ["Flusher"]
+__all__ = ["Flusher", "SlowPolicy"]
 
 _SLICE = 0.01  # seconds the flusher may hold the loop: a large room must not make everything else wait
 _BATCH_BYTES = 1 << 16
+
+SlowPolicy = Literal["disconnect", "drop", "latest"]
+"""What happens to a message for a client that does not read: the client is closed, or the message is dropped,
+or only the last one of each key is kept.
+"""
+
+
+class Outgoing(Protocol):
+    """An ``Outbox``, as far as it is written to here. A Protocol, because the outbox's module imports this
+    one.
+    """
+
+    def put(self, packet: PreparedMessage, slow: SlowPolicy, key: Hashable) -> None: ...
+    def write(self, frames: bytes, count: int) -> bool: ...
+    def flush(self) -> None: ...
+    def fail(self, error: Exception) -> None: ...
 
 
 class SharedBatch:
@@ -22,11 +37,11 @@ class SharedBatch:
 
     __slots__ = ("members", "messages", "size", "started")
 
-    def __init__(self, members: Mapping[str, Outbox]) -> None:
+    def __init__(self, members: Mapping[ConnectionId, Outgoing]) -> None:
         self.members = members
         self.messages: list[tuple[PreparedMessage, SlowPolicy, Hashable]] = []
         self.size = 0
-        self.started: list[Outbox] | None = None
+        self.started: list[Outgoing] | None = None
         """The outboxes that are still to be written to, once some have been."""
 
 
@@ -43,11 +58,11 @@ class Flusher:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._dirty: list[Outbox] = []
+        self._dirty: list[Outgoing] = []
         self._scheduled = False
         self.batch: SharedBatch | None = None
 
-    def add(self, outbox: Outbox) -> None:
+    def add(self, outbox: Outgoing) -> None:
         """``outbox`` has something to write."""
         self._dirty.append(outbox)
         self._schedule()
@@ -58,7 +73,11 @@ class Flusher:
             self._loop.call_soon(self._flush)
 
     def broadcast(
-        self, members: Mapping[str, Outbox], packet: PreparedMessage, slow: SlowPolicy, key: Hashable
+        self,
+        members: Mapping[ConnectionId, Outgoing],
+        packet: PreparedMessage,
+        slow: SlowPolicy,
+        key: Hashable,
     ) -> None:
         """A message to all of ``members``, who may not change while there is a shared batch."""
         batch = self.batch
@@ -106,8 +125,8 @@ class Flusher:
         members = list(batch.members.values()) if batch.started is None else batch.started
         packets = [packet for packet, _, _ in batch.messages]
         frames = packets[0].frame if len(packets) == 1 else b"".join([packet.frame for packet in packets])
-        missed: list[Outbox] = []
-        failed: list[tuple[Outbox, Exception]] = []
+        missed: list[Outgoing] = []
+        failed: list[tuple[Outgoing, Exception]] = []
         done = len(members)
         for index, outbox in enumerate(members):
             try:

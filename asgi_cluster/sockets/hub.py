@@ -3,56 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
-import weakref
-from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Sequence
 from typing import Protocol, TypeVar
 
 from asgi_cluster.bus.messages import PersonalMessage
 from asgi_cluster.codes import CloseCode
-from asgi_cluster.sockets.batches import Flusher
+from asgi_cluster.compat.uvicorn import reloads
+from asgi_cluster.ids import ConnectionId
+from asgi_cluster.sockets.closes import Closes
 from asgi_cluster.sockets.logouts import RecentLogouts
-from asgi_cluster.sockets.outbox import Counters, Outbox
+from asgi_cluster.sockets.outboxes import Outboxes
 from asgi_cluster.sockets.prepared import PreparedMessage
-from asgi_cluster.sockets.server import reloads
-from asgi_cluster.sockets.socket import Closes, Member, Socket
+from asgi_cluster.sockets.socket import Member, Socket
+from asgi_cluster.sockets.stats import RealtimeStats
 from asgi_cluster.sockets.wire import Wire
 
-__all__ = ["Hub", "RealtimeStats", "Watcher"]
+__all__ = ["Hub", "Watcher"]
 
 S = TypeVar("S")
-
-logger = logging.getLogger("asgi_cluster.realtime")
 
 _AT_ONCE = 50  # sockets that a step of a drain closes: some milliseconds
 
 _UNCERTAIN = 1.0  # seconds by which an interval may differ between the store's clock and this node's
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RealtimeStats:
-    """What this node's sockets did, counted since the hub was made."""
-
-    connections: int
-    """Open sockets, the wrapped app's own among them."""
-    rooms: int
-    """Rooms with a member here."""
-    sent: int
-    """Messages handed to a server or a transport."""
-    dropped: int
-    """Messages not sent because of ``slow="drop"``, or replaced because of ``slow="latest"``."""
-    slow: int
-    """Sockets closed with 3008 because they did not read."""
-    direct: int
-    """Open sockets that are written to directly."""
-    fallback: Mapping[str, int]
-    """Open sockets that go through ASGI ``send``, by reason."""
-
-
 class Watcher(Protocol):
-    """Something that ends with a session as a socket does, and is none."""
+    """Something that ends with a session as a socket does, and is none: ``Session.ended``, in ``sessions``,
+    which this folder does not import.
+    """
 
     @property
     def handle(self) -> str: ...
@@ -72,17 +51,13 @@ class Hub:
     """The index of this node's sockets. ``outbox_bytes`` bounds what may wait for each."""
 
     def __init__(self, *, outbox_bytes: int) -> None:
-        self._outbox_bytes = outbox_bytes
-        self._sockets: set[Socket] = set()
+        self.outboxes = Outboxes(limit=outbox_bytes)
+        self._sockets: dict[ConnectionId, Socket] = {}
         self._by_handle: dict[str, set[Socket | Watcher]] = {}
         self._by_user: dict[str, set[Socket]] = {}
         # Watchers, and sockets that act as another user than their session's: by the session's user.
         self._by_owner: dict[str, set[Socket | Watcher]] = {}
         self.logouts = RecentLogouts()
-        self._flushers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Flusher] = (
-            weakref.WeakKeyDictionary()
-        )
-        self._counters = Counters()
         self.closes = Closes()
         # memory:// joins loops in several threads; elsewhere it is never contended.
         self._lock = threading.RLock()
@@ -92,7 +67,7 @@ class Hub:
     def register(self, socket: Socket) -> None:
         """From now on the socket is found by its session and its user."""
         with self._lock:
-            self._sockets.add(socket)
+            self._sockets[socket.id] = socket
             if socket.handle is not None:
                 self._by_handle.setdefault(socket.handle, set()).add(socket)
             self._index_user(socket)
@@ -106,7 +81,7 @@ class Hub:
     def unregister(self, socket: Socket) -> None:
         """It is found no more, and leaves its rooms. Harmless when it was never registered."""
         with self._lock:
-            self._sockets.discard(socket)
+            self._sockets.pop(socket.id, None)
             _discard(self._by_handle, socket.handle, socket)
             _discard(self._by_user, socket.user, socket)
             _discard(self._by_owner, socket.owner, socket)
@@ -135,7 +110,7 @@ class Hub:
             _discard(self._by_user, socket.user, socket)
             _discard(self._by_owner, socket.owner, socket)
             socket.user = user
-            if socket in self._sockets:
+            if socket.id in self._sockets:
                 self._index_user(socket)
 
     def close_if_logged_out(self, socket: Socket, *, since: int, final: bool = True) -> None:
@@ -153,15 +128,6 @@ class Hub:
             socket.close(CloseCode.SESSION_ENDED, "logged out")
         elif ended is not False:
             socket.close(CloseCode.FORCE_RECONNECT, "the user may have been logged out meanwhile")
-
-    def outbox(self, socket: Socket, wire: Wire) -> Outbox:
-        """The outbox of a socket of ours; ``wire`` as there."""
-        if socket.outbox is None:
-            flusher = self._flushers.get(socket.loop)
-            if flusher is None:
-                flusher = self._flushers[socket.loop] = Flusher(socket.loop)
-            socket.outbox = Outbox(socket, flusher, self._counters, limit=self._outbox_bytes, wire=wire)
-        return socket.outbox
 
     def handles(self) -> Iterable[str]:
         """Sessions with an open socket, or a watcher, here."""
@@ -260,7 +226,7 @@ class Hub:
         """Close every socket with 3001, spread over ``seconds``, so that the clients do not all come back at
         once.
         """
-        sockets = tuple(self._sockets)
+        sockets = tuple(self._sockets.values())
         # 20 steps a second, and more where a step would hold the loop for long.
         steps = min(len(sockets), max(1, round(seconds * 20), len(sockets) // _AT_ONCE))
         for step in range(steps):
@@ -270,27 +236,32 @@ class Hub:
 
     def reloads(self) -> bool:
         """Whether the server of a socket here restarts when a file changes."""
-        return any(reloads(socket.server) for socket in tuple(self._sockets))
+        return any(reloads(socket.server) for socket in tuple(self._sockets.values()))
 
     async def shutdown(self, *, timeout: float) -> None:
         """Close every socket with 3001 and wait until they are gone; what is left after ``timeout`` seconds
         is cut off.
         """
-        for socket in tuple(self._sockets):
+        for socket in tuple(self._sockets.values()):
             socket.close(CloseCode.SHUTDOWN, CloseCode.SHUTDOWN.text)
         loop = asyncio.get_running_loop()
         until = loop.time() + timeout
         while self._sockets and loop.time() < until:  # noqa: ASYNC110
             await asyncio.sleep(0.02)  # once, at the end, and sockets may go on other loops
-        for socket in tuple(self._sockets):
+        for socket in tuple(self._sockets.values()):
             socket.abort()
             self.unregister(socket)
             socket.detach()
 
     def served(self) -> tuple[Member, ...]:
         """What the open sockets that the cluster serves belong to."""
-        found = (socket.connection for socket in tuple(self._sockets))
+        found = (socket.connection for socket in tuple(self._sockets.values()))
         return tuple(member for member in found if member is not None)
+
+    def member(self, connection: ConnectionId) -> Member | None:
+        """What the open socket with this id belongs to."""
+        socket = self._sockets.get(connection)
+        return None if socket is None else socket.connection
 
     # Observing
 
@@ -301,12 +272,12 @@ class Hub:
         """A snapshot; walks the sockets once."""
         direct = 0
         fallback: dict[str, int] = {}
-        for socket in tuple(self._sockets):
+        for socket in tuple(self._sockets.values()):
             if not socket.why_not_direct:
                 direct += 1
             else:
                 fallback[socket.why_not_direct] = fallback.get(socket.why_not_direct, 0) + 1
-        counters = self._counters
+        counters = self.outboxes.counters
         return RealtimeStats(
             connections=len(self._sockets),
             rooms=rooms,
@@ -339,9 +310,6 @@ def _send_to(sockets: Iterable[Socket], message: PersonalMessage) -> int:
         packet = prepared.get(outbox.wire)
         if packet is None:
             packet = prepared[outbox.wire] = outbox.wire.message(message.kind, message.data)
-        if socket.crosses_loops:
-            outbox.push_threadsafe(packet)
-        else:
-            outbox.push(packet)
+        socket.call(outbox.push, packet)
         count += 1
     return count

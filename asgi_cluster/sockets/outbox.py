@@ -2,54 +2,38 @@
 
 Whatever is pushed in one tick of the loop leaves in one write at the end of it. That costs a lone message
 nothing, and under load the batches grow by themselves. The way to the client is *direct* where the server is
-uvicorn's websockets-sansio protocol and has what that needs (``server.DIRECT``): a ready frame to its
-transport. Everything else goes through ASGI ``send``.
+uvicorn's websockets-sansio protocol and has what that needs (``compat.uvicorn.DIRECT``): a ready frame to
+its transport. Everything else goes through ASGI ``send``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Awaitable, Hashable, Mapping
-from typing import Any, Literal
-
-from websockets.protocol import State
+from collections.abc import Awaitable, Callable, Hashable
+from typing import Any
 
 from asgi_cluster.codes import CloseCode
-from asgi_cluster.sockets.batches import Flusher
+from asgi_cluster.compat.uvicorn import can_write, idle_transport, room_to_write
+from asgi_cluster.sockets.batches import Flusher, SlowPolicy
+from asgi_cluster.sockets.coroutines import discard, drive
 from asgi_cluster.sockets.prepared import PreparedMessage
-from asgi_cluster.sockets.server import discard, drive
-from asgi_cluster.sockets.socket import Socket
+from asgi_cluster.sockets.receiving import Send
+from asgi_cluster.sockets.stats import Counters
 from asgi_cluster.sockets.wire import Wire
 from asgi_cluster.tasks import spawn
 
-__all__ = ["Counters", "Outbox", "SlowPolicy"]
-
-logger = logging.getLogger("asgi_cluster.realtime")
+__all__ = ["Outbox"]
 
 _BATCH_BYTES = 1 << 16
 
-SlowPolicy = Literal["disconnect", "drop", "latest"]
-"""What happens to a message for a client that does not read: the client is closed, or the message is dropped,
-or only the last one of each key is kept.
-"""
-
-
-class Counters:
-    """What the outboxes of one hub have done."""
-
-    __slots__ = ("dropped", "sent", "slow")
-
-    def __init__(self) -> None:
-        self.sent = 0
-        self.dropped = 0
-        self.slow = 0
-
 
 class Outbox:
-    """The messages that wait for one socket. To be used on the socket's loop only.
+    """The messages that wait for one socket. To be used on ``loop`` only.
 
-    ``wire`` is the form in which its messages are prepared.
+    ``wire`` is the form in which its messages are prepared. ``send`` is the server's ASGI ``send``;
+    ``server`` is the server's protocol object where that is known, and ``direct`` says whether its transport
+    is written to. ``give_up`` closes the socket with a code, because the client is too slow or because of an
+    error.
     """
 
     __slots__ = (
@@ -58,23 +42,40 @@ class Outbox:
         "_dirty",
         "_drained",
         "_flusher",
+        "_give_up",
         "_held",
         "_latest",
         "_limit",
         "_pending",
+        "_send",
         "_server",
+        "_tasks",
         "blocked",
         "closed",
         "direct",
-        "socket",
+        "loop",
         "wire",
     )
 
     def __init__(
-        self, socket: Socket, flusher: Flusher, counters: Counters, *, limit: int, wire: Wire
+        self,
+        wire: Wire,
+        flusher: Flusher,
+        counters: Counters,
+        *,
+        limit: int,
+        send: Send,
+        server: Any,
+        direct: bool,
+        loop: asyncio.AbstractEventLoop,
+        tasks: asyncio.TaskGroup,
+        give_up: Callable[[CloseCode, Exception | None], None],
     ) -> None:
-        self.socket = socket
-        self._server = socket.server
+        self._send = send
+        self._server = server
+        self.loop = loop
+        self._tasks = tasks
+        self._give_up = give_up
         self._flusher = flusher
         self._counters = counters
         self._limit = limit
@@ -89,7 +90,7 @@ class Outbox:
         self.blocked = False
         """Whether a writer waits for the client to read, or what is pushed is held."""
         self.closed = False
-        self.direct = socket.server is not None and not socket.why_not_direct
+        self.direct = direct
 
     def push(self, packet: PreparedMessage, slow: SlowPolicy = "disconnect", key: Hashable = None) -> None:
         """Send ``packet`` after what was pushed before; ``slow`` says what happens when too much waits
@@ -117,7 +118,7 @@ class Outbox:
     ) -> None:
         """``push`` from any thread."""
         try:
-            self.socket.loop.call_soon_threadsafe(self.push, packet, slow, key)
+            self.loop.call_soon_threadsafe(self.push, packet, slow, key)
         except RuntimeError:
             self.closed = True  # its loop is closed, and so is the socket
 
@@ -140,7 +141,7 @@ class Outbox:
         if self._bytes + packet.size > self._limit and (self.blocked or self._bytes):
             if slow == "disconnect":
                 self._counters.slow += 1
-                self.socket.close(CloseCode.SLOW, CloseCode.SLOW.text)
+                self._give_up(CloseCode.SLOW, None)
             else:
                 self._counters.dropped += 1
             return
@@ -158,12 +159,6 @@ class Outbox:
         if self._flusher.batch is not None:
             self._flusher.scatter()
 
-    def broadcast(
-        self, members: Mapping[str, Outbox], packet: PreparedMessage, slow: SlowPolicy, key: Hashable
-    ) -> None:
-        """``push`` to all of ``members``, of which this is one."""
-        self._flusher.broadcast(members, packet, slow, key)
-
     def write(self, frames: bytes, count: int) -> bool:
         """Write ready frames, of ``count`` messages, if nothing waits and the server takes them at once;
         False when not.
@@ -172,14 +167,8 @@ class Outbox:
             return True
         if self.blocked or self._pending or not self.direct:
             return False
-        server = self._server
-        transport = server.transport
-        if (
-            not server.handshake_complete
-            or server.close_sent
-            or transport.is_closing()
-            or transport.get_write_buffer_size()
-        ):
+        transport = idle_transport(self._server)
+        if transport is None:
             return False
         self._counters.sent += count
         try:
@@ -200,14 +189,8 @@ class Outbox:
         try:
             if self.direct and self._bytes <= _BATCH_BYTES and self._latest is None:
                 # By far the most frequent case, in one piece: this is done for each socket and message.
-                server = self._server
-                transport = server.transport
-                if (
-                    server.handshake_complete
-                    and not server.close_sent
-                    and not transport.is_closing()
-                    and not transport.get_write_buffer_size()
-                ):
+                transport = idle_transport(self._server)
+                if transport is not None:
                     self._counters.sent += len(pending)
                     if len(pending) == 1:
                         transport.write(pending[0].frame)
@@ -219,7 +202,7 @@ class Outbox:
             rest = self._write()
             if rest is not None:
                 self.blocked = True
-                spawn(self.socket.tasks, self._go_on(rest), name="asgi-cluster writer")
+                spawn(self._tasks, self._go_on(rest), name="asgi-cluster writer")
         except (OSError, RuntimeError):
             discard(rest)
             self.close()  # the client is gone, the app has closed it, or the node is stopping
@@ -230,28 +213,16 @@ class Outbox:
         return self._write_frames() if self.direct else self._send_events()
 
     def _write_frames(self) -> Awaitable[None] | None:
-        # Not through the server's own send: so its state is checked before each write. Nothing may follow a
-        # close frame.
-        server = self.socket.server
-        transport = server.transport
+        server = self._server
         while self._pending:
-            if (
-                not server.handshake_complete
-                or server.close_sent
-                or server.disconnected
-                or server.conn.state is not State.OPEN
-                or transport.is_closing()
-            ):
+            if not can_write(server):
                 self.close()
                 return None
-            if not server.writable.is_set():
-                waiting: Awaitable[None] = server.writable.wait()
+            waiting = room_to_write(server)
+            if waiting is not None:
                 return waiting
-            transport.write(self._next_frames())
+            server.transport.write(b"".join([packet.frame for packet in self._take()]))
         return None
-
-    def _next_frames(self) -> bytes:
-        return b"".join([packet.frame for packet in self._take()])
 
     def _take(self) -> list[PreparedMessage]:
         """Of what waits, what goes out in one piece."""
@@ -267,9 +238,9 @@ class Outbox:
         return taken
 
     def _send_events(self) -> Awaitable[None] | None:
-        send, known = self.socket.send, self.socket.server is not None
+        known = self._server is not None
         while self._pending:
-            sending = send(self._next_event())
+            sending = self._send(self._next_event())
             # uvicorn's send finishes without waiting while its buffer has room; another server's may expect a
             # task around it.
             rest = drive(sending) if known else sending
@@ -350,7 +321,7 @@ class Outbox:
     def changed(self) -> asyncio.Future[None]:
         """Done when a blocked writer has finished, or the outbox is closed. Shared: not to be cancelled."""
         if self._drained is None:
-            self._drained = self.socket.loop.create_future()
+            self._drained = self.loop.create_future()
         return self._drained
 
     def _wake(self) -> None:
@@ -368,17 +339,11 @@ class Outbox:
         self._wake()
 
     def fail(self, error: Exception) -> None:
-        """Writing raised what no server should raise: log it and close the socket, so that the client
-        reconnects. Left open, the socket would get no more messages.
+        """Writing raised what no server should raise: close the socket, so that the client reconnects. Left
+        open, it would get no more messages.
         """
-        logger.error(
-            "a message could not be written to the WebSocket of user %r: it is closed with code %d",
-            self.socket.user,
-            CloseCode.SERVER_ERROR,
-            exc_info=error,
-        )
         self.close()
-        self.socket.close(CloseCode.SERVER_ERROR, CloseCode.SERVER_ERROR.text)
+        self._give_up(CloseCode.SERVER_ERROR, error)
 
     @property
     def waiting_bytes(self) -> int:

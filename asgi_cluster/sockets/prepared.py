@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from websockets.frames import Frame, Opcode
+from asgi_cluster.compat import websockets
 
 __all__ = ["PreparedMessage"]
 
@@ -27,8 +27,7 @@ class PreparedMessage:
         7692 section 6).
         """
         if self._frame is None:
-            opcode = Opcode.BINARY if self.binary else Opcode.TEXT
-            self._frame = Frame(opcode, self.data).serialize(mask=False)
+            self._frame = websockets.frame(self.data, binary=self.binary)
         return self._frame
 
     @property

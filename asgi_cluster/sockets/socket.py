@@ -4,84 +4,43 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from time import monotonic
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Literal, Protocol
 
 from asgi_cluster.bus.lease import boot_clock
-from asgi_cluster.ids import ConnectionId, new_token
-from asgi_cluster.sockets.server import (
+from asgi_cluster.codes import CloseCode
+from asgi_cluster.compat.uvicorn import (
     closes_in_task,
-    discard,
-    drive,
     forget_handshake,
     known_server,
     refuse_handshake,
     say_once,
+    transport_of,
     unsent_bytes,
     why_not_direct,
 )
+from asgi_cluster.ids import ConnectionId, new_token
+from asgi_cluster.sockets.closes import Closes
+from asgi_cluster.sockets.coroutines import discard, drive
+from asgi_cluster.sockets.outbox import Outbox
+from asgi_cluster.sockets.receiving import GuardedReceive, Receive, Send
 from asgi_cluster.tasks import spawn
 
-if TYPE_CHECKING:
-    from asgi_cluster.sockets.outbox import Outbox
-
-__all__ = ["Closes", "Member", "Socket"]
+__all__ = ["Member", "Socket"]
 
 logger = logging.getLogger("asgi_cluster.realtime")
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-
 _LONGEST_REASON = 123  # bytes: RFC 6455 section 5.5 allows 125 in a control frame, two of them are the code
-_CLOSE_IS_LATE = 0.25  # seconds that a receipt waits for closes under way
 
 
 class Member(Protocol):
-    """What a socket belongs to that the cluster serves, and not the app alone."""
+    """What a socket belongs to that the cluster serves, and not the app alone: a ``Connection``, in
+    ``rooms``, which this folder does not import.
+    """
 
     def gone(self) -> None:
         """The socket is over: nothing more is delivered to it."""
         ...
-
-
-class Closes:
-    """The closes that need a task of their own (servers other than uvicorn), and those that failed.
-
-    A receipt counts a close when it was begun; what fails afterwards is deducted.
-    """
-
-    __slots__ = ("_failures", "under_way")
-
-    def __init__(self) -> None:
-        self.under_way: set[Socket] = set()
-        self._failures: deque[float] = deque(maxlen=1000)
-
-    def finished(self, socket: Socket, *, failed: bool) -> None:
-        """The server has taken the close, or refused it."""
-        self.under_way.discard(socket)
-        if failed:
-            self._failures.append(monotonic())
-
-    def __bool__(self) -> bool:
-        return bool(self.under_way or self._failures)
-
-    @property
-    def tasks(self) -> asyncio.TaskGroup | None:
-        """Of this loop, where something is under way; ``None`` otherwise."""
-        loop = _running_loop()
-        return next((socket.tasks for socket in self.under_way if socket.loop is loop), None)
-
-    async def failed(self, since: float) -> int:
-        """How many have failed after ``since`` (``time.monotonic``). Waits for those under way, a quarter of
-        a second at most: one that takes longer waits for a client that does not read, and counts as failed.
-        """
-        loop = asyncio.get_running_loop()
-        waiting = [socket.closing for socket in self.under_way if socket.loop is loop]
-        late = (await asyncio.wait(waiting, timeout=_CLOSE_IS_LATE))[1] if waiting else ()
-        return len(late) + sum(moment >= since for moment in self._failures)
 
 
 class Socket:
@@ -154,7 +113,7 @@ class Socket:
         self.outbox: Outbox | None = None
         self.server, self.why_not_direct = known_server(send)
         self._closing: asyncio.Future[None] | None = None
-        self._receiving: asyncio.Future[Message] | None = None
+        self._receiving: GuardedReceive | None = None
 
     # Closing
 
@@ -178,6 +137,17 @@ class Socket:
                 return False  # its loop is closed, and so is the socket
             return True
         return self._close_now()
+
+    def give_up(self, code: CloseCode, error: Exception | None) -> None:
+        """Close the socket because it cannot be written to; ``error`` is what no server should raise."""
+        if error is not None:
+            logger.error(
+                "a message could not be written to the WebSocket of user %r: it is closed with code %d",
+                self.user,
+                code,
+                exc_info=error,
+            )
+        self.close(code, code.text)
 
     def opened(self) -> None:
         """The handshake was answered: a close that came meanwhile goes out now."""
@@ -238,7 +208,7 @@ class Socket:
             self._closing.set_result(None)
             self.abort()  # the node is stopping and takes no more work
             return False
-        self._closes.under_way.add(self)
+        self._closes.begun(self._closing, self.tasks)
         return True
 
     async def finished(self) -> None:
@@ -249,9 +219,8 @@ class Socket:
     async def _send_close(self, outbox: Outbox | None) -> None:
         if outbox is not None:
             await outbox.idle()
-        if self._receiving is not None and not self._receiving.done():
-            # granian sends nothing while a receive is pending. What the client says now is not read any more.
-            self._receiving.cancel()
+        if self._receiving is not None and self._receiving.cancel():
+            # granian sends nothing while a receive is pending. What the client sends now is not read.
             await asyncio.sleep(0)
         assert self.close_code is not None
         close = {"type": "websocket.close", "code": self.close_code, "reason": self.close_reason}
@@ -277,38 +246,29 @@ class Socket:
         except (OSError, RuntimeError):
             return  # closed by the app or the client in the same moment
         finally:
-            self._closes.finished(self, failed=not sent)
-            # Only now: an app that returns before the close went out makes some servers send another code.
-            if self._closing is not None and not self._closing.done():
-                self._closing.set_result(None)
+            if self._closing is not None:
+                self._closes.finished(self._closing, failed=not sent)
+                # Only now: an app that returns before the close went out makes some servers send another
+                # code.
+                if not self._closing.done():
+                    self._closing.set_result(None)
 
     def _cut_later(self) -> None:
         # A peer that stopped reading never empties the buffer, and a transport that is closing waits for that
         # for ever.
-        if self.transport is not None:
+        if transport_of(self.server) is not None:
             self.loop.call_later(self.close_timeout, self._cut_if_stuck)
 
     def _cut_if_stuck(self) -> None:
-        transport = self.transport
+        transport = transport_of(self.server)
         if transport is not None and unsent_bytes(transport) > 0:
             transport.abort()
 
     def abort(self) -> None:
         """Cut the connection, where the server's transport can be reached."""
-        if self.transport is not None:
-            self.transport.abort()
-
-    @property
-    def transport(self) -> asyncio.WriteTransport | None:
-        """The server's transport, if this package recognizes the server."""
-        transport = getattr(self.server, "transport", None)
-        return transport if hasattr(transport, "get_write_buffer_size") else None
-
-    @property
-    def closing(self) -> asyncio.Future[None]:
-        """Done when a close that we began has gone out or failed."""
-        assert self._closing is not None
-        return self._closing
+        transport = transport_of(self.server)
+        if transport is not None:
+            transport.abort()
 
     def detach(self) -> None:
         """The ASGI call is over: nothing may be sent any more, nothing is waited for."""
@@ -318,11 +278,11 @@ class Socket:
             self.timer = None
         if self.outbox is not None:
             self.outbox.close()
-        if self._receiving is not None and not self._receiving.cancel() and not self._receiving.cancelled():
-            self._receiving.exception()  # retrieved here: it is not awaited any more
-        if self._closing is not None and not self._closing.done():
+        if self._receiving is not None:
+            self._receiving.detach()
+        if self._closing is not None:
             self._closing.cancel()
-        self._closes.under_way.discard(self)
+            self._closes.forget(self._closing)
         # What is left refers to the app's scope and buffers, and a stored socket would keep them alive.
         self.connection = None
 
@@ -349,38 +309,10 @@ class Socket:
         if self.server is not None:
             return receive
         self._closing = self.loop.create_future()
-        return lambda: self._receive(receive)
-
-    async def _receive(self, receive: Receive) -> Message:
-        closing = self._closing
-        assert closing is not None
-        if not closing.done():
-            if self._receiving is None:
-                # Not cancelled with its waiter: a server's receive may lose a message when it is.
-                self._receiving = self.loop.create_future()
-                spawn(self.tasks, self._receive_into(self._receiving, receive), name="asgi-cluster receive")
-            await asyncio.wait((closing, self._receiving), return_when=asyncio.FIRST_COMPLETED)
-            received, self._receiving = self._receiving, None
-            if received.done() and not received.cancelled():
-                return received.result()
-            if not received.done():
-                self._receiving = received
-            elif not closing.done():
-                await asyncio.wait((closing,))
-        return {"type": "websocket.disconnect", "code": self.close_code or 1006, "reason": self.close_reason}
-
-    async def _receive_into(self, target: asyncio.Future[Message], receive: Receive) -> None:
-        reader = asyncio.current_task()
-        assert reader is not None
-        target.add_done_callback(lambda done: reader.cancel() if done.cancelled() else None)
-        try:
-            message = await receive()
-        except Exception as error:
-            if not target.done():
-                target.set_exception(error)
-        else:
-            if not target.done():
-                target.set_result(message)
+        self._receiving = GuardedReceive(
+            receive, self._closing, self.tasks, lambda: (self.close_code, self.close_reason)
+        )
+        return self._receiving
 
     def __repr__(self) -> str:
         return f"<Socket {self.id} {self.state}>"

@@ -629,7 +629,7 @@ async def test_nothing_comes_before_the_connect_reply(
     await first.broadcast("old")
     async with node.raw() as observer:
         await observer.call("connect", {})
-        enter = node.cluster._parts.rooms.enter
+        enter = node.cluster._parts.rooms.memberships.enter
 
         async def enter_slowly(connection: Any, room: str, **options: Any) -> Any:
             if room != "kept:a":
@@ -637,7 +637,7 @@ async def test_nothing_comes_before_the_connect_reply(
                 assert await observer.pub() == f"before {room}"
             return await enter(connection, room, **options)
 
-        monkeypatch.setattr(node.cluster._parts.rooms, "enter", enter_slowly)
+        monkeypatch.setattr(node.cluster._parts.rooms.memberships, "enter", enter_slowly)
         subs: dict[str, Any] = {}
         for _ in range(2):
             async with node.raw() as client:
@@ -674,7 +674,7 @@ async def test_close_before_the_connect_reply(lone_site: Site, monkeypatch: pyte
         on_disconnect=lambda *arguments: told.append(arguments),
         close_timeout=30,
     )
-    enter = node.cluster._parts.rooms.enter
+    enter = node.cluster._parts.rooms.memberships.enter
 
     async def enter_slowly(connection: Any, room: str, **options: Any) -> Any:
         if room == "open:b":
@@ -683,7 +683,7 @@ async def test_close_before_the_connect_reply(lone_site: Site, monkeypatch: pyte
             await stay.wait()
         return await enter(connection, room, **options)
 
-    monkeypatch.setattr(node.cluster._parts.rooms, "enter", enter_slowly)
+    monkeypatch.setattr(node.cluster._parts.rooms.memberships, "enter", enter_slowly)
     async with node.raw() as client:
         await client.send({"id": 1, "connect": {}})
         await entering.wait()

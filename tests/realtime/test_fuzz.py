@@ -19,7 +19,8 @@ from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket
 
 from asgi_cluster import RoomRule
-from asgi_cluster.centrifuge.protocol import BadFrame, Command, decode_commands
+from asgi_cluster.centrifuge.messages import Command
+from asgi_cluster.centrifuge.protocol import BadFrame, decode_commands
 from asgi_cluster.codes import CloseCode
 from tests.realtime.site import Node, Site
 from tests.support.waiting import eventually

@@ -243,9 +243,9 @@ async def test_stalled_readers(redis_site: Site, capsys: pytest.CaptureFixture[s
 
 def small_buffers(node: Node) -> None:
     """The kernel's: they would take everything that is sent here."""
-    found: tuple[Any, ...] = node.connections
-    for connection in found:
-        socket = connection.socket.transport.get_extra_info("socket")
+    for served in node.cluster._parts.hub.served():
+        connection: Any = served
+        socket = connection.socket.server.transport.get_extra_info("socket")
         socket.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, 16384)
 
 

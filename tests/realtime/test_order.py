@@ -15,9 +15,11 @@ from asgi_cluster.centrifuge.wire import JSON
 from asgi_cluster.rooms.local_room import LocalRoom
 from asgi_cluster.sockets import batches as flushing
 from asgi_cluster.sockets.batches import Flusher
-from asgi_cluster.sockets.outbox import Counters, Outbox
+from asgi_cluster.sockets.closes import Closes
+from asgi_cluster.sockets.outbox import Outbox
 from asgi_cluster.sockets.prepared import PreparedMessage
-from asgi_cluster.sockets.socket import Closes, Socket
+from asgi_cluster.sockets.socket import Socket
+from asgi_cluster.sockets.stats import Counters
 from asgi_cluster.sockets.wire import Wire
 
 pytestmark = pytest.mark.quick
@@ -80,7 +82,18 @@ class Member:
         self.socket.state = "open"
         if direct:
             self.socket.server, self.socket.why_not_direct = server, ""
-        self.outbox = self.socket.outbox = Outbox(self.socket, flusher, Counters(), limit=1 << 20, wire=JSON)
+        self.outbox = self.socket.outbox = Outbox(
+            JSON,
+            flusher,
+            Counters(),
+            limit=1 << 20,
+            send=send,
+            server=self.socket.server,
+            direct=direct,
+            loop=self.socket.loop,
+            tasks=tasks,
+            give_up=self.socket.give_up,
+        )
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -97,11 +110,11 @@ async def test_what_is_sent_in_any_order_arrives_in_that(monkeypatch: pytest.Mon
             Member(number, flusher, tasks, direct=bool(seed % 5 == 0 and number % 7) or seed % 5 > 0)
             for number in range(_SOCKETS)
         ]
-        rooms = [LocalRoom(f"r{number}") for number in range(_ROOMS)]
+        rooms = [LocalRoom(f"r{number}", flusher) for number in range(_ROOMS)]
         inside: list[set[Member]] = [set(), set(), set()]
         for room, people in zip(rooms, inside, strict=True):
             for member in choose.sample(members, 40):
-                room.attach(member.outbox)
+                room.attach(member.socket.id, member.outbox)
                 people.add(member)
         # Mostly one room, as in life: or there would hardly be a shared batch.
         weights = (20, 2, 1)
@@ -125,10 +138,10 @@ async def test_what_is_sent_in_any_order_arrives_in_that(monkeypatch: pytest.Mon
                     member.outbox.push(PreparedMessage(text))
                     member.expected.append(text)
                 case "join" if not member.closed and member not in people:
-                    room.attach(member.outbox)
+                    room.attach(member.socket.id, member.outbox)
                     people.add(member)
                 case "leave" if member in people:
-                    room.detach(member.outbox)
+                    room.detach(member.socket.id, member.outbox)
                     people.discard(member)
                 case "slow":
                     member.transport.writable.clear()
@@ -142,7 +155,7 @@ async def test_what_is_sent_in_any_order_arrives_in_that(monkeypatch: pytest.Mon
                     for others in inside:
                         others.discard(member)
                     for each_room in rooms:
-                        each_room.detach(member.outbox)
+                        each_room.detach(member.socket.id, member.outbox)
                 case "tick":
                     await asyncio.sleep(0)
         for member in members:
@@ -158,14 +171,14 @@ async def test_a_wave_reaches_everybody_who_was_there() -> None:
     flusher = Flusher(asyncio.get_running_loop())
     async with asyncio.TaskGroup() as tasks:
         members = [Member(number, flusher, tasks, direct=True) for number in range(20)]
-        room = LocalRoom("r")
+        room = LocalRoom("r", flusher)
         for member in members[:-1]:
-            room.attach(member.outbox)
+            room.attach(member.socket.id, member.outbox)
         room.deliver(always(b"1"))
         room.deliver(always(b"2"))
         assert flusher.batch is not None
-        room.detach(members[0].outbox)
-        room.attach(members[-1].outbox)
+        room.detach(members[0].socket.id, members[0].outbox)
+        room.attach(members[-1].socket.id, members[-1].outbox)
         room.deliver(always(b"3"))
         await asyncio.sleep(0)
         await asyncio.sleep(0)

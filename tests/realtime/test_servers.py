@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-import websockets
 from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
@@ -26,13 +25,11 @@ from asgi_cluster import (
     SessionConfig,
     get_session,
 )
-from asgi_cluster.sockets.server import DIRECT
 from loadtest.ports import free_port
 from tests.realtime.site import Node, Site
 from tests.realtime.test_connection import handler
 from tests.support.machine import LOCAL
 from tests.support.nodes import Node as Served
-from tests.support.nodes import serve
 from tests.support.waiting import eventually
 
 
@@ -173,27 +170,7 @@ async def test_a_close_that_fails_is_not_counted(
 # uvicorn, as it is and as it might become
 
 
-CURE = (
-    "uvicorn has changed: adapt asgi_cluster/sockets/server.py (DIRECT) and what uses it in outbox.py. "
-    "Until then sockets work, through ASGI send"
-)
-
-
-@pytest.mark.parametrize("name", DIRECT)
-async def test_uvicorn_has_what_direct_writes_use(name: str) -> None:
-    """Each private attribute that is used of uvicorn exists and is of its kind."""
-    seen: list[str] = []
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "websocket":
-            return
-        await receive()
-        await send({"type": "websocket.accept"})
-        if hasattr(send.__self__, name) and DIRECT[name](getattr(send.__self__, name)):
-            seen.append(name)
-
-    async with serve(app, lifespan="off") as node, websockets.connect(node.ws_url, proxy=None):
-        await eventually(lambda: seen, message=CURE)
+CURE = "uvicorn has changed: adapt asgi_cluster/compat/uvicorn.py. Until then sockets work, through ASGI send"
 
 
 class _Changed(WebSocketsSansIOProtocol):

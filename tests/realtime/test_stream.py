@@ -1,31 +1,27 @@
-"""A room's order on one node: what arrives out of turn, twice, or not at all."""
+"""A room's order on one node, without I/O: what arrives out of turn, twice, or not at all."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine
-from typing import Any, cast
-
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from asgi_cluster.bus.lease import Lease
-from asgi_cluster.exceptions import BusUnavailable
-from asgi_cluster.rooms.history import Entry, HistoryStore, Page, Position
-from asgi_cluster.rooms.stream import RoomStream
+from asgi_cluster.rooms.history import Entry, Page, Position
+from asgi_cluster.rooms.stream import Action, Actions, Read, Recovered, RoomStream
 
 pytestmark = pytest.mark.quick
 
 
+def entry(offset: int, previous: int | None = None) -> Entry:
+    return Entry(offset, offset - 1 if previous is None else previous, b"%d" % offset)
+
+
 class Log:
-    """A history whose answers the test decides: entries, epoch, failures, and when a read returns."""
+    """A room's history as the store has it."""
 
     def __init__(self, entries: list[Entry] | None = None, epoch: str = "e") -> None:
         self.entries = entries or []
         self.epoch = epoch
-        self.reads = 0
-        self.failing = False
-        self.gate = asyncio.Event()
-        self.gate.set()
 
     @property
     def top(self) -> Position:
@@ -33,337 +29,364 @@ class Log:
 
     def add(self, count: int = 1) -> Entry:
         for _ in range(count):
-            last = self.top.offset
-            self.entries.append(entry(last + 1))
+            self.entries.append(entry(self.top.offset + 1))
         return self.entries[-1]
 
-    async def read(self, room: str, *, since: Position | None, limit: int | None, **_: Any) -> Page:
-        self.reads += 1
-        entries, top = list(self.entries), self.top
-        await self.gate.wait()
-        if self.failing:
-            raise BusUnavailable("no answer")
+    def page(self, read: Read) -> Page:
+        since, top = read.since, self.top
         if since is None:
-            return Page(entries[:limit], top, True)
+            return Page(self.entries[: read.limit], top, True)
         if since.epoch != top.epoch:
             return Page([], top, False)
-        complete = since == top or any(found.previous == since.offset for found in entries)
-        return Page([found for found in entries if found.offset > since.offset], top, complete)
-
-    async def publish(self, *args: Any, **options: Any) -> Position:
-        raise NotImplementedError
-
-
-def entry(offset: int, previous: int | None = None) -> Entry:
-    return Entry(offset, offset - 1 if previous is None else previous, b"%d" % offset)
+        complete = since == top or any(found.previous == since.offset for found in self.entries)
+        return Page([found for found in self.entries if found.offset > since.offset], top, complete)
 
 
 class Bench:
-    """A sequence with everything around it."""
+    """A stream, a log, and what the stream asks for, done when the test says so."""
 
-    def __init__(self, log: Log, tasks: asyncio.TaskGroup, lease: Lease) -> None:
+    def __init__(self, log: Log) -> None:
         self.log = log
+        self.stream = RoomStream(size=100)
         self.delivered: list[int] = []
         self.lost = 0
+        self.reads = 0
 
-        def lose() -> None:
-            self.lost += 1
+    def perform(self, actions: Actions) -> None:
+        for action in actions:
+            if isinstance(action, Entry):
+                self.delivered.append(action.offset)
+            elif action is Action.LOST:
+                self.lost += 1
 
-        def spawn(work: Coroutine[Any, Any, None]) -> None:
-            tasks.create_task(work)
+    def read(self, *, full: bool) -> None:
+        self.reads += 1
+        read = self.stream.begin_read(full=full)
+        self.perform(self.stream.end_read(read, self.log.page(read)))
 
-        self.stream = RoomStream(
-            "room",
-            history=cast("HistoryStore", log),
-            size=100,
-            ttl=60,
-            timeout=1,
-            epoch=lambda: "e",
-            lease=lambda: lease,
-            deliver=lambda found: self.delivered.append(found.offset),
-            lost=lose,
-            spawn=spawn,
-        )
+    def recover(self, since: Position | None, *, live: bool = True) -> Recovered:
+        steps = self.stream.recover(since, live=live)
+        while True:
+            try:
+                full = next(steps)
+            except StopIteration as end:
+                recovered: Recovered = end.value
+                return recovered
+            self.read(full=full)
 
     def arrive(self, *offsets: int, epoch: str = "e", previous: int | None = None) -> None:
+        """Pushes come in, and repairs that begin end at once."""
         for offset in offsets:
             before = offset - 1 if previous is None else previous
-            self.stream.receive(Position(offset, epoch), before, b"%d" % offset)
+            self.perform(self.stream.receive(Position(offset, epoch), before, b"%d" % offset))
+        self.repair()
+
+    def repair(self) -> None:
+        while self.stream.repairing:
+            self.stream.begin_try()
+            self.read(full=False)
+            self.perform(self.stream.end_try())
 
 
-class Alive(Lease):
-    def __init__(self) -> None:
-        super().__init__(2.0, clock=lambda: 0.0)
-        self.until = 1.0
+def entered(log: Log) -> Bench:
+    """A bench whose stream has its position."""
+    bench = Bench(log)
+    bench.recover(None)
+    return bench
 
 
-@pytest.fixture
-def log() -> Log:
-    return Log()
-
-
-async def settle() -> None:
-    for _ in range(20):
-        await asyncio.sleep(0)
-
-
-async def test_in_order(log: Log) -> None:
+def test_in_order() -> None:
     """What comes next is delivered at once, what came before is dropped."""
-    async with asyncio.TaskGroup() as tasks:
-        bench = Bench(log, tasks, Alive())
-        await bench.stream.recover(None)
-        bench.arrive(1, 2, 2, 1, 3)
-        assert bench.delivered == [1, 2, 3]
-        assert log.reads == 1
-        bench.stream.close()
+    bench = entered(Log())
+    bench.arrive(1, 2, 2, 1, 3)
+    assert bench.delivered == [1, 2, 3]
+    assert bench.reads == 1
 
 
-async def test_missing_is_repaired(log: Log) -> None:
+def test_missing_is_repaired() -> None:
     """A gap is filled from history before anything later is delivered."""
-    async with asyncio.TaskGroup() as tasks:
-        bench = Bench(log, tasks, Alive())
-        await bench.stream.recover(None)
-        log.add(5)
-        bench.arrive(1, 4)
-        assert bench.delivered == [1]
-        bench.arrive(5)
-        await settle()
-        assert bench.delivered == [1, 2, 3, 4, 5]
-        assert bench.lost == 0
+    log = Log()
+    bench = entered(log)
+    log.add(5)
+    receive = bench.stream.receive
+    assert receive(Position(1, "e"), 0, b"1") == [entry(1)]
+    assert receive(Position(4, "e"), 3, b"4") == [Action.REPAIR]
+    assert receive(Position(5, "e"), 4, b"5") == []
+    bench.repair()
+    assert (bench.delivered, bench.lost) == ([2, 3, 4, 5], 0)
 
 
-async def test_missing_is_told(log: Log) -> None:
-    """What history does not have either is told, and the room goes on after it."""
-    async with asyncio.TaskGroup() as tasks:
-        bench = Bench(log, tasks, Alive())
-        await bench.stream.recover(None)
-        bench.arrive(1)
-        log.add(9)
-        del log.entries[:5]
-        bench.arrive(9)
-        await settle()
-        assert bench.lost == 1
-        log.add(1)
-        bench.arrive(10)
-        assert bench.delivered == [1, 10]
+def test_missing_is_reported() -> None:
+    """What history does not have either is lost, once, and the room goes on after it."""
+    log = Log()
+    bench = entered(log)
+    bench.arrive(1)
+    log.add(9)
+    del log.entries[:5]
+    bench.arrive(9)
+    assert bench.lost == 1
+    log.add(1)
+    bench.arrive(10)
+    assert bench.delivered == [1, 10]
 
 
-async def test_lost_numbering_is_told(log: Log) -> None:
+def test_missing_and_not_in_history_yet() -> None:
+    """The history lags behind the pushes: after two reads the room goes on from the last push."""
+    bench = entered(Log())
+    bench.arrive(3, 4)
+    assert (bench.delivered, bench.lost, bench.reads) == ([], 1, 3)
+    assert bench.stream.last == Position(4, "e")
+
+
+def test_lost_numbering_is_reported() -> None:
     """The room's numbering was lost, and another one of the same epoch began with a lower number: the members
-    are told instead of missing what comes until it has caught up.
+    are unsubscribed instead of missing what comes until it has caught up.
     """
-    log.entries = [entry(900, 0)]
-    async with asyncio.TaskGroup() as tasks:
-        bench = Bench(log, tasks, Alive())
-        await bench.stream.recover(None)
-        log.entries = [entry(500, 0)]
-        bench.arrive(500, previous=0)
-        await settle()
-        assert (bench.delivered, bench.lost) == ([], 1)
-        log.entries.append(entry(501))
-        bench.arrive(501)
-        assert bench.delivered == [501]
-        bench.stream.close()
+    log = Log([entry(900, 0)])
+    bench = entered(log)
+    log.entries = [entry(500, 0)]
+    bench.arrive(500, previous=0)
+    assert (bench.delivered, bench.lost) == ([], 1)
+    log.entries.append(entry(501))
+    bench.arrive(501)
+    assert bench.delivered == [501]
 
 
-async def test_late_copy_of_the_first(log: Log) -> None:
+def test_late_copy_of_the_first() -> None:
     """It loses nothing, also where the first publication was not seen when it was new."""
-    log.entries = [entry(500, 0), entry(501), entry(502)]
-    async with asyncio.TaskGroup() as tasks:
-        bench = Bench(log, tasks, Alive())
-        await bench.stream.recover(None)
-        bench.arrive(500, previous=0)
-        log.add(1)
-        bench.arrive(503)
-        await settle()
-        assert (bench.delivered, bench.lost) == ([503], 0)
-        bench.stream.close()
+    log = Log([entry(500, 0), entry(501), entry(502)])
+    bench = entered(log)
+    bench.arrive(500, previous=0)
+    log.add(1)
+    bench.arrive(503)
+    assert (bench.delivered, bench.lost) == ([503], 0)
 
 
-async def test_new_epoch_is_told(log: Log) -> None:
-    """Another numbering: nothing can be compared, everybody is told."""
-    async with asyncio.TaskGroup() as tasks:
-        bench = Bench(log, tasks, Alive())
-        await bench.stream.recover(None)
-        log.add(3)
-        bench.arrive(1, 2, 3)
-        log.entries, log.epoch = [entry(1)], "f"
-        bench.arrive(1, epoch="f")
-        await settle()
-        assert bench.lost == 1
-        assert bench.stream.last == Position(1, "f")
+def test_new_epoch_is_reported() -> None:
+    """Another numbering: nothing can be compared, every member is unsubscribed."""
+    log = Log()
+    bench = entered(log)
+    log.add(3)
+    bench.arrive(1, 2, 3)
+    log.entries, log.epoch = [entry(1)], "f"
+    bench.arrive(1, epoch="f")
+    assert bench.lost == 1
+    assert bench.stream.last == Position(1, "f")
 
 
-async def test_jump_after_a_failover(log: Log) -> None:
-    """The store lost 3 and jumped: who has 3 is told, who stands at 2 goes on across the jump."""
+def test_jump_after_a_failover() -> None:
+    """The store lost 3 and jumped: a room that stands at 3 has lost something, one at 2 goes on across the
+    jump.
+    """
     jump = 2 + (1 << 20)
-    async with asyncio.TaskGroup() as tasks:
-        for seen, lost in ((3, 1), (2, 0)):
-            own = Log()
-            bench = Bench(own, tasks, Alive())
-            await bench.stream.recover(None)
-            bench.arrive(*range(1, seen + 1))
-            own.entries = [entry(1), entry(2), entry(jump, previous=2)]
-            bench.arrive(jump, previous=2)
-            await settle()
-            assert bench.lost == lost
-            assert bench.stream.last == Position(jump, "e")
-            if not lost:
-                assert bench.delivered == [1, 2, jump]
-                assert await bench.stream.recover(Position(2, "e")) == (
-                    [own.entries[-1]],
-                    Position(jump, "e"),
-                )
-            assert (await bench.stream.recover(Position(3, "e")))[0] is None
-            bench.stream.close()
+    for seen, lost in ((3, 1), (2, 0)):
+        log = Log()
+        bench = entered(log)
+        bench.arrive(*range(1, seen + 1))
+        log.entries = [entry(1), entry(2), entry(jump, previous=2)]
+        bench.arrive(jump, previous=2)
+        assert bench.lost == lost
+        assert bench.stream.last == Position(jump, "e")
+        if not lost:
+            assert bench.delivered == [1, 2, jump]
+            assert bench.recover(Position(2, "e")) == ([log.entries[-1]], Position(jump, "e"))
+        assert bench.recover(Position(3, "e")).missed is None
 
 
-async def test_repair_waits_for_the_store(log: Log) -> None:
-    """While history does not answer nothing is delivered and nobody is told; then everything is."""
-    async with asyncio.TaskGroup() as tasks:
-        bench = Bench(log, tasks, Alive())
-        await bench.stream.recover(None)
-        log.add(4)
-        log.failing = True
-        bench.arrive(1, 3)
-        await settle()
-        bench.arrive(4)
-        assert bench.delivered == [1]
-        log.failing = False
-        async with asyncio.timeout(5):
-            while bench.delivered != [1, 2, 3, 4]:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-        assert bench.lost == 0
-
-
-async def test_lost_last_message(log: Log) -> None:
+def test_lost_last_message() -> None:
     """After a gap the position is checked, so that a lost *last* message is found without a next one."""
-    async with asyncio.TaskGroup() as tasks:
-        bench = Bench(log, tasks, Alive())
-        await bench.stream.recover(None)
-        bench.arrive(1)
-        log.add(3)
-        bench.stream.gap()
-        bench.stream.restored()
-        await settle()
-        assert bench.delivered == [1, 2, 3]
+    log = Log()
+    bench = entered(log)
+    bench.arrive(1)
+    log.add(3)
+    bench.stream.gap()
+    bench.perform(bench.stream.restored())
+    bench.repair()
+    assert bench.delivered == [1, 2, 3]
 
 
-async def test_recover(log: Log) -> None:
+def test_recover() -> None:
     """``recover`` gives all that was missed, or ``None``; never a part."""
+    log = Log()
     log.add(10)
     del log.entries[:4]  # the room keeps 5 to 10
-    async with asyncio.TaskGroup() as tasks:
-        bench = Bench(log, tasks, Alive())
-        sequence = bench.stream
-        for since, expected in (
-            (Position(4, "e"), [5, 6, 7, 8, 9, 10]),
-            (Position(9, "e"), [10]),
-            (Position(10, "e"), []),
-            (Position(10, ""), []),
-            (Position(3, "e"), None),
-            (Position(0, "e"), None),
-            (Position(11, "e"), None),
-            (Position(9, "other"), None),
-        ):
-            missed, top = await sequence.recover(since)
-            assert (None if missed is None else [found.offset for found in missed]) == expected, since
-            assert top == Position(10, "e")
-        assert bench.delivered == []
-        sequence.close()
+    bench = Bench(log)
+    for since, expected in (
+        (Position(4, "e"), [5, 6, 7, 8, 9, 10]),
+        (Position(9, "e"), [10]),
+        (Position(10, "e"), []),
+        (Position(10, ""), []),
+        (Position(3, "e"), None),
+        (Position(0, "e"), None),
+        (Position(11, "e"), None),
+        (Position(9, "other"), None),
+    ):
+        missed, top = bench.recover(since)
+        assert (None if missed is None else [found.offset for found in missed]) == expected, since
+        assert top == Position(10, "e")
+    assert bench.delivered == []
+    assert bench.reads == 2, "the first read, and one for the position that is ahead"
 
 
-async def test_many_recoveries_are_one_read(log: Log) -> None:
-    """A thousand clients that come back at once, with positions of their own, cost one read."""
-    log.add(50)
-    async with asyncio.TaskGroup() as tasks:
-        bench = Bench(log, tasks, Alive())
-        log.gate.clear()
-        waiting = [
-            tasks.create_task(bench.stream.recover(Position(number % 51, "e"))) for number in range(1000)
-        ]
-        await settle()
-        log.gate.set()
-        answers = await asyncio.gather(*waiting)
-        assert log.reads == 1
-        for number, (missed, _) in enumerate(answers):
-            assert missed is not None
-            assert [found.offset for found in missed] == list(range(number % 51 + 1, 51))
-        log.add()
-        bench.arrive(51)
-        missed, _ = await bench.stream.recover(Position(49, "e"))
-        assert missed is not None
-        assert [found.offset for found in missed] == [50, 51]
-        assert log.reads == 1
-        bench.stream.close()
-
-
-async def test_failed_read_is_shared(log: Log) -> None:
-    """When history does not answer, everybody who waits is told by one read, not one after the other."""
-    async with asyncio.TaskGroup() as tasks:
-        bench = Bench(log, tasks, Alive())
-        log.gate.clear()
-        log.failing = True
-        waiting = [tasks.create_task(_fails(bench.stream)) for _ in range(100)]
-        await settle()
-        log.gate.set()
-        await asyncio.gather(*waiting)
-        assert log.reads == 1
-
-
-async def _fails(sequence: RoomStream) -> None:
-    with pytest.raises(BusUnavailable):
-        await sequence.recover(Position(1, "e"))
-
-
-async def test_cancelled_reader_takes_nobody_along(log: Log) -> None:
-    """The first of those who read is cancelled: the others read again."""
-    log.add(3)
-    async with asyncio.TaskGroup() as tasks:
-        bench = Bench(log, tasks, Alive())
-        log.gate.clear()
-        first = asyncio.ensure_future(bench.stream.recover(Position(1, "e")))
-        second = tasks.create_task(bench.stream.recover(Position(1, "e")))
-        await settle()
-        first.cancel()
-        await settle()
-        log.gate.set()
-        missed, _ = await second
-        assert missed is not None
-        assert [found.offset for found in missed] == [2, 3]
-        bench.stream.close()
-
-
-async def test_arrivals_during_a_read(log: Log) -> None:
+def test_arrivals_during_a_read() -> None:
     """What arrives while history is read is delivered after it, once."""
+    log = Log()
     log.add(3)
-    async with asyncio.TaskGroup() as tasks:
-        bench = Bench(log, tasks, Alive())
-        log.gate.clear()
-        reading = tasks.create_task(bench.stream.recover(Position(1, "e")))
-        await settle()
-        bench.arrive(3, 4, 5)
-        log.gate.set()
-        missed, top = await reading
-        # 4 and 5 were delivered before the newcomer was let in, so that it gets them with what it missed.
-        assert missed is not None
-        assert [found.offset for found in missed] == [2, 3, 4, 5]
-        assert top.offset == 5
-        assert bench.delivered == [4, 5]
-        bench.stream.close()
+    bench = Bench(log)
+    read = bench.stream.begin_read(full=True)
+    page = log.page(read)
+    bench.arrive(3, 4, 5)
+    assert bench.delivered == []
+    bench.perform(bench.stream.end_read(read, page))
+    assert bench.delivered == [4, 5]
+    missed, top = bench.recover(Position(1, "e"))
+    assert missed is not None
+    assert [found.offset for found in missed] == [2, 3, 4, 5]
+    assert top.offset == 5
 
 
-async def test_dead_lease_asks_the_store(log: Log) -> None:
-    """Under a lapsed lease the node's own state answers nobody: history is read first."""
-    lease = Alive()
-    async with asyncio.TaskGroup() as tasks:
-        bench = Bench(log, tasks, lease)
-        await bench.stream.recover(None)
-        log.add(2)
-        lease.revoke()
-        missed, top = await bench.stream.recover(Position(0, "e"))
-        assert missed is not None
-        assert [found.offset for found in missed] == [1, 2]
-        assert top == Position(2, "e")
-        assert bench.delivered == [1, 2]
-        bench.stream.close()
+def test_dead_lease_reads_history() -> None:
+    """Under a lapsed lease the node's own state is not enough: history is read first."""
+    log = Log()
+    bench = entered(log)
+    log.add(2)
+    missed, top = bench.recover(Position(0, "e"), live=False)
+    assert missed is not None
+    assert [found.offset for found in missed] == [1, 2]
+    assert top == Position(2, "e")
+    assert bench.delivered == [1, 2]
+
+
+def test_gap_during_a_read_that_fails() -> None:
+    """A failed read proves nothing: the next recovery reads again; one that succeeded proves it."""
+    log = Log()
+    bench = entered(log)
+    bench.stream.gap()
+    read = bench.stream.begin_read(full=False)
+    assert bench.stream.end_read(read, None) == []
+    reads = bench.reads
+    bench.recover(None)
+    assert bench.reads == reads + 1
+    bench.recover(None)
+    assert bench.reads == reads + 1
+
+
+def test_tail_is_dropped() -> None:
+    """Without the tail the next recovery reads history."""
+    log = Log()
+    log.add(3)
+    bench = entered(log)
+    bench.recover(Position(1, "e"))
+    assert bench.stream.has_tail
+    reads = bench.reads
+    bench.recover(Position(2, "e"))
+    assert bench.reads == reads
+    bench.stream.drop_tail()
+    bench.recover(Position(2, "e"))
+    assert bench.reads == reads + 1
+
+
+# Random faults
+
+
+class Faulty(Bench):
+    """A bench whose pushes and pages are under way until the test hands them over.
+
+    ``seen`` is what a member at the start of the run has got, and ``LOST`` ends its membership: another one
+    enters at that place.
+    """
+
+    def __init__(self, log: Log) -> None:
+        super().__init__(log)
+        self.pushes: list[Entry] = []
+        self.under_way: list[tuple[Read, Page | None]] = []
+        self.memberships: list[list[int]] = [[]]
+        self.starts: list[int] = []
+
+    def perform(self, actions: Actions) -> None:
+        for action in actions:
+            if isinstance(action, Entry):
+                self.memberships[-1].append(action.offset)
+            elif action is Action.LOST:
+                self.lost += 1
+                self.memberships.append([])
+
+    def begin(self, *, full: bool) -> None:
+        if self.stream.repairing:
+            self.stream.begin_try()
+        read = self.stream.begin_read(full=full)
+        self.under_way.append((read, self.log.page(read)))
+
+    def end(self, index: int, *, fails: bool) -> None:
+        read, page = self.under_way.pop(index % len(self.under_way))
+        self.perform(self.stream.end_read(read, None if fails else page))
+        if self.stream.repairing and not fails:
+            self.perform(self.stream.end_try())
+
+    def hand_over(self, index: int, *, again: bool) -> None:
+        found = self.pushes[index % len(self.pushes)]
+        if not again:
+            self.pushes.remove(found)
+        position = Position(found.offset, self.log.epoch)
+        self.perform(self.stream.receive(position, found.previous, found.payload))
+
+
+_steps = st.lists(
+    st.tuples(
+        st.sampled_from(
+            ["publish"] * 4
+            + ["push"] * 4
+            + ["push again", "lose", "gap", "restored", "begin", "begin full", "end", "end", "fail", "forget"]
+        ),
+        st.integers(0, 20),
+    ),
+    min_size=20,  # or most would have five steps
+    max_size=80,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(_steps)
+def test_every_publication_once_in_order_or_lost(steps: list[tuple[str, int]]) -> None:
+    """Pushes that are lost, doubled and out of turn, pages that are old when they come, reads that fail, and
+    a history that forgets: a membership gets each publication once and in order, without a hole; a hole ends
+    it. In the end everything published is delivered, or was reported as lost.
+    """
+    log = Log()
+    bench = Faulty(log)
+    bench.recover(None)
+    for step, index in steps:
+        match step:
+            case "publish":
+                bench.pushes.append(log.add())
+            case "push" | "push again" if bench.pushes:
+                bench.hand_over(index if step == "push again" or index > 15 else 0, again=step != "push")
+            case "lose" if bench.pushes:
+                bench.pushes.pop(index % len(bench.pushes))
+            case "gap":
+                bench.stream.gap()
+            case "restored":
+                bench.perform(bench.stream.restored())
+            case "begin" | "begin full" if not bench.under_way:
+                bench.begin(full=step == "begin full")
+            case "end" | "fail" if bench.under_way:
+                bench.end(index, fails=step == "fail")
+            case "forget":
+                del log.entries[: max(0, len(log.entries) - 1 - index % 4)]
+    # In the end the bus works again, and history answers.
+    while bench.pushes:
+        bench.hand_over(0, again=False)
+    while bench.under_way:
+        bench.end(0, fails=False)
+    bench.stream.gap()
+    bench.perform(bench.stream.restored())
+    bench.repair()
+    assert bench.stream.last == log.top
+    for seen in bench.memberships:
+        assert seen == list(range(seen[0], seen[0] + len(seen))) if seen else True
+    delivered = [offset for seen in bench.memberships for offset in seen]
+    assert delivered == sorted(set(delivered)), "nothing twice"
+    if not bench.lost:
+        assert delivered == list(range(1, log.top.offset + 1)), "nothing left out"
+    missed = bench.recover(log.top)
+    assert missed == ([], log.top)

@@ -187,7 +187,7 @@ async def test_socket_that_is_gone_while_its_session_is_checked(
         address = f"{here.nodes[0].ws_url}/ws/careful"
         async with websockets.connect(address, additional_headers=cookies(browser)):
             await eventually(lambda: cluster.stats().realtime.connections == 1)
-            (socket,) = (weakref.ref(found) for found in cluster._parts.hub._sockets)
+            (socket,) = (weakref.ref(found) for found in cluster._parts.hub._sockets.values())
             read = cluster._parts.service.store.read_fresh
 
             async def slowly(*args: Any, **options: Any) -> Any:

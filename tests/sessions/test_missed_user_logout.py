@@ -17,7 +17,8 @@ from starlette.websockets import WebSocket
 from asgi_cluster import Cluster, ClusterMiddleware, RealtimeConfig
 from asgi_cluster.ids import Handle, bucket_of
 from asgi_cluster.sessions.store import UserLogout
-from asgi_cluster.sockets.socket import Closes, Socket
+from asgi_cluster.sockets.closes import Closes
+from asgi_cluster.sockets.socket import Socket
 from tests.sessions.test_live_logout import SESSIONS, Place, cookies, place, sign_in
 from tests.sessions.test_user_logout import anonymous, answers, connect, identify, token_is_user
 from tests.support.nodes import Node, serve

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from asgi_cluster.codes import CloseCode
-from asgi_cluster.sockets.socket import Closes, Socket
+from asgi_cluster.sockets.closes import Closes
+from asgi_cluster.sockets.socket import Socket
 from tests.sessions.app import nodes
 from tests.sessions.test_users import login, many
 from tests.support.servers import start_valkey
@@ -50,5 +51,5 @@ async def test_sessions_of_ten_thousand_sockets_are_revalidated_after_a_gap(pref
             assert cluster.stats().bus.gaps == 1
             print(f"\n{SOCKETS} sessions revalidated with {cpu:.2f} s of CPU")
             assert cpu < 2.0
-            for socket in list(cluster._parts.hub._sockets):
+            for socket in list(cluster._parts.hub._sockets.values()):
                 cluster._parts.hub.unregister(socket)

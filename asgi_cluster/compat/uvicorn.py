@@ -1,8 +1,8 @@
-"""The ASGI servers that this package recognizes, and how their coroutines are run without a task.
+"""What is used of uvicorn that is not part of ASGI.
 
-What is used of uvicorn and is not part of ASGI is named here, and looked at on each connection before it is
-used (by the outbox, where each call counts): what ``DIRECT`` lists exists and is of the expected kind. A
-uvicorn that has changed it is written to through ASGI ``send``, as any other server.
+``DIRECT`` names each attribute. It is checked on each connection before it is used: the attribute exists and
+is of the expected kind. A uvicorn that has changed one is written to through ASGI ``send``, as any other
+server.
 """
 
 from __future__ import annotations
@@ -10,23 +10,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-import types
 from asyncio import WriteTransport
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from websockets.protocol import State
+from asgi_cluster.compat.websockets import is_open
 
 __all__ = [
     "DIRECT",
+    "can_write",
     "closes_in_task",
-    "discard",
-    "drive",
     "forget_handshake",
+    "idle_transport",
     "known_server",
     "refuse_handshake",
     "reloads",
+    "room_to_write",
     "say_once",
+    "transport_of",
     "unsent_bytes",
     "why_not_direct",
 ]
@@ -41,7 +42,7 @@ DIRECT: Mapping[str, Callable[[Any], bool]] = {
     "handshake_complete": lambda it: it is True,
     "close_sent": lambda it: it is False,
     "disconnected": lambda it: it is False,
-    "conn": lambda it: it.state is State.OPEN,
+    "conn": is_open,
     "request": lambda it: it is not None,  # with the response kept for ever, and dropped by us
     "response": lambda it: it is not None,
 }
@@ -86,6 +87,42 @@ def why_not_direct(server: Any) -> str:
     return ""
 
 
+def idle_transport(server: Any) -> WriteTransport | None:
+    """The transport of a server that is written to directly, if what is written now goes out at once."""
+    transport: WriteTransport = server.transport
+    if (
+        server.handshake_complete
+        and not server.close_sent
+        and not transport.is_closing()
+        and not transport.get_write_buffer_size()
+    ):
+        return transport
+    return None
+
+
+def can_write(server: Any) -> bool:
+    """Whether a frame may be written to the transport of a server that is written to directly.
+
+    Not through the server's own send: so its state is checked before each write. Nothing may follow a close
+    frame.
+    """
+    return (
+        server.handshake_complete
+        and not server.close_sent
+        and not server.disconnected
+        and is_open(server.conn)
+        and not server.transport.is_closing()
+    )
+
+
+def room_to_write(server: Any) -> Awaitable[None] | None:
+    """Done when the client has read enough for the next write; ``None``: it has."""
+    if server.writable.is_set():
+        return None
+    waiting: Awaitable[None] = server.writable.wait()
+    return waiting
+
+
 def reloads(server: Any) -> bool:
     """Whether a known server was started with ``reload=True``."""
     return getattr(getattr(server, "config", None), "reload", False) is True
@@ -115,6 +152,12 @@ def refuse_handshake(server: Any) -> None:
         server.handshake_complete = True
 
 
+def transport_of(server: Any) -> WriteTransport | None:
+    """The transport of a known server; ``None`` where it cannot be reached."""
+    transport = getattr(server, "transport", None)
+    return transport if hasattr(transport, "get_write_buffer_size") else None
+
+
 def unsent_bytes(transport: WriteTransport) -> int:
     """What a transport, possibly a closed one, has not written yet."""
     try:
@@ -122,41 +165,3 @@ def unsent_bytes(transport: WriteTransport) -> int:
     except AttributeError:
         # The second close() of asyncio's TLS transport drops its protocol, and with it the buffer.
         return 0
-
-
-def drive(awaitable: Awaitable[None]) -> Awaitable[None] | None:
-    """Run a coroutine without a task as far as it goes; what is left of it when it had to wait, ``None`` when
-    it is done.
-
-    Raises: what the coroutine raises.
-    """
-    if not isinstance(awaitable, Coroutine):
-        return awaitable
-    try:
-        waits_for = awaitable.send(None)
-    except StopIteration:
-        return None
-    return _resume(awaitable, waits_for)
-
-
-def discard(awaitable: Awaitable[object] | None) -> None:
-    """Close a coroutine that will not be awaited."""
-    if isinstance(awaitable, Coroutine):
-        awaitable.close()
-
-
-@types.coroutine
-def _resume(coroutine: Coroutine[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
-    # A task that awaits this sees the future that the coroutine already yielded, as if it had started it
-    # itself.
-    while True:
-        sent: Any = None
-        raised: BaseException | None = None
-        try:
-            sent = yield waits_for
-        except BaseException as error:
-            raised = error
-        try:
-            waits_for = coroutine.send(sent) if raised is None else coroutine.throw(raised)
-        except StopIteration:
-            return

@@ -1,0 +1,154 @@
+"""A client of the endpoint: its connection, and its subscriptions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from asgi_cluster.centrifuge.hooks import permit
+from asgi_cluster.centrifuge.messages import (
+    ErrorCode,
+    PublishCommand,
+    ReplyError,
+    SubscribeCommand,
+    SubscribeResult,
+)
+from asgi_cluster.centrifuge.protocol import encode_push
+from asgi_cluster.centrifuge.services import Services
+from asgi_cluster.centrifuge.wire import pub_of
+from asgi_cluster.codes import CloseCode, UnsubscribeCode
+from asgi_cluster.rooms.connection import Connection
+from asgi_cluster.rooms.history import Position
+from asgi_cluster.rooms.memberships import Entered
+from asgi_cluster.rooms.rules import RoomRule
+from asgi_cluster.sockets.prepared import PreparedMessage
+from asgi_cluster.tasks import spawn
+
+__all__ = ["Client", "check_supported"]
+
+
+class Client:
+    """What a command may use: the connection, its subscriptions, and the services that all clients share.
+
+    A subscription is a membership in a room. The client asked for it, or the server made it.
+    """
+
+    __slots__ = ("_entering", "connection", "server_side", "services")
+
+    def __init__(self, services: Services, connection: Connection) -> None:
+        self.services = services
+        self.connection = connection
+        # Not a set: most clients are in the middle of nothing, and the empty tuple takes no memory.
+        self._entering: tuple[str, ...] = ()
+        self.server_side: dict[str, None] = {}
+        """The rooms to which the server subscribed it."""
+
+    def rule(self, room: str) -> tuple[RoomRule, dict[str, str]]:
+        """The rule for a room, and what its pattern's names stand for. Raises ``ReplyError`` without one."""
+        found = self.services.rooms.rule(room)
+        if found is None:
+            raise ReplyError(ErrorCode.UNKNOWN_CHANNEL)
+        return found
+
+    def end(self, code: CloseCode) -> None:
+        """Close the connection."""
+        self.connection.socket.close(code, code.text)
+
+    # Subscriptions that the client asks for
+
+    async def subscribe(self, request: SubscribeCommand) -> SubscribeResult:
+        """Nothing is pushed from the room before the reply, and nothing is missed after it."""
+        room, connection = request.channel, self.connection
+        memberships = self.services.rooms.memberships
+        check_supported(request)
+        rule, params = self.rule(room)
+        if room in connection.rooms or room in self._entering:
+            raise ReplyError(ErrorCode.ALREADY_SUBSCRIBED)
+        if len(connection.rooms) + len(self._entering) >= self.services.config.max_rooms:
+            raise ReplyError(ErrorCode.LIMIT_EXCEEDED)
+        self._entering += (room,)
+        try:
+            await permit(connection, "subscribe", rule, room, params, request.data)
+            # Without an epoch it is in the present one, as on the reference server.
+            since = Position(request.offset, request.epoch) if request.recover else None
+            entered = await memberships.enter(connection, room, since=since)
+        finally:
+            self._entering = tuple(other for other in self._entering if other != room)
+        result = _subscribed(room, entered, request)
+        if request.rejects_unrecovered and result.was_recovering and not result.recovered:
+            await memberships.leave(connection, room)
+            raise ReplyError(ErrorCode.UNRECOVERABLE_POSITION)
+        return result
+
+    async def unsubscribe(self, room: str) -> None:
+        """Harmless when there is no such subscription."""
+        self.server_side.pop(room, None)
+        await self.services.rooms.memberships.leave(self.connection, room)
+
+    # Subscriptions that the server makes
+
+    async def subscribe_here(self, room: str, request: SubscribeCommand | None) -> SubscribeResult:
+        """``request`` is what the client said of the subscription when it connected."""
+        since = None if request is None or not request.recover else Position(request.offset, request.epoch)
+        entered = await self.services.rooms.memberships.enter(self.connection, room, since=since)
+        self.server_side[room] = None
+        return _subscribed(room, entered, request or SubscribeCommand())
+
+    async def join(self, room: str) -> None:
+        """Subscribe the client to ``room`` without its asking, and send it the subscription."""
+        if room in self.connection.rooms:
+            return
+        result = await self.subscribe_here(room, None)
+        subscribe: dict[str, Any] = {"recoverable": result.recoverable, "positioned": result.positioned}
+        if result.positioned:
+            subscribe |= {"epoch": result.epoch, "offset": result.offset}
+        push = encode_push("subscribe", subscribe, channel=room)
+        self.connection.outbox.push(PreparedMessage(push))
+
+    async def leave(self, room: str) -> None:
+        """End a subscription, and send the client the end."""
+        self.server_side.pop(room, None)
+        if await self.services.rooms.memberships.leave(self.connection, room):
+            self._push_unsubscribe(room, UnsubscribeCode.SERVER, "server unsubscribe")
+
+    def lost(self, room: str) -> None:
+        """Publications are lost: the client subscribes again and gets what there is."""
+        memberships = self.services.rooms.memberships
+        if room in self.server_side:
+            self.end(CloseCode.INSUFFICIENT_STATE)
+        elif memberships.detach(self.connection, room):
+            self._push_unsubscribe(room, UnsubscribeCode.INSUFFICIENT_STATE, "insufficient state")
+            work = memberships.update_presence(self.connection, room)
+            spawn(self.connection.socket.tasks, work, name="asgi-cluster leave")
+
+    def gone(self) -> None:
+        """It is subscribed to nothing any more."""
+        self.services.rooms.memberships.detach_all(self.connection)
+
+    def _push_unsubscribe(self, room: str, code: int, reason: str) -> None:
+        push = encode_push("unsubscribe", {"code": code, "reason": reason}, channel=room)
+        self.connection.outbox.push(PreparedMessage(push))
+
+
+def check_supported(request: SubscribeCommand | PublishCommand) -> None:
+    """What cannot be had is refused: never accepted as something else."""
+    if request.unsupported:
+        raise ReplyError(ErrorCode.NOT_AVAILABLE, f"not available: {request.unsupported}")
+
+
+def _subscribed(room: str, entered: Entered, request: SubscribeCommand) -> SubscribeResult:
+    position = entered.position
+    if position is None:
+        return SubscribeResult()
+    publications: Sequence[Any] = ()
+    if entered.missed is not None:
+        publications = [pub for entry in entered.missed if (pub := pub_of(room, entry)) is not None]
+    return SubscribeResult(
+        recoverable=True,
+        positioned=True,
+        epoch=position.epoch,
+        offset=position.offset,
+        was_recovering=request.recover,
+        recovered=request.recover and entered.missed is not None,
+        publications=publications,
+    )
