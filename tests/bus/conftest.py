@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from redis._parsers import _AsyncHiredisParser, _AsyncRESP3Parser
 from redis.asyncio.connection import AbstractConnection
@@ -12,7 +14,7 @@ def parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """Each parser of redis-py in turn: it takes hiredis where that is installed."""
     if request.param == "Hiredis":
         pytest.importorskip("hiredis")  # the run with the oldest dependencies has none
-    parsers = {"RESP3": _AsyncRESP3Parser, "Hiredis": _AsyncHiredisParser}
+    parsers: dict[str, Any] = {"RESP3": _AsyncRESP3Parser, "Hiredis": _AsyncHiredisParser}
     set_parser = AbstractConnection.set_parser
     monkeypatch.setattr(
         AbstractConnection, "set_parser", lambda self, parser_class: set_parser(self, parsers[request.param])
