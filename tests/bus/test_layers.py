@@ -22,7 +22,9 @@ def imports(module: str) -> set[str]:
     return {
         (node.module or "").rpartition(".")[2]
         for node in ast.walk(ast.parse((FOLDER / f"{module}.py").read_text()))
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("asgi_cluster.backends.redis.")
+        if isinstance(node, ast.ImportFrom)
+        and node.module is not None
+        and node.module.startswith("asgi_cluster.backends.redis.")
     }
 
 

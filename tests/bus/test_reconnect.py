@@ -208,12 +208,16 @@ async def test_block_that_fails_closes_its_connection() -> None:
         async with connected(dial()):
             raise KeyError("a bug")
     assert connection.closed
-    again: Any = Connection()
 
-    async def dial_again() -> Any:
-        return again
 
-    async with connected(dial_again()) as given:
-        same = given is again
-    assert same
-    assert again.closed
+async def test_block_that_ends_closes_its_connection() -> None:
+    """The reader of its replies ends with it."""
+    connection: Any = Connection()
+
+    async def dial() -> Any:
+        return connection
+
+    async with connected(dial()):
+        await asyncio.sleep(0)
+    assert connection.closed
+    assert connection.broken.cancelled()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import math
+import re
 import ssl
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from redis.exceptions import ConnectionError
 from asgi_cluster.backends.redis.address import Address
 from asgi_cluster.backends.redis.compat import ContextConnection, receive_pushes, writer_of
 from tests.bus.fake import FakeServer, push
+from tests.support.machine import ROOT
 
 
 @contextmanager
@@ -100,3 +103,16 @@ async def test_tls_takes_the_context_of_the_application(monkeypatch: pytest.Monk
             await connection.connect()  # type: ignore[no-untyped-call]
         assert opened
         assert all(options["ssl"] is context for options in opened)
+
+
+def test_private_attributes_are_used_in_one_module() -> None:
+    """No other module of the folder reaches into an object that is not its own."""
+    found = {
+        path.name
+        for path in (ROOT / "asgi_cluster/backends/redis").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+        and re.match("_[^_]", node.attr)
+        and ast.unparse(node.value) not in ("self", "other")
+    }
+    assert found == {"compat.py"}

@@ -111,7 +111,7 @@ async def test_work_of_the_backend_that_fails(
         for subscriber in list(backend._subscribers._subscribers.values()):
             subscriber._connection.abort("broken by the test")
         if kind is PrimaryClient:
-            backend._topology.drop("broken by the test")
+            backend._topology._commands.drop("broken by the test")
         await eventually(lambda: cluster.stats().failing == {name: "KeyError"}, timeout=15)
         assert not cluster.ready
         assert "KeyError: 'injected'" in caplog.text

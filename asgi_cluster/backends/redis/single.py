@@ -156,26 +156,19 @@ class OnePrimary(Routed):
         deadline = loop.time() + timeout
         while True:
             try:
-                return await self._client().call(*args, timeout=deadline - loop.time())
+                commands = self._client()
+                return await commands.call(*args, timeout=deadline - loop.time())
             except NoScriptError:
                 raise
             except RedisError as error:
-                self._refused(first_word(error))
+                if first_word(error) == "READONLY":
+                    # It was demoted: the primary is another server than the one at the other end of this
+                    # connection.
+                    commands.drop("the server is a replica now")
                 if loop.time() + _RETRY_PAUSE >= deadline:
                     raise unavailable(error, sent=False) from error
                 logger.debug("%s answered %s: trying again", self.primary.name, first_word(error))
                 await asyncio.sleep(_RETRY_PAUSE)
-
-    def _refused(self, word: str) -> None:
-        if word == "READONLY":
-            # It was demoted: the primary is now another server than the one at the other end of this
-            # connection.
-            self.drop("the server is a replica now")
-
-    def drop(self, reason: str) -> None:
-        """Connect anew, because the primary is another one now."""
-        if self._commands is not None:
-            self._commands.drop(reason)
 
     def post(self, key: str, *args: str | bytes | int) -> bool:
         """See ``Topology.post``."""

@@ -158,7 +158,7 @@ class Subscriber:
                     if not caller.done():
                         caller.set_result(None)
             case Refuse(channel, error):
-                logger.error("a room's channel was refused: %s", reason_of(error))
+                logger.error("subscribing to the channel %s was refused: %s", channel, reason_of(error))
                 refused = self._callers.pop(channel, None)
                 if refused is not None and not refused.done():
                     refused.set_exception(BusUnavailable(reason_of(error)))
