@@ -11,6 +11,8 @@ import pytest
 from asgi_cluster import NotStarted
 from asgi_cluster.node import Node
 
+pytestmark = pytest.mark.quick
+
 
 def node(*, needs_start: bool, attach: Callable[[], None] = lambda: None, label: str | None = "web") -> Node:
     """A node that is not started."""

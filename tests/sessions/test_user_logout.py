@@ -130,8 +130,7 @@ async def test_session_user_overridden_by_accept(cluster_url: str, prefix: str, 
     def app(number: int) -> ClusterMiddleware:
         cluster = Cluster(cluster_url, prefix=prefix, node_label=f"n{number}", sessions=SESSIONS)
         clusters.append(cluster)
-        routes = [WebSocketRoute("/ws", overridden), Mount("/", here.app())]
-        inner = Starlette(routes=routes)
+        inner = Starlette(routes=[WebSocketRoute("/ws", overridden), Mount("/", here.app())])
         inner.state.cluster = cluster
         return ClusterMiddleware(inner, cluster)
 
