@@ -11,6 +11,8 @@ import pytest
 
 from tests.support.machine import ROOT
 
+pytestmark = pytest.mark.quick
+
 PACKAGE = ROOT / "asgi_cluster"
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix("."): path

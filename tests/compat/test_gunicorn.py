@@ -13,6 +13,8 @@ from gunicorn.arbiter import Arbiter
 
 from asgi_cluster.compat.gunicorn import has_forked_before
 
+pytestmark = pytest.mark.quick
+
 _CURE = (
     "compat/gunicorn.py reads the workers that were forked before this one from Arbiter.WORKERS, and this "
     "gunicorn {change}. Read them from where it keeps them now. Until then gunicorn's second worker on "

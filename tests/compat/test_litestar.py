@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from litestar import Request
 from litestar.types.empty import Empty
 
 from asgi_cluster.compat.litestar import is_cleared
+
+pytestmark = pytest.mark.quick
 
 
 def test_cleared_session_is_recognised() -> None:

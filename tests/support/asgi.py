@@ -79,7 +79,7 @@ async def running(
             process = spawn(command, log=file, env={**os.environ, **(env or {})}, cwd=ROOT)
         node = Node(port, process=process, log_path=log, scheme="s" if "--ssl-keyfile" in args else "")
         try:
-            await eventually(lambda: listens(node), timeout=30, message=f"no {server}")
+            await eventually(lambda: listens(node), timeout=120, message=f"no {server}")
             yield node
         finally:
             await asyncio.to_thread(end, process, patience=15)
