@@ -47,7 +47,7 @@ async def test_sigterm_drains_before_the_server_stops(redis_url: str, prefix: st
         watching = [asyncio.create_task(code_and_time(socket)) for socket in sockets]
         began = monotonic()
         node.signal(signal.SIGTERM)
-        await asyncio.sleep(0.4)
+        await asyncio.wait(watching, return_when=asyncio.FIRST_COMPLETED)
         late = await connected_or_code(node)
         assert late == 3001
         ended = [await task for task in watching]
