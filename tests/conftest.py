@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -16,6 +17,8 @@ from tests.support.requirements import run_with_the_test_group
 from tests.support.servers import Server, debian_binary, start_valkey
 from tests.support.topologies import RedisCluster, SentinelSet, start_redis_cluster, start_sentinel_set
 
+QUICK = "(quick and not server)"
+
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     """Adds no option. This hook runs before options of plugins that are not installed yet are refused."""
@@ -24,13 +27,12 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 def pytest_configure(config: pytest.Config) -> None:
     """A quick test is one only with the parameters that need no server."""
-    if "quick" in config.option.markexpr:
-        config.option.markexpr = f"({config.option.markexpr}) and not server"
+    config.option.markexpr = re.sub(r"\bquick\b", QUICK, config.option.markexpr)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """``-m quick`` does not import what has no quick tests: that takes longer than the tests."""
-    if config.option.markexpr != "(quick) and not server":
+    if config.option.markexpr != QUICK:
         return None
     files = collection_path.rglob("test_*.py") if collection_path.is_dir() else [collection_path]
     return None if any("pytest.mark.quick" in file.read_text() for file in files) else True

@@ -114,11 +114,21 @@ def test_readme_names_the_commands_that_exist() -> None:
     assert (ROOT / "loadtest/__main__.py").exists()
 
 
-@pytest.mark.parametrize("name", ["README.md", "ARCHITECTURE.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"]
+)
 def test_document_links_lead_somewhere(name: str) -> None:
     """Relative links name files of the repository."""
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / name).read_text()):
         assert (ROOT / target).exists(), target
+
+
+def test_contributing_names_files_that_exist() -> None:
+    """Where to add what: a path that moved would lead nowhere."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"`((?:asgi_cluster|tests|loadtest|\.ci)/[^`<*]*)`", text)
+    assert named
+    assert [path for path in named if not (ROOT / path).exists()] == []
 
 
 def test_version_is_one() -> None:

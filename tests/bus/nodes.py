@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import redis
+
 from asgi_cluster.backends.redis.backend import RedisBackend
 from asgi_cluster.backends.redis.bus import RedisRoomBus, RedisSessionBus
 from asgi_cluster.bus.messages import Changed, MalformedMessage, decode
@@ -94,6 +96,11 @@ async def opened(url: str, prefix: str, **options: Any) -> AsyncIterator[Node]:
     receiver.leased = lambda: node.session_bus.lease(0).live
     async with backend.open(made, receiver, receiver):
         yield node
+
+
+def beats(client: redis.Redis) -> int:
+    """Heartbeats that the server has answered."""
+    return int(client.info("commandstats").get("cmdstat_pexpire", {}).get("calls", 0))
 
 
 def our_tasks() -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 from asgi_cluster.backends.redis.bus import RedisRoomBus, RedisSessionBus
 from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.primary import Primary
-from asgi_cluster.backends.redis.subscriber import Subscriber
+from asgi_cluster.backends.redis.reconnect import ReconnectLoop
 from asgi_cluster.backends.redis.subscribers import SubscriberSet
 from asgi_cluster.bus.session_bus import SUBSCRIBED_AGAIN
 from asgi_cluster.ids import NodeId
@@ -73,52 +73,53 @@ class Listener:
 @asynccontextmanager
 async def receiving(
     monkeypatch: pytest.MonkeyPatch, servers: Any, *listeners: tuple[Listener, Sequence[str]]
-) -> AsyncIterator[tuple[SubscriberSet, list[Subscriber]]]:
+) -> AsyncIterator[tuple[SubscriberSet, list[Primary]]]:
     """A set whose subscribers connect to nothing: their events are made by the test."""
-    made: list[Subscriber] = []
 
-    async def run(self: Subscriber, started: asyncio.Future[None]) -> None:
-        made.append(self)
-        started.set_result(None)
+    async def run(self: ReconnectLoop) -> None:
+        self.established()
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(Subscriber, "run", run)
+    monkeypatch.setattr(ReconnectLoop, "run", run)
     found = SubscriberSet(servers, lease_duration=2.0)
     async with found.opened(servers, listeners):
-        yield found, made
+        yield found, list(servers.primaries())
 
 
 async def test_each_listener_gets_its_own_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the order in which they were given; a channel that was left, or is of none, goes to none."""
     events: list[tuple[str, str, Any]] = []
     first, second = Listener("first", events), Listener("second", events)
-    async with receiving(monkeypatch, Servers(), (first, ["a0", "b1"]), (second, [])) as (found, made):
+    async with receiving(monkeypatch, Servers(), (first, ["a0", "b1"]), (second, [])) as (found, primaries):
         await found.subscribe("room0", second)
         for channel in ("room0", "a0", "b1", "unknown"):
             found.message(channel, b"m")
         assert events == [("second", "room0", b"m"), ("first", "a0", b"m"), ("first", "b1", b"m")]
         events.clear()
-        found.acknowledged(made[0], frozenset({"a0", "room0"}))  # joined while the connection was down
-        found.gap(made[0], "cut", frozenset({"a0", "room0"}))
+        found.acknowledged(primaries[0], frozenset({"a0", "room0"}))  # joined while the connection was down
+        found.gap("cut", frozenset({"a0", "room0"}))
         assert events[-2:] == [("first", "cut", {"a0"}), ("second", "cut", {"room0"})]
         found.unsubscribe("room0")
         found.message("room0", b"late")
         events.clear()
-        found.acknowledged(made[0], frozenset({"a0"}))
+        found.acknowledged(primaries[0], frozenset({"a0"}))
         assert events == [("first", "restored", {"a0"}), ("second", "restored", set())]
 
 
 async def test_a_gap_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the channels are subscribed again, another loss of them is no news; each counts once."""
     events: list[tuple[str, str, Any]] = []
-    async with receiving(monkeypatch, Servers(), (Listener("it", events), ["a0", "b0"])) as (found, made):
-        found.gap(made[0], "cut", frozenset({"a0"}))
-        found.gap(made[0], "cut again", frozenset({"a0", "b0"}))
-        found.gap(made[0], "and again", frozenset({"a0", "b0"}))
+    async with receiving(monkeypatch, Servers(), (Listener("it", events), ["a0", "b0"])) as (
+        found,
+        primaries,
+    ):
+        found.gap("cut", frozenset({"a0"}))
+        found.gap("cut again", frozenset({"a0", "b0"}))
+        found.gap("and again", frozenset({"a0", "b0"}))
         assert events == [("it", "cut", {"a0"}), ("it", "cut again", {"b0"})]
         assert found.gaps == 2
-        found.acknowledged(made[0], frozenset({"a0", "b0"}))
-        found.gap(made[0], "much later", frozenset({"a0"}))
+        found.acknowledged(primaries[0], frozenset({"a0", "b0"}))
+        found.gap("much later", frozenset({"a0"}))
         assert events[2:] == [("it", "restored", {"a0", "b0"}), ("it", "much later", {"a0"})]
 
 
@@ -127,10 +128,10 @@ async def test_a_connection_without_channels(monkeypatch: pytest.MonkeyPatch) ->
     channels that were not lost is not.
     """
     events: list[tuple[str, str, Any]] = []
-    async with receiving(monkeypatch, Servers(), (Listener("it", events), ["a0"])) as (found, made):
-        found.acknowledged(made[0], frozenset({"a0"}))
+    async with receiving(monkeypatch, Servers(), (Listener("it", events), ["a0"])) as (found, primaries):
+        found.acknowledged(primaries[0], frozenset({"a0"}))
         assert events == []
-        found.acknowledged(made[1], frozenset())
+        found.acknowledged(primaries[1], frozenset())
         assert events == [("it", "restored", set())]
 
 
@@ -138,7 +139,7 @@ async def test_primaries_that_need_no_subscriber(monkeypatch: pytest.MonkeyPatch
     """Only those that the source of the heartbeats names have one."""
     servers = Servers()
     servers.primaries = lambda: servers.both[1:]  # type: ignore[method-assign]
-    async with receiving(monkeypatch, servers, (Listener("it", []), ["a1", "b0"])) as (found, made):
+    async with receiving(monkeypatch, servers, (Listener("it", []), ["a1", "b0"])) as (found, primaries):
         assert [each.primary for each in made] == servers.both[1:]
         assert (found.run_id("a1"), found.run_id("b0")) == ("?", "?")
         assert found.lease_of("b0").live is False

@@ -47,7 +47,7 @@ async def test_sigterm_drains_before_the_server_stops(redis_url: str, prefix: st
         watching = [asyncio.create_task(code_and_time(socket)) for socket in sockets]
         began = monotonic()
         node.signal(signal.SIGTERM)
-        await asyncio.sleep(0.4)
+        await asyncio.wait(watching, return_when=asyncio.FIRST_COMPLETED)
         late = await connected_or_code(node)
         assert late == 3001
         ended = [await task for task in watching]
@@ -160,6 +160,40 @@ async def test_handshake_that_a_drain_overtakes(cluster_url: str, prefix: str) -
         await cluster.drain(0)
         gate.open.set()
         assert await asyncio.wait_for(opening, 10) == 3001
+
+
+@pytest.mark.parametrize("how", ["signal", "loop"])
+@pytest.mark.parametrize("signals", [1, 2])
+async def test_sigterm_in_a_server_that_runs_here(prefix: str, how: str, signals: int) -> None:
+    """The handler that was there before gets the signal when the sockets are closed; a second signal
+    reaches it at once. Other signals are not held back.
+    """
+    received: list[int] = []
+    loop = asyncio.get_running_loop()
+    before = signal.getsignal(signal.SIGTERM)
+    if how == "signal":
+        signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    else:
+        loop.add_signal_handler(signal.SIGTERM, received.append, signal.SIGTERM)
+    loop.add_signal_handler(signal.SIGUSR1, received.append, signal.SIGUSR1)
+    try:
+        cluster = Cluster(f"memory://{prefix}", realtime=RealtimeConfig(drain=0.5 if signals == 1 else 60.0))
+        async with serve(ClusterMiddleware(Starlette(), cluster)) as node:
+            sockets = [await connected(node) for _ in range(3)]
+            signal.raise_signal(signal.SIGUSR1)
+            await eventually(lambda: received == [signal.SIGUSR1])
+            for _ in range(signals):
+                signal.raise_signal(signal.SIGTERM)
+            if signals == 1:
+                assert {(await code_and_time(socket))[0] for socket in sockets} == {3001}
+            await eventually(lambda: signal.SIGTERM in received)
+            for socket in sockets:
+                await socket.close()
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
+        loop.remove_signal_handler(signal.SIGUSR1)
+        signal.signal(signal.SIGTERM, before)
+    assert received == [signal.SIGUSR1, signal.SIGTERM]
 
 
 def test_drain_needs_no_handler_of_its_own() -> None:

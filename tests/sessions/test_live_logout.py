@@ -232,9 +232,12 @@ async def test_sockets_close_when_their_session_expires(cluster_url: str, prefix
         kept = await websockets.connect(
             f"{here.nodes[0].ws_url}/ws/careful", additional_headers=cookies(busy)
         )
-        for _ in range(8):
-            await asyncio.sleep(0.2)
+
+        async def lone_is_closed() -> bool:
             await busy.get("/show")
+            return lone.close_code is not None
+
+        await eventually(lone_is_closed, interval=0.2)
         assert await closed(lone) == 4502
         assert kept.close_code is None
         await kept.close()
