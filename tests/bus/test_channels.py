@@ -139,8 +139,8 @@ async def test_primaries_that_need_no_subscriber(monkeypatch: pytest.MonkeyPatch
     """Only those that the source of the heartbeats names have one."""
     servers = Servers()
     servers.primaries = lambda: servers.both[1:]  # type: ignore[method-assign]
-    async with receiving(monkeypatch, servers, (Listener("it", []), ["a1", "b0"])) as (found, primaries):
-        assert [each.primary for each in made] == servers.both[1:]
+    async with receiving(monkeypatch, servers, (Listener("it", []), ["a1", "b0"])) as (found, _):
+        assert list(found._subscribers) == servers.both[1:]
         assert (found.run_id("a1"), found.run_id("b0")) == ("?", "?")
         assert found.lease_of("b0").live is False
 
