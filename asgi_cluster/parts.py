@@ -105,7 +105,7 @@ class Parts:
             backend=self.backend,
             dispatch=self.dispatch,
             hub=self.hub,
-            retention=self.rooms.retention,
+            rooms=self.rooms,
             revalidator=self.revalidator,
             tombstones=self.service.tombstones,
             config=realtime,

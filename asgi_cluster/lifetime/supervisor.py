@@ -13,7 +13,7 @@ from asgi_cluster.exceptions import ClusterError
 from asgi_cluster.lifetime.draining import Drainer, draining_on_sigterm, reloads
 from asgi_cluster.lifetime.lazy_start import LazyStart
 from asgi_cluster.node import Node
-from asgi_cluster.rooms.retention import Retention
+from asgi_cluster.rooms.rooms import Rooms
 from asgi_cluster.sessions.revalidation import Revalidator
 from asgi_cluster.sessions.tombstones import Tombstones
 from asgi_cluster.sockets.hub import Hub
@@ -38,7 +38,7 @@ class Supervisor:
         backend: Backend,
         dispatch: Dispatch,
         hub: Hub,
-        retention: Retention,
+        rooms: Rooms,
         revalidator: Revalidator,
         tombstones: Tombstones,
         config: RealtimeConfig,
@@ -47,12 +47,12 @@ class Supervisor:
         self._backend = backend
         self._dispatch = dispatch
         self._hub = hub
-        self._retention = retention
+        self._rooms = rooms
         self._config = config
         self._background = {
             "verification": revalidator.run,
             "tombstones": tombstones.run,
-            "room rules": retention.run,
+            "room rules": rooms.retention.run,
         }
         self._task: asyncio.Task[None] | None = None
         self._stop: asyncio.Event | None = None
@@ -124,7 +124,7 @@ class Supervisor:
         node = self._node
         try:
             async with self._connected(), asyncio.TaskGroup() as tasks:
-                await self._retention.start()
+                await self._rooms.retention.start()
                 node.tasks, node.loop = tasks, asyncio.get_running_loop()
                 with ExitStack() as stack:
                     if self._config.drain and node.listens:
