@@ -16,7 +16,6 @@ from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket
 
 from asgi_cluster import Cluster, ClusterMiddleware, CookieConfig, SessionConfig
-from asgi_cluster.sockets.origin import Origins
 from tests.realtime.conftest import sign_in
 from tests.realtime.site import Node, Site
 from tests.realtime.test_connection import UVICORN, cluster_of
@@ -138,6 +137,7 @@ async def test_refusal_in_accept(
     for path, endpoint in (("/chat", chat), ("/free", free), ("/accepted", accepted)):
         app.router.routes.append(WebSocketRoute(path, endpoint))
     cluster = Cluster(f"memory://{prefix}", sessions=SessionConfig(cookie=CookieConfig(secure=False)))
+    app.state.cluster = cluster
     async with serve(ClusterMiddleware(app, cluster), ws=ws) as served:
         node = Node(cluster, served)
         own = node.http.removeprefix("http://")
@@ -179,7 +179,8 @@ async def test_log_is_bounded(lone_site: Site, caplog: pytest.LogCaptureFixture)
     """
     node = await lone_site.node()
     clock = Clock()
-    node.cluster._parts.origins = Origins(None, clock=clock)
+    origins = node.cluster._parts.origins
+    origins._clock, origins._counted_at = clock, clock()
 
     def logged() -> list[str]:
         return [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]
