@@ -38,9 +38,9 @@ class Client:
     def __init__(self, services: Services, connection: Connection) -> None:
         self.services = services
         self.connection = connection
-        # Not a set: most clients are in the middle of nothing, and the empty tuple takes no memory.
-        self._entering: tuple[str, ...] = ()
-        self.server_side: dict[str, None] = {}
+        # Frozen, because most stay empty, and there is one empty frozenset.
+        self._entering: frozenset[str] = frozenset()
+        self.server_side: frozenset[str] = frozenset()
         """The rooms to which the server subscribed it."""
 
     def rule(self, room: str) -> tuple[RoomRule, dict[str, str]]:
@@ -66,14 +66,14 @@ class Client:
             raise ReplyError(ErrorCode.ALREADY_SUBSCRIBED)
         if len(connection.rooms) + len(self._entering) >= self.services.config.max_rooms:
             raise ReplyError(ErrorCode.LIMIT_EXCEEDED)
-        self._entering += (room,)
+        self._entering |= {room}
         try:
             await permit(connection, "subscribe", rule, room, params, request.data)
             # Without an epoch it is in the present one, as on the reference server.
             since = Position(request.offset, request.epoch) if request.recover else None
             entered = await memberships.enter(connection, room, since=since)
         finally:
-            self._entering = tuple(other for other in self._entering if other != room)
+            self._entering -= {room}
         result = _subscribed(room, entered, request)
         if request.rejects_unrecovered and result.was_recovering and not result.recovered:
             await memberships.leave(connection, room)
@@ -82,48 +82,48 @@ class Client:
 
     async def unsubscribe(self, room: str) -> None:
         """Harmless when there is no such subscription."""
-        self.server_side.pop(room, None)
+        self.server_side -= {room}
         await self.services.rooms.memberships.leave(self.connection, room)
 
     # Subscriptions that the server makes
 
     async def subscribe_here(self, room: str, request: SubscribeCommand | None) -> SubscribeResult:
-        """``request`` is what the client said of the subscription when it connected."""
+        """``request`` is what the client sent for the subscription when it connected."""
         since = None if request is None or not request.recover else Position(request.offset, request.epoch)
         entered = await self.services.rooms.memberships.enter(self.connection, room, since=since)
-        self.server_side[room] = None
+        self.server_side |= {room}
         return _subscribed(room, entered, request or SubscribeCommand())
 
-    async def join(self, room: str) -> None:
+    async def join(self, connection: Connection, room: str) -> None:
         """Subscribe the client to ``room`` without its asking, and send it the subscription."""
-        if room in self.connection.rooms:
+        if room in connection.rooms:
             return
         result = await self.subscribe_here(room, None)
         subscribe: dict[str, Any] = {"recoverable": result.recoverable, "positioned": result.positioned}
         if result.positioned:
             subscribe |= {"epoch": result.epoch, "offset": result.offset}
         push = encode_push("subscribe", subscribe, channel=room)
-        self.connection.outbox.push(PreparedMessage(push))
+        connection.outbox.push(PreparedMessage(push))
 
-    async def leave(self, room: str) -> None:
+    async def leave(self, connection: Connection, room: str) -> None:
         """End a subscription, and send the client the end."""
-        self.server_side.pop(room, None)
-        if await self.services.rooms.memberships.leave(self.connection, room):
+        self.server_side -= {room}
+        if await self.services.rooms.memberships.leave(connection, room):
             self._push_unsubscribe(room, UnsubscribeCode.SERVER, "server unsubscribe")
 
-    def lost(self, room: str) -> None:
+    def lost(self, connection: Connection, room: str) -> None:
         """Publications are lost: the client subscribes again and gets what there is."""
         memberships = self.services.rooms.memberships
         if room in self.server_side:
             self.end(CloseCode.INSUFFICIENT_STATE)
-        elif memberships.detach(self.connection, room):
+        elif memberships.detach(connection, room):
             self._push_unsubscribe(room, UnsubscribeCode.INSUFFICIENT_STATE, "insufficient state")
-            work = memberships.update_presence(self.connection, room)
-            spawn(self.connection.socket.tasks, work, name="asgi-cluster leave")
+            work = memberships.update_presence(connection, room)
+            spawn(connection.socket.tasks, work, name="asgi-cluster leave")
 
-    def gone(self) -> None:
+    def detach_all(self, connection: Connection) -> None:
         """It is subscribed to nothing any more."""
-        self.services.rooms.memberships.detach_all(self.connection)
+        self.services.rooms.memberships.detach_all(connection)
 
     def _push_unsubscribe(self, room: str, code: int, reason: str) -> None:
         push = encode_push("unsubscribe", {"code": code, "reason": reason}, channel=room)

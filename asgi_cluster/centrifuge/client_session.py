@@ -14,9 +14,7 @@ from asgi_cluster.centrifuge.protocol import BadFrame, decode_commands
 from asgi_cluster.centrifuge.services import Services
 from asgi_cluster.codes import CloseCode
 from asgi_cluster.rooms.connection import Connection
-from asgi_cluster.sockets.outbox import Outbox
 from asgi_cluster.sockets.receiving import Message, Receive
-from asgi_cluster.sockets.socket import Socket
 
 __all__ = ["ClientSession"]
 
@@ -34,21 +32,17 @@ class ClientSession:
         "_commands",
         "_connecting",
         "_keepalive",
-        "_outbox",
-        "_socket",
         "_spent_at",
         "_tokens",
     )
 
     def __init__(self, services: Services, connection: Connection) -> None:
         self._client = connection.membership = Client(services, connection)
-        self._outbox: Outbox = connection.outbox
-        self._socket: Socket = connection.socket
         self._keepalive = Keepalive(self._client)
         self._connecting = Connecting(self._client, self._keepalive)
         self._commands = CommandRunner(self._client, self._connecting)
         self._tokens = services.config.max_commands_per_second * _BURST
-        self._spent_at = self._socket.loop.time()
+        self._spent_at = connection.socket.loop.time()
 
     async def run(self, receive: Receive) -> None:
         """Serve the client until it is gone."""
@@ -64,7 +58,7 @@ class ClientSession:
                 await self._frame(message)
         finally:
             self._stop_timers()
-            self._outbox.close()  # from here on no room can be entered
+            connection.outbox.close()  # from here on no room can be entered
             await self._commands.cancel()
             # Before what is left of the commands is waited for: the client is gone now.
             await services.rooms.memberships.leave_all(connection)
@@ -77,7 +71,8 @@ class ClientSession:
             self._stop_timers()  # a connect command may have finished just now
             if self._connecting.connected:
                 await services.limits.leave(connection)
-                code, reason = self._socket.close_code or code, self._socket.close_reason or reason
+                socket = connection.socket
+                code, reason = socket.close_code or code, socket.close_reason or reason
                 hook = services.config.on_disconnect
                 await call_hook(services.rooms, connection, "on_disconnect", hook, code, reason)
 
@@ -88,7 +83,8 @@ class ClientSession:
     # Frames
 
     async def _frame(self, message: Message) -> None:
-        if self._socket.state != "open" or self._outbox.closed:
+        connection = self._client.connection
+        if connection.socket.state != "open" or connection.outbox.closed:
             return
         text = message.get("text")
         frame = message["bytes"] if text is None else text.encode(errors="surrogatepass")
@@ -111,7 +107,7 @@ class ClientSession:
                 await self._commands.room_for_more()
                 self._keepalive.reading = True
                 self._keepalive.pong()
-            if self._socket.state != "open" or self._outbox.closed:
+            if connection.socket.state != "open" or connection.outbox.closed:
                 return
             introduces = introduces or command.connect is not None
             if not self._commands.introduced and command.connect is None:
@@ -125,7 +121,7 @@ class ClientSession:
 
     def _afford(self, count: int) -> bool:
         rate = self._client.services.config.max_commands_per_second
-        now = self._socket.loop.time()
+        now = self._client.connection.socket.loop.time()
         self._tokens = min(rate * _BURST, self._tokens + (now - self._spent_at) * rate) - count
         self._spent_at = now
         return self._tokens >= 0

@@ -200,7 +200,7 @@ class Pub(Struct, frozen=True):
 
 
 class SubscribeResult(Struct, frozen=True, omit_defaults=True):
-    """Where a subscription stands, and what it missed."""
+    """The position of a subscription, and what it missed."""
 
     recoverable: bool = False
     epoch: str = ""

@@ -16,7 +16,6 @@ from asgi_cluster.sockets.receiving import Receive, Send
 from asgi_cluster.sockets.wire import BARE
 
 if TYPE_CHECKING:
-    from asgi_cluster.rooms.memberships import Memberships
     from asgi_cluster.rooms.rooms import Rooms
     from asgi_cluster.sockets.hub import Hub
     from asgi_cluster.sockets.origin import Origins
@@ -100,7 +99,7 @@ class Acceptance:
             hub.close_if_logged_out(socket, since=socket.began, final=in_handshake)
         outbox = hub.outboxes.open(socket, BARE)
         connection = Connection(socket, state.session, outbox, self._cluster)
-        connection.membership = BareMembership(connection, self._rooms.memberships)
+        connection.membership = self._rooms.memberships
         connection._input = Input(receive, socket, hub)
         self._connection = socket.connection = connection
         return connection
@@ -132,34 +131,6 @@ class Acceptance:
             else:
                 socket.close(code, reason)
             socket.connection = None
-
-
-class BareMembership:
-    """The rooms of an app's own socket: its client gets what is published in them, and nothing else."""
-
-    __slots__ = ("_connection", "_memberships")
-
-    def __init__(self, connection: Connection, memberships: Memberships) -> None:
-        self._connection = connection
-        self._memberships = memberships
-
-    async def join(self, room: str) -> None:
-        """As ``Connection.join``."""
-        self._connection._check_open()
-        await self._memberships.enter(self._connection, room)
-        self._connection._check_open()
-
-    async def leave(self, room: str) -> None:
-        """As ``Connection.leave``."""
-        await self._memberships.leave(self._connection, room)
-
-    def lost(self, room: str) -> None:
-        """Without a protocol there is only one sign for that, the close code 3010."""
-        self._connection.socket.close(CloseCode.INSUFFICIENT_STATE, CloseCode.INSUFFICIENT_STATE.text)
-
-    def gone(self) -> None:
-        """It is in no room any more."""
-        self._memberships.detach_all(self._connection)
 
 
 class OriginRefused(OSError):

@@ -21,26 +21,26 @@ __all__ = ["Connection", "Membership"]
 
 
 class Membership(Protocol):
-    """How one connection enters and leaves rooms, and what its client gets of that: nothing (``Acceptance``),
-    or pushes of the client protocol (``centrifuge.client``).
+    """How a connection enters and leaves rooms, and what its client gets of that: nothing (``Memberships``,
+    for an app's own socket), or pushes of the client protocol (``centrifuge.client``).
     """
 
-    async def join(self, room: str) -> None:
+    async def join(self, connection: Connection, room: str) -> None:
         """As ``Connection.join``."""
         ...
 
-    async def leave(self, room: str) -> None:
+    async def leave(self, connection: Connection, room: str) -> object:
         """As ``Connection.leave``."""
         ...
 
-    def lost(self, room: str) -> None:
+    def lost(self, connection: Connection, room: str) -> None:
         """Publications of ``room`` are lost: end the membership, so that the client comes back for what there
         is.
         """
         ...
 
-    def gone(self) -> None:
-        """The socket is over: end every membership here. Who is present is settled later."""
+    def detach_all(self, connection: Connection) -> None:
+        """The socket is over: end every membership here. Presence follows later."""
         ...
 
 
@@ -56,7 +56,6 @@ class Connection:
 
     __slots__ = (
         "__weakref__",
-        "_announced",
         "_input",
         "_present",
         "cluster",
@@ -80,9 +79,8 @@ class Connection:
         self.rooms: dict[str, LocalRoom] = {}
         self.info: Any = None
         """What others see of it besides its user (``Connected.info``)."""
-        # Ordered sets, as dicts: an empty set takes 216 bytes, and most stay empty.
+        # An ordered set, as a dict: an empty set takes 216 bytes, and most stay empty.
         self._present: dict[str, None] = {}
-        self._announced: dict[str, None] = {}
         self._input: Input | None = None
 
     @property
@@ -109,11 +107,11 @@ class Connection:
             OSError: the connection is closed, or was closed meanwhile.
             BusUnavailable: the room cannot be subscribed to, or its history not be read.
         """
-        await self.membership.join(check_room(room))
+        await self.membership.join(self, check_room(room))
 
     async def leave(self, room: str) -> None:
         """Leave a room. Harmless when it is not in it. Raises ``ValueError`` for no valid room name."""
-        await self.membership.leave(check_room(room))
+        await self.membership.leave(self, check_room(room))
 
     async def send(self, data: Any) -> None:
         """Send to this connection: ``str`` and JSON values as text, ``bytes`` as binary; to a client of the
@@ -134,7 +132,7 @@ class Connection:
 
     def gone(self) -> None:
         """The socket is over: the connection is in no room any more."""
-        self.membership.gone()
+        self.membership.detach_all(self)
 
     def _check_open(self) -> None:
         if self.socket.state != "open" or self._over:

@@ -33,7 +33,7 @@ class Delivery:
         self._rooms = rooms
         self._local_ids: OrderedDict[str, None] = OrderedDict()
         self._followed: dict[str, bool] = {}
-        self._complained: set[str] = set()
+        self._warned: set[str] = set()
 
     def follow(self, message_id: str) -> None:
         """Note whether the bus brings this message, until ``followed`` asks: its publisher may get none."""
@@ -56,21 +56,21 @@ class Delivery:
         try:
             position, previous, body = open_envelope(payload)
         except ValueError:
-            self._complain("a room message without envelope arrived (another version?)")
+            self._warn_once("a room message without envelope arrived (another version?)")
             return
         if position is None:
             self.deliver(local_room, body)
         elif local_room.stream is None:
             if not self._rooms.members(local_room):
                 return  # a member is about to enter, and reads history after this
-            self._complain("a room has history on another node and none here: the nodes' rules differ")
+            self._warn_once("a room has history on another node and none here: the nodes' rules differ")
             self.deliver(local_room, body)
         else:
             local_room.stream.receive(position, previous, body)
 
-    def _complain(self, what: str) -> None:
-        if what not in self._complained:
-            self._complained.add(what)
+    def _warn_once(self, what: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
             logger.warning("%s", what)
 
     def deliver(self, local_room: LocalRoom, body: bytes, offset: int | None = None) -> None:
@@ -78,7 +78,7 @@ class Delivery:
         try:
             message = decode(body)
         except MalformedMessage:
-            self._complain("a room message could not be decoded (another version?)")
+            self._warn_once("a room message could not be decoded (another version?)")
             return
         match message:
             case Published():
@@ -101,7 +101,7 @@ class Delivery:
                     lambda member: _take_out(member, local_room.name),
                 )
             case _:
-                self._complain("a message arrived in a room that does not belong in one")
+                self._warn_once("a message arrived in a room that does not belong in one")
 
     def _deliver_published(
         self, local_room: LocalRoom, message: Published, offset: int | None, *, local: bool = False
@@ -134,7 +134,7 @@ class Delivery:
             "publications of a room were lost for its %d members here: they are unsubscribed or closed",
             len(members),
         )
-        self._for_each(iter(members), lambda member: member.membership.lost(local_room.name))
+        self._for_each(iter(members), lambda member: member.membership.lost(member, local_room.name))
 
     def _for_each(self, members: Iterator[Connection], act: Callable[[Connection], None]) -> None:
         """Each on its own loop, in slices: a room of ten thousand must not hold this one."""

@@ -26,13 +26,14 @@ class LocalRoom:
     ``flusher`` writes to all of them at the end of a loop tick; ``None``: they are on several loops.
     """
 
-    __slots__ = ("_flusher", "_members", "name", "slow", "stream", "subscribed", "users")
+    __slots__ = ("_flusher", "_members", "join_leave", "name", "slow", "stream", "subscribed", "users")
 
     def __init__(self, name: str, flusher: Flusher | None) -> None:
         self.name = name
         self.users = 0
         self.subscribed = False
         self.slow: SlowPolicy = "disconnect"
+        self.join_leave = False
         self.stream: StreamRunner | None = None
         self._flusher = flusher
         # By form, because each form is encoded once.
@@ -74,7 +75,7 @@ class LocalRoom:
         exclude: str | None = None,
     ) -> None:
         """Hand a message to every member here but ``exclude``. ``prepare`` gives it in the form that is asked
-        for; ``None``: not said in this form.
+        for; ``None``: that form has no such message.
         """
         slow = self.slow
         if slow == "latest":

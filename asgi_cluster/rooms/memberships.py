@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from asgi_cluster.bus.messages import Joined, Left, Message
+from asgi_cluster.codes import CloseCode
 from asgi_cluster.exceptions import BusUnavailable, ClusterError
 from asgi_cluster.node import Node
 from asgi_cluster.rooms.connection import Connection
@@ -113,12 +114,18 @@ class Memberships:
         if rule is not None:
             # In a room with history no message may be dropped for a slow member, whatever the rule here says.
             local_room.slow = rule.slow if kept is None else "disconnect"
+            local_room.join_leave = rule.join_leave
         connection.rooms[room] = local_room
         local_room.attach(connection.id, connection.outbox)
-        if rule is not None and rule.join_leave:
-            connection._announced[room] = None
+        if local_room.join_leave:
             self._announce(connection, room, Joined(connection.id, client_info(connection)))
         return Entered(position, missed)
+
+    async def join(self, connection: Connection, room: str) -> None:
+        """``Connection.join`` of an app's own socket."""
+        connection._check_open()
+        await self.enter(connection, room)
+        connection._check_open()
 
     async def leave(self, connection: Connection, room: str) -> bool:
         """End a membership; False when there was none. Waits for an ``enter`` that began before."""
@@ -142,20 +149,25 @@ class Memberships:
         """End a membership here and now; False when there was none. ``leave``, ``leave_all`` or
         ``update_presence`` is due for the rest: who is present.
         """
-        if room in connection._announced:
-            connection._announced.pop(room, None)
-            self._announce(connection, room, Left(connection.id, client_info(connection)))
         local_room = connection.rooms.pop(room, None)
         if local_room is None:
             return False
+        if local_room.join_leave:
+            self._announce(connection, room, Left(connection.id, client_info(connection)))
         local_room.detach(connection.id, connection.outbox)
         self._rooms.release(local_room)
         return True
 
     def detach_all(self, connection: Connection) -> None:
         """``detach`` from every room."""
-        for room in {*connection.rooms, *connection._announced}:
+        for room in tuple(connection.rooms):
             self.detach(connection, room)
+
+    def lost(self, connection: Connection, room: str) -> None:
+        """An app's own socket has lost publications: without a protocol the only sign for that is the close
+        code 3010.
+        """
+        connection.socket.close(CloseCode.INSUFFICIENT_STATE, CloseCode.INSUFFICIENT_STATE.text)
 
     async def update_presence(self, connection: Connection, room: str) -> None:
         """After ``detach``: it is not present any more, unless it has entered again."""

@@ -1,6 +1,6 @@
 """The order of one room with history on this node: nothing twice, nothing left out unnoticed. Without I/O.
 
-All members of a room here stand at the same place: ``last`` is the position of what was delivered last. A
+All members of a room here have the same position, ``last``: that of what was delivered last. A
 publication whose ``previous`` is ``last`` is delivered; an older one is dropped; anything else is a gap, and
 the room waits while the missing part is read from history. If it is not there (any more), every member's
 membership ends.
@@ -53,7 +53,7 @@ class Read:
 
 
 class Recovered(NamedTuple):
-    """What a client has missed (``None``: not all of it is there), and where the room stands."""
+    """What a client has missed (``None``: not all of it is there), and the room's position."""
 
     missed: Sequence[Entry] | None
     position: Position
@@ -69,7 +69,7 @@ class RoomStream:
     def __init__(self, *, size: int) -> None:
         self._size = size
         self.last: Position | None = None
-        """Where every member here stands; ``None`` before the room was first read."""
+        """The position of every member here; ``None`` before the room was first read."""
         self.repairing = False
         """Whether a repair is under way."""
         self._tries = 0  # of the repair under way
@@ -131,7 +131,7 @@ class RoomStream:
         self._trusted = False
 
     def restored(self) -> Actions:
-        """The subscription stands again: see what was missed."""
+        """The room is subscribed to again: read what was missed."""
         actions: list[Entry | Action] = []
         if self.last is not None and not self.repairing:
             self._repair(actions)

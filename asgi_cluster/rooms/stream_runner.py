@@ -62,7 +62,7 @@ class StreamRunner:
 
     @property
     def last(self) -> Position | None:
-        """Where every member here stands; ``None`` before the room was first read."""
+        """The position of every member here; ``None`` before the room was first read."""
         return self._stream.last
 
     # Receiving
@@ -77,7 +77,7 @@ class StreamRunner:
         self._stream.gap()
 
     def restored(self) -> None:
-        """The subscription stands again: see what was missed."""
+        """The room is subscribed to again: read what was missed."""
         with self._lock:
             self._perform(self._stream.restored())
 
@@ -152,6 +152,8 @@ class StreamRunner:
         finally:
             with self._lock:
                 self._perform(self._stream.end_read(read, page))
+                if full and self._stream.has_tail:
+                    self._use_tail()  # here too: the caller may have been cancelled
             if self._reading is reading:
                 self._reading = None
             if failure is None:

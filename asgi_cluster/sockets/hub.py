@@ -1,4 +1,4 @@
-"""This node's sockets, by session and by user."""
+"""The index of this node's sockets, by session and by user, and what is done to them: closed, sent to."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Hub:
             _discard(self._by_owner, watcher.owner, watcher)
 
     def set_user(self, socket: Socket, user: str | None, *, since: float) -> None:
-        """The socket acts as ``user`` from now on; it was begun to decide that at ``since``."""
+        """The socket acts as ``user`` from now on. The decision about that began at ``since``."""
         with self._lock:
             socket.since = since
             _discard(self._by_user, socket.user, socket)
@@ -117,9 +117,9 @@ class Hub:
         """Close a socket whose user was named just now, if that user was logged out after ``since`` (a
         reading of ``logouts.last``).
 
-        With 4501; with 3011, so that the client comes back and is decided anew, when ``final`` is false or
-        the record of logouts does not reach back so far. The socket is in the index already: a logout that is
-        not in the record yet finds the socket.
+        With 4501; with 3011, so that the client reconnects and its user is determined again, when ``final``
+        is false or the record of logouts does not reach back so far. The socket is in the index already: a
+        logout that is not in the record yet finds the socket.
         """
         if socket.user is None:
             return
@@ -175,7 +175,7 @@ class Hub:
         ``Socket.since``.
 
         With 4501. Those that are younger by less than the clocks may differ with 3011, so that the client
-        comes back and is decided anew.
+        reconnects and its user is determined again.
         """
         processed = self.logouts.has(user, name)
         for socket in tuple(self._by_user.get(user, ())):
@@ -193,8 +193,8 @@ class Hub:
                 socket.close(CloseCode.FORCE_RECONNECT, "the user may have been logged out meanwhile")
 
     def sockets_of(self, user: str, *, keep: str | None) -> tuple[Socket, ...]:
-        """The open sockets of a user's sessions, but those of ``keep``. Their watchers look for
-        themselves.
+        """The open sockets of a user's sessions, but those of ``keep``. The watchers of the others read the
+        store themselves.
         """
         found = []
         for each in self._acting_as(user):

@@ -9,8 +9,8 @@ its transport. Everything else goes through ASGI ``send``.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Hashable
-from typing import Any
+from collections.abc import Awaitable, Hashable
+from typing import Any, Protocol
 
 from asgi_cluster.codes import CloseCode
 from asgi_cluster.compat.uvicorn import can_write, idle_transport, room_to_write
@@ -27,13 +27,22 @@ __all__ = ["Outbox"]
 _BATCH_BYTES = 1 << 16
 
 
-class Outbox:
-    """The messages that wait for one socket. To be used on ``loop`` only.
+class Target(Protocol):
+    """The socket that an outbox writes to. A Protocol, because ``Socket``'s module imports this one."""
 
-    ``wire`` is the form in which its messages are prepared. ``send`` is the server's ASGI ``send``;
-    ``server`` is the server's protocol object where that is known, and ``direct`` says whether its transport
-    is written to. ``give_up`` closes the socket with a code, because the client is too slow or because of an
-    error.
+    loop: asyncio.AbstractEventLoop
+    tasks: asyncio.TaskGroup
+    send: Send
+    server: Any
+    why_not_direct: str
+
+    def give_up(self, code: CloseCode, error: Exception | None) -> None: ...
+
+
+class Outbox:
+    """The messages that wait for one socket. To be used on the socket's loop only.
+
+    ``wire`` is the form in which its messages are prepared.
     """
 
     __slots__ = (
@@ -42,40 +51,23 @@ class Outbox:
         "_dirty",
         "_drained",
         "_flusher",
-        "_give_up",
         "_held",
         "_latest",
         "_limit",
         "_pending",
-        "_send",
         "_server",
-        "_tasks",
+        "_socket",
         "blocked",
         "closed",
         "direct",
-        "loop",
         "wire",
     )
 
     def __init__(
-        self,
-        wire: Wire,
-        flusher: Flusher,
-        counters: Counters,
-        *,
-        limit: int,
-        send: Send,
-        server: Any,
-        direct: bool,
-        loop: asyncio.AbstractEventLoop,
-        tasks: asyncio.TaskGroup,
-        give_up: Callable[[CloseCode, Exception | None], None],
+        self, socket: Target, flusher: Flusher, counters: Counters, *, limit: int, wire: Wire
     ) -> None:
-        self._send = send
-        self._server = server
-        self.loop = loop
-        self._tasks = tasks
-        self._give_up = give_up
+        self._socket = socket
+        self._server = socket.server
         self._flusher = flusher
         self._counters = counters
         self._limit = limit
@@ -90,7 +82,7 @@ class Outbox:
         self.blocked = False
         """Whether a writer waits for the client to read, or what is pushed is held."""
         self.closed = False
-        self.direct = direct
+        self.direct = socket.server is not None and not socket.why_not_direct
 
     def push(self, packet: PreparedMessage, slow: SlowPolicy = "disconnect", key: Hashable = None) -> None:
         """Send ``packet`` after what was pushed before; ``slow`` says what happens when too much waits
@@ -118,7 +110,7 @@ class Outbox:
     ) -> None:
         """``push`` from any thread."""
         try:
-            self.loop.call_soon_threadsafe(self.push, packet, slow, key)
+            self._socket.loop.call_soon_threadsafe(self.push, packet, slow, key)
         except RuntimeError:
             self.closed = True  # its loop is closed, and so is the socket
 
@@ -141,7 +133,7 @@ class Outbox:
         if self._bytes + packet.size > self._limit and (self.blocked or self._bytes):
             if slow == "disconnect":
                 self._counters.slow += 1
-                self._give_up(CloseCode.SLOW, None)
+                self._socket.give_up(CloseCode.SLOW, None)
             else:
                 self._counters.dropped += 1
             return
@@ -202,7 +194,7 @@ class Outbox:
             rest = self._write()
             if rest is not None:
                 self.blocked = True
-                spawn(self._tasks, self._go_on(rest), name="asgi-cluster writer")
+                spawn(self._socket.tasks, self._go_on(rest), name="asgi-cluster writer")
         except (OSError, RuntimeError):
             discard(rest)
             self.close()  # the client is gone, the app has closed it, or the node is stopping
@@ -240,7 +232,7 @@ class Outbox:
     def _send_events(self) -> Awaitable[None] | None:
         known = self._server is not None
         while self._pending:
-            sending = self._send(self._next_event())
+            sending = self._socket.send(self._next_event())
             # uvicorn's send finishes without waiting while its buffer has room; another server's may expect a
             # task around it.
             rest = drive(sending) if known else sending
@@ -321,7 +313,7 @@ class Outbox:
     def changed(self) -> asyncio.Future[None]:
         """Done when a blocked writer has finished, or the outbox is closed. Shared: not to be cancelled."""
         if self._drained is None:
-            self._drained = self.loop.create_future()
+            self._drained = self._socket.loop.create_future()
         return self._drained
 
     def _wake(self) -> None:
@@ -343,7 +335,7 @@ class Outbox:
         open, it would get no more messages.
         """
         self.close()
-        self._give_up(CloseCode.SERVER_ERROR, error)
+        self._socket.give_up(CloseCode.SERVER_ERROR, error)
 
     @property
     def waiting_bytes(self) -> int:

@@ -27,18 +27,8 @@ class Outboxes:
     def open(self, socket: Socket, wire: Wire) -> Outbox:
         """The outbox of a socket; ``wire`` is the form of its messages."""
         if socket.outbox is None:
-            socket.outbox = Outbox(
-                wire,
-                self.flusher(socket.loop),
-                self.counters,
-                limit=self._limit,
-                send=socket.send,
-                server=socket.server,
-                direct=not socket.why_not_direct,
-                loop=socket.loop,
-                tasks=socket.tasks,
-                give_up=socket.give_up,
-            )
+            flusher = self.flusher(socket.loop)
+            socket.outbox = Outbox(socket, flusher, self.counters, limit=self._limit, wire=wire)
         return socket.outbox
 
     def flusher(self, loop: asyncio.AbstractEventLoop) -> Flusher:

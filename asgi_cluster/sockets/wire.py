@@ -34,7 +34,7 @@ class Wire(Protocol):
         ...
 
     def join(self, room: str, info: bytes) -> PreparedMessage | None:
-        """A member has come; ``info`` is its client info as JSON. ``None``: not said in this form."""
+        """A member has come; ``info`` is its client info as JSON. ``None``: this form has no such message."""
         ...
 
     def leave(self, room: str, info: bytes) -> PreparedMessage | None:

@@ -57,7 +57,7 @@ def always(text: bytes) -> Callable[[Wire], PreparedMessage]:
 
 
 class Member:
-    """A connection as an audience sees it, on a transport of the test's, and what it should get."""
+    """A member of rooms, on a transport of the test's, and what it should get."""
 
     def __init__(self, number: int, flusher: Flusher, tasks: asyncio.TaskGroup, *, direct: bool) -> None:
         self.number = number
@@ -82,18 +82,7 @@ class Member:
         self.socket.state = "open"
         if direct:
             self.socket.server, self.socket.why_not_direct = server, ""
-        self.outbox = self.socket.outbox = Outbox(
-            JSON,
-            flusher,
-            Counters(),
-            limit=1 << 20,
-            send=send,
-            server=self.socket.server,
-            direct=direct,
-            loop=self.socket.loop,
-            tasks=tasks,
-            give_up=self.socket.give_up,
-        )
+        self.outbox = self.socket.outbox = Outbox(self.socket, flusher, Counters(), limit=1 << 20, wire=JSON)
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -166,8 +155,10 @@ async def test_what_is_sent_in_any_order_arrives_in_that(monkeypatch: pytest.Mon
         assert member.transport.frames == member.expected, f"socket {member.number}, closed: {member.closed}"
 
 
-async def test_a_wave_reaches_everybody_who_was_there() -> None:
-    """And nobody else: who joins in a tick gets what comes after, who leaves has what came before."""
+async def test_shared_batch_reaches_the_members_of_its_time() -> None:
+    """And no others: a member that joins in a tick gets what comes after, one that leaves has what came
+    before.
+    """
     flusher = Flusher(asyncio.get_running_loop())
     async with asyncio.TaskGroup() as tasks:
         members = [Member(number, flusher, tasks, direct=True) for number in range(20)]

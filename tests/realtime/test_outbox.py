@@ -144,7 +144,7 @@ class Recording:
 
 @asynccontextmanager
 async def stalled(node: Node) -> AsyncIterator[sockets.socket]:
-    """A WebSocket client that has said hello and reads nothing more, with the smallest buffer there is."""
+    """A WebSocket client that has connected and reads nothing more, with the smallest buffer there is."""
     connection = sockets.socket()
     connection.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 4096)
     connection.setblocking(False)
@@ -164,12 +164,12 @@ async def stalled(node: Node) -> AsyncIterator[sockets.socket]:
 
 
 def deliver(node: Node, data: str | bytes, key: str | None = None) -> None:
-    """Straight into the hub: what the bus does with it is not the point here."""
-    audience = node.cluster._parts.rooms._local.get("room")
-    assert audience is not None
+    """Straight into the room: what the bus does with it is not the point here."""
+    local_room = node.cluster._parts.rooms._local.get("room")
+    assert local_room is not None
     binary = isinstance(data, bytes)
     packet = PreparedMessage(data if isinstance(data, bytes) else data.encode(), binary=binary)
-    audience.deliver(lambda _: packet, key=key)
+    local_room.deliver(lambda _: packet, key=key)
 
 
 async def flood(node: Node, numbers: range, *, keys: int = 0) -> None:
