@@ -1,7 +1,7 @@
 """One ASGI middleware: sessions, logouts and live rooms that stay one across every node."""
 
 from asgi_cluster.asgi.middleware import ClusterMiddleware
-from asgi_cluster.bus.bus import BusStats, NodeInfo
+from asgi_cluster.bus.stats import BusStats, NodeInfo
 from asgi_cluster.cluster import Cluster
 from asgi_cluster.codes import CloseCode
 from asgi_cluster.config import RealtimeConfig

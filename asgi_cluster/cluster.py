@@ -15,7 +15,7 @@ from asgi_cluster.arguments import expect, expect_callable
 from asgi_cluster.arguments import seconds as in_seconds
 from asgi_cluster.backends.choose import open_backend
 from asgi_cluster.backends.port import Backend
-from asgi_cluster.bus.bus import NodeInfo
+from asgi_cluster.bus.stats import NodeInfo
 from asgi_cluster.centrifuge.endpoint import Endpoint
 from asgi_cluster.config import RealtimeConfig
 from asgi_cluster.dispatch import Dispatch
@@ -158,17 +158,17 @@ class Cluster:
             attach=self._attach,
         )
         cache = SessionCache(
-            backend.bus.lease,
+            backend.session_bus.lease,
             ttl=sessions.cache.ttl,
             max_entries=sessions.cache.max_entries,
             stale_for=stale_for,
         )
         hub = Hub(outbox_bytes=realtime.outbox_bytes)
         service = SessionService(
-            CachedStore(backend.store, cache), sessions, node=node, bus=backend.bus, sockets=hub
+            CachedStore(backend.store, cache), sessions, node=node, bus=backend.session_bus, sockets=hub
         )
         rooms = Rooms(
-            bus=backend.bus,
+            bus=backend.room_bus,
             history=backend.history,
             presence=backend.presence,
             hub=hub,
@@ -182,7 +182,7 @@ class Cluster:
             rooms=rooms,
             acks=service.acks,
             tombstones=service.tombstones,
-            bus=backend.bus,
+            bus=backend.session_bus,
             node=node,
             verify=revalidator.wake,
             recheck=revalidator.recheck,
@@ -202,7 +202,7 @@ class Cluster:
                 node,
                 hub,
                 realtime,
-                connect=lambda: backend.open(node.id, dispatch, listen=listen, failing=node.failing),
+                connect=lambda: backend.open(node, dispatch, rooms),
                 declare=rooms.retention.start,
                 works={
                     "verification": revalidator.run,
@@ -217,7 +217,7 @@ class Cluster:
     def _attach(self) -> None:
         self._memory.look()
         parts = self._parts
-        parts.backend.attach(parts.node.id, parts.dispatch, listen=parts.node.listens)
+        parts.backend.attach(parts.node, parts.dispatch, parts.rooms)
 
     # Handles
 
@@ -227,7 +227,7 @@ class Cluster:
         Raises:
             TypeError, ValueError: no user id, which is 1 to 255 printable characters.
         """
-        return RemoteUser(self._parts.service, self._parts.backend.bus, check_user(user_id))
+        return RemoteUser(self._parts.service, self._parts.backend.session_bus, check_user(user_id))
 
     def session(self, handle: str) -> RemoteSession:
         """A session by its public handle.
@@ -235,7 +235,7 @@ class Cluster:
         Raises:
             TypeError, ValueError: not a handle.
         """
-        return RemoteSession(self._parts.service, self._parts.backend.bus, check_handle(handle))
+        return RemoteSession(self._parts.service, self._parts.backend.session_bus, check_handle(handle))
 
     def room(self, name: str) -> Room:
         """A room by its exact name, 1 to 255 characters. It exists as long as it has a member.
@@ -361,7 +361,7 @@ class Cluster:
             ready=self.ready,
             failing=dict(parts.node.failing.values()),
             cache=parts.service.store.cache.stats(),
-            bus=replace(parts.backend.bus.stats(), malformed=parts.dispatch.malformed),
+            bus=replace(parts.backend.stats(), malformed=parts.dispatch.malformed),
             realtime=parts.hub.stats(rooms=parts.rooms.count()),
         )
 
@@ -369,7 +369,7 @@ class Cluster:
         """The registered nodes, by id. Raises ``StoreUnavailable``."""
         node = self._parts.node
         node.ensure_started("listing nodes")
-        found = await self._parts.backend.bus.nodes(timeout=node.deadline)
+        found = await self._parts.backend.session_bus.nodes(timeout=node.deadline)
         return [found[node] for node in sorted(found)]
 
     def __repr__(self) -> str:

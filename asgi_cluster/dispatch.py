@@ -1,4 +1,4 @@
-"""What a message from the bus does: one straight line from the message to cache, hub and acknowledgement."""
+"""What a message of the session bus does: one straight line to cache, hub and acknowledgement."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Sequence
 from time import monotonic
 
-from asgi_cluster.bus.bus import SUBSCRIBED_AGAIN, Bus
 from asgi_cluster.bus.messages import (
     Ack,
     Changed,
@@ -19,6 +18,8 @@ from asgi_cluster.bus.messages import (
     decode,
     encode,
 )
+from asgi_cluster.bus.session_bus import SUBSCRIBED_AGAIN, SessionBus
+from asgi_cluster.exceptions import ClusterError
 from asgi_cluster.ids import Handle, UserId, bucket_of
 from asgi_cluster.node import Node
 from asgi_cluster.rooms.rooms import Rooms
@@ -35,8 +36,8 @@ logger = logging.getLogger("asgi_cluster.dispatch")
 
 
 class Dispatch:
-    """The bus's receiver. Synchronous: what it does is done when it returns, so that the echo's reply comes
-    after it.
+    """The receiver of the session bus. Synchronous: what it does is done when it returns, so that the reply
+    to the heartbeat comes after it.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Dispatch:
         rooms: Rooms,
         acks: Acknowledgements,
         tombstones: Tombstones,
-        bus: Bus,
+        bus: SessionBus,
         node: Node,
         verify: Callable[[], None],
         recheck: Callable[[Sequence[Socket], Callable[[int], None]], None],
@@ -150,24 +151,27 @@ class Dispatch:
         sockets = max(0, sockets - await self._hub.failed_closes(since))
         self._bus.post(origin, encode(Ack(request, self._node.id, sockets)))
 
-    def room_message(self, room: str, payload: bytes) -> None:
-        """A publication, a join, a leave, for this node's members."""
-        self._rooms.receive(room, payload)
-
-    def gap(self, reason: str, buckets: frozenset[int] | None) -> None:
+    def sessions_gap(self, reason: str, buckets: frozenset[int] | None) -> None:
         """Invalidations and logouts may have been missed."""
         if reason != SUBSCRIBED_AGAIN:  # the end of an outage, which was logged when it began
             logger.warning("session messages may have been missed (%s): cache dropped", reason)
         self._cache.flush(buckets)
         self._verify()
 
-    def rooms_gap(self, reason: str, rooms: frozenset[str] | None) -> None:
-        """Publications may have been missed."""
-        self._rooms.gap(rooms)
+    def node_removed(self, node: str, incarnation: str) -> None:
+        """Publish it: each node with members in the dead node's rooms takes part in removing its members."""
+        if self._node.tasks is not None:
+            try:
+                spawn(self._node.tasks, self._publish_death(node, incarnation), name="asgi-cluster node died")
+            except RuntimeError:
+                return  # this node is stopping
 
-    def rooms_restored(self, rooms: frozenset[str] | None) -> None:
-        """What was missed can be read again."""
-        self._rooms.restored(rooms)
+    async def _publish_death(self, node: str, incarnation: str) -> None:
+        message = NodeDied(node, incarnation, self._node.id)
+        try:
+            await self._bus.publish(0, encode(message), timeout=self._node.deadline)
+        except ClusterError as error:
+            logger.info("the death of node %s was not published (%s)", node, type(error).__name__)
 
     def load(self) -> tuple[int, int]:
         """Sockets and rooms here."""

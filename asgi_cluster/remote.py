@@ -8,8 +8,8 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from asgi_cluster.arguments import described, expect, seconds
-from asgi_cluster.bus.bus import Bus
 from asgi_cluster.bus.messages import Disconnect, PersonalMessage, encode
+from asgi_cluster.bus.session_bus import SessionBus
 from asgi_cluster.codes import CloseCode
 from asgi_cluster.ids import Handle, UserId, bucket_of, new_token
 from asgi_cluster.node import Node
@@ -43,7 +43,7 @@ class RemoteSession:
 
     __slots__ = ("_bus", "_service", "handle")
 
-    def __init__(self, service: SessionService, bus: Bus, handle: Handle) -> None:
+    def __init__(self, service: SessionService, bus: SessionBus, handle: Handle) -> None:
         self._service = service
         self._bus = bus
         self.handle = handle
@@ -76,7 +76,7 @@ class RemoteUser:
 
     __slots__ = ("_bus", "_service", "id")
 
-    def __init__(self, service: SessionService, bus: Bus, user: UserId) -> None:
+    def __init__(self, service: SessionService, bus: SessionBus, user: UserId) -> None:
         self._service = service
         self._bus = bus
         self.id = user
@@ -168,9 +168,9 @@ def check_handle(handle: str) -> Handle:
     return Handle(handle)
 
 
-def _publish(node: Node, bus: Bus, bucket: int, payload: bytes) -> Awaitable[None]:
+def _publish(node: Node, bus: SessionBus, bucket: int, payload: bytes) -> Awaitable[None]:
     node.ensure_started("sending")
-    return bus.publish_bucket(bucket, payload, timeout=node.deadline)
+    return bus.publish(bucket, payload, timeout=node.deadline)
 
 
 def _moment(timestamp: float) -> datetime:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from asgi_cluster.bus.bus import BusStats
+from asgi_cluster.bus.stats import BusStats
 from asgi_cluster.ids import NodeId
 from asgi_cluster.sessions.cache import CacheStats
 from asgi_cluster.sockets.hub import RealtimeStats

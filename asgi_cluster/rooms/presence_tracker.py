@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
-from asgi_cluster.bus.bus import Bus
+from asgi_cluster.bus.room_bus import RoomBus
 from asgi_cluster.exceptions import ClusterError
 from asgi_cluster.rooms.connection import Connection
 from asgi_cluster.rooms.presence import PresenceStore
@@ -31,7 +31,7 @@ class PresenceTracker:
     """
 
     def __init__(
-        self, store: PresenceStore, bus: Bus, *, info: Callable[[Connection], bytes], timeout: float
+        self, store: PresenceStore, bus: RoomBus, *, info: Callable[[Connection], bytes], timeout: float
     ) -> None:
         self._store = store
         self._bus = bus

@@ -11,17 +11,16 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
-from asgi_cluster.bus.bus import Bus
 from asgi_cluster.bus.messages import (
     Disconnect,
     Joined,
     Left,
     Message,
-    NodeDied,
     PayloadKind,
     Published,
     encode,
 )
+from asgi_cluster.bus.room_bus import RoomBus
 from asgi_cluster.codes import UnsubscribeCode
 from asgi_cluster.config import RealtimeConfig
 from asgi_cluster.exceptions import BusUnavailable, ClusterError
@@ -64,7 +63,7 @@ class Rooms:
     def __init__(
         self,
         *,
-        bus: Bus,
+        bus: RoomBus,
         history: HistoryStore,
         presence: PresenceStore,
         hub: Hub,
@@ -80,7 +79,6 @@ class Rooms:
         self._delivery = Delivery(self._local)
         self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
         self.retention = Retention(config.rules, history, node=node)
-        bus.on_dead = self.report_dead
 
     def rule(self, room: str) -> tuple[RoomRule, dict[str, str]] | None:
         """The rule for a room, and what its pattern's names stand for."""
@@ -128,7 +126,7 @@ class Rooms:
                     raise ValueError(
                         f"idempotency_key needs a room with history, and no rule gives one to {room!r}"
                     )
-                await self._bus.publish_room(room, seal_envelope(None, 0, payload), timeout=timeout)
+                await self._bus.publish(room, seal_envelope(None, 0, payload), timeout=timeout)
                 return None
             return await self._history.publish(
                 room,
@@ -209,9 +207,7 @@ class Rooms:
 
     async def _send(self, room: str, message: Message) -> None:
         self.node.ensure_started("sending to a room")
-        await self._bus.publish_room(
-            room, seal_envelope(None, 0, encode(message)), timeout=self.node.deadline
-        )
+        await self._bus.publish(room, seal_envelope(None, 0, encode(message)), timeout=self.node.deadline)
 
     # Members
 
@@ -341,7 +337,7 @@ class Rooms:
                 ttl=kept.ttl,
                 timeout=self.node.deadline,
                 epoch=lambda: self.retention.epoch,
-                lease=lambda: self._bus.room_lease(room),
+                lease=lambda: self._bus.lease(room),
                 deliver=lambda entry: self._delivery.deliver(local_room, entry.payload, entry.offset),
                 lost=lambda: self._delivery.lost(local_room),
                 spawn=start,
@@ -363,20 +359,20 @@ class Rooms:
 
     # Receiving
 
-    def receive(self, room: str, payload: bytes) -> None:
-        """What the bus brought for a room. Raises nothing: the bus's reader has others to serve."""
+    def room_message(self, room: str, payload: bytes) -> None:
+        """See ``RoomReceiver.room_message``."""
         self._delivery.receive(room, payload)
 
-    def gap(self, rooms: frozenset[str] | None) -> None:
-        """Publications may have been missed."""
+    def rooms_gap(self, rooms: frozenset[str]) -> None:
+        """See ``RoomReceiver.rooms_gap``."""
         for local_room in self._local:
-            if local_room.stream is not None and (rooms is None or local_room.name in rooms):
+            if local_room.stream is not None and local_room.name in rooms:
                 local_room.stream.gap()
 
-    def restored(self, rooms: frozenset[str] | None) -> None:
-        """What was missed can be read now."""
+    def rooms_restored(self, rooms: frozenset[str]) -> None:
+        """See ``RoomReceiver.rooms_restored``."""
         for local_room in self._local:
-            if local_room.stream is not None and (rooms is None or local_room.name in rooms):
+            if local_room.stream is not None and local_room.name in rooms:
                 local_room.stream.restored()
         self._start(None, self._presence.restore(self._local.connections))
 
@@ -396,13 +392,6 @@ class Rooms:
                     await self._send(room, Left(client, info))
         except ClusterError as error:
             logger.info("a dead node's presence could not be removed (%s)", type(error).__name__)
-
-    def report_dead(self, node: str, incarnation: str) -> None:
-        """This node's registry removed a dead node: every node gets a message, because each has rooms of its
-        own.
-        """
-        payload = encode(NodeDied(node, incarnation, self.node.id))
-        self._start(None, self._bus.publish_bucket(0, payload, timeout=self.node.deadline))
 
     def count(self) -> int:
         """Rooms with members here."""

@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, S
 from time import monotonic
 from typing import Protocol, TypeVar
 
-from asgi_cluster.bus.bus import Bus
 from asgi_cluster.bus.messages import Changed, Ended, UserEnded, encode
+from asgi_cluster.bus.session_bus import SessionBus
 from asgi_cluster.codes import CloseCode
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import Handle, NodeId, UserId, bucket_of
@@ -80,7 +80,7 @@ class SessionService:
         config: SessionConfig,
         *,
         node: Node,
-        bus: Bus,
+        bus: SessionBus,
         sockets: LocalSockets,
     ) -> None:
         self.store = store

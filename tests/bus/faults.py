@@ -130,7 +130,7 @@ async def _scenario(row: Row, fault: Fault, url: str, scene: Scene, calm: float,
         row.known = told[0] - began if told else None
         await traffic.stop()
         traffic.health.judge_the_end()
-        stats = reader.bus.stats()
+        stats = reader.backend.stats()
         row.reads, row.hits, row.refused = traffic.reads, traffic.hits, traffic.refused
         row.stale, row.longest = traffic.stale, traffic.longest
         row.gaps, row.reconnects = stats.gaps, stats.reconnects

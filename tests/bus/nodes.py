@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from asgi_cluster.backends.redis.backend import RedisBackend
+from asgi_cluster.backends.redis.bus import RedisRoomBus, RedisSessionBus
 from asgi_cluster.bus.messages import Changed, MalformedMessage, decode
-from asgi_cluster.ids import NodeId, new_token
+from asgi_cluster.ids import NodeId
+from tests.contract.sites import make_node
 
 LEASE = 2.0
 
@@ -34,14 +36,17 @@ class Receiver:
     def room_message(self, room: str, payload: bytes) -> None:
         self.events.append(("room", room, payload.partition(b"\n")[2]))
 
-    def gap(self, reason: str, buckets: frozenset[int] | None) -> None:
+    def sessions_gap(self, reason: str, buckets: frozenset[int] | None) -> None:
         self.events.append(("gap", reason, buckets, time.monotonic(), self.leased()))
 
-    def rooms_gap(self, reason: str, rooms: frozenset[str] | None) -> None:
-        self.events.append(("rooms gap", reason, rooms))
+    def rooms_gap(self, rooms: frozenset[str]) -> None:
+        self.events.append(("rooms gap", rooms))
 
-    def rooms_restored(self, rooms: frozenset[str] | None) -> None:
+    def rooms_restored(self, rooms: frozenset[str]) -> None:
         self.events.append(("rooms restored", rooms))
+
+    def node_removed(self, node: str, incarnation: str) -> None:
+        self.events.append(("removed", node, incarnation))
 
     def load(self) -> tuple[int, int]:
         return 7, 3
@@ -62,12 +67,20 @@ class Node:
     receiver: Receiver
 
     @property
-    def bus(self) -> Any:
-        return self.backend.bus
+    def session_bus(self) -> RedisSessionBus:
+        return self.backend.session_bus
+
+    @property
+    def room_bus(self) -> RedisRoomBus:
+        return self.backend.room_bus
+
+    @property
+    def incarnation(self) -> str:
+        return self.backend.room_bus.incarnation
 
     @property
     def live(self) -> bool:
-        return all(self.bus.lease(bucket).live for bucket in range(256))
+        return all(self.session_bus.lease(bucket).live for bucket in range(256))
 
 
 @asynccontextmanager
@@ -76,9 +89,10 @@ async def opened(url: str, prefix: str, **options: Any) -> AsyncIterator[Node]:
     listen = options.pop("listen", True)
     receiver = options.pop("receiver", None) or Receiver()
     backend = RedisBackend(url, prefix=prefix, lease_duration=LEASE, **options)
-    node = Node(NodeId(f"n-{new_token()}"), backend, receiver)
-    receiver.leased = lambda: node.bus.lease(0).live
-    async with backend.open(node.id, receiver, listen=listen):
+    made = make_node(listens=listen)
+    node = Node(made.id, backend, receiver)
+    receiver.leased = lambda: node.session_bus.lease(0).live
+    async with backend.open(made, receiver, receiver):
         yield node
 
 

@@ -29,8 +29,8 @@ def gaps(node: Node) -> list[tuple[Any, ...]]:
 async def hears(node: Node) -> None:
     """A session message and a room message get through."""
     before = len(node.receiver.of("session"))
-    await node.bus.publish_bucket(3, encode(Changed("03.x", "me")), timeout=1)
-    await node.bus.publish_room("r", b"\nagain", timeout=1)
+    await node.session_bus.publish(3, encode(Changed("03.x", "me")), timeout=1)
+    await node.room_bus.publish("r", b"\nagain", timeout=1)
     await eventually(
         lambda: len(node.receiver.of("session")) > before and b"again" in node.receiver.heard("r")
     )
@@ -78,7 +78,7 @@ async def test_a_stopped_server_is_noticed_and_trusted_again(prefix: str) -> Non
     """
     with start_valkey() as server:
         async with opened(server.url, prefix) as node:
-            await node.bus.subscribe("r")
+            await node.room_bus.subscribe("r")
             stopped_at = time.monotonic()
             server.pause()
             await eventually(lambda: gaps(node))
@@ -89,7 +89,7 @@ async def test_a_stopped_server_is_noticed_and_trusted_again(prefix: str) -> Non
             await asyncio.sleep(0.7)
             asked_at = time.monotonic()
             with pytest.raises(StoreUnavailable):
-                await node.bus.nodes(timeout=1)
+                await node.session_bus.nodes(timeout=1)
             assert time.monotonic() - asked_at < 0.2, "the breaker spares callers the wait"
             server.resume()
             resumed_at = time.monotonic()
@@ -103,34 +103,34 @@ async def test_a_killed_server_is_survived(prefix: str) -> None:
     """Kill -9 and an empty restart: subscribed and registered again, under a new incarnation."""
     with start_valkey() as server:
         async with opened(server.url, prefix) as node:
-            await node.bus.subscribe("r")
-            _, before = node.bus.identity()
+            await node.room_bus.subscribe("r")
+            before = node.incarnation
             server.kill()
             await eventually(lambda: gaps(node), timeout=KNOWN_WITHIN)
             with pytest.raises(BusUnavailable):
-                await node.bus.publish_room("r", b"\nlost", timeout=0.2)
+                await node.room_bus.publish("r", b"\nlost", timeout=0.2)
             server.restart()
             restarted_at = time.monotonic()
             await eventually(lambda: node.live)
             assert time.monotonic() - restarted_at <= TRUSTED_WITHIN
             await hears(node)
-            assert set(await node.bus.nodes(timeout=1)) == {node.id}
-            assert node.bus.identity()[1] != before
-            stats = node.bus.stats()
+            assert set(await node.session_bus.nodes(timeout=1)) == {node.id}
+            assert node.incarnation != before
+            stats = node.backend.stats()
             assert (stats.gaps, stats.reconnects, stats.connected) == (1, 1, True)
 
 
 async def test_a_killed_client_keeps_its_incarnation(valkey: Server, prefix: str) -> None:
     """CLIENT KILL: a gap, and the same node as before: a mere reconnect must not cost presence."""
     async with opened(valkey.url, prefix) as node:
-        await node.bus.subscribe("r")
-        before = node.bus.identity()
+        await node.room_bus.subscribe("r")
+        before = node.incarnation
         valkey.client().execute_command("CLIENT", "KILL", "TYPE", "pubsub")
         await eventually(lambda: gaps(node))
         await eventually(lambda: node.live)
         await hears(node)
-        assert node.bus.identity() == before
-        assert [event[1] for event in node.receiver.of("rooms restored")] == [None]
+        assert node.incarnation == before
+        assert [event[1] for event in node.receiver.of("rooms restored")] == [frozenset({"r"})]
 
 
 async def test_flights_of_an_outage_are_detached_at_the_subscribe_ack(valkey: Server, prefix: str) -> None:
@@ -162,7 +162,7 @@ async def test_only_the_subscriber_is_cut_off(valkey: Server, prefix: str) -> No
     async with Proxy(valkey.url) as proxy, opened(proxy.url, prefix) as node:
         proxy.blackhole(only=b"SUBSCRIBE")
         await eventually(lambda: not node.backend.ready, timeout=3)
-        await node.bus.nodes(timeout=1)
+        await node.session_bus.nodes(timeout=1)
         proxy.heal()
         await eventually(lambda: node.backend.ready and node.live)
 
@@ -171,7 +171,7 @@ async def test_a_reader_that_is_too_slow_is_cut_off_and_comes_back(prefix: str) 
     """The server cuts a subscriber whose output buffer is full: a gap like any other."""
     with start_valkey("--client-output-buffer-limit", "pubsub 64kb 32kb 1") as server:
         async with Proxy(server.url) as proxy, opened(proxy.url, prefix) as node:
-            await node.bus.subscribe("r")
+            await node.room_bus.subscribe("r")
             proxy.stall("down", only=b"SUBSCRIBE")
             other = server.client()
             for _ in range(400):
@@ -233,7 +233,7 @@ async def test_a_script_that_the_server_forgot_is_sent_again(valkey: Server, pre
     """NOSCRIPT proves that nothing ran."""
     async with opened(valkey.url, prefix) as node:
         valkey.client().script_flush()
-        assert set(await node.bus.nodes(timeout=1)) == {node.id}
+        assert set(await node.session_bus.nodes(timeout=1)) == {node.id}
 
 
 async def test_a_server_that_is_loading_is_waited_for(prefix: str) -> None:
@@ -271,10 +271,10 @@ async def test_a_receiver_that_fails_is_a_gap(
             raise RuntimeError("a bug")
 
         node.receiver.session_message = fail  # type: ignore[method-assign]
-        await node.bus.publish_bucket(3, encode(Changed("03.x", "me")), timeout=1)
+        await node.session_bus.publish(3, encode(Changed("03.x", "me")), timeout=1)
         await eventually(lambda: gaps(node))
         assert "a bug" in caplog.text
         del node.receiver.session_message  # type: ignore[method-assign]
         await eventually(lambda: node.live)
-        await node.bus.subscribe("r")
+        await node.room_bus.subscribe("r")
         await hears(node)

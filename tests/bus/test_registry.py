@@ -10,11 +10,12 @@ import msgspec
 import pytest
 
 from asgi_cluster.backends.redis.names import Names
+from asgi_cluster.backends.redis.registration import Registration
 from asgi_cluster.backends.redis.registry import BEAT_TTL, Registry
 from asgi_cluster.backends.redis.scripts import Script, load
 from asgi_cluster.bus.lease import Lease
-from asgi_cluster.ids import NodeId
 from tests.bus.nodes import opened
+from tests.contract.sites import make_node
 from tests.support.proxy import Proxy
 from tests.support.servers import Server, start_valkey
 from tests.support.waiting import eventually
@@ -24,14 +25,14 @@ async def test_nodes_are_listed_with_what_they_say_of_themselves(valkey: Server,
     """Id, when it started, sockets, rooms, the age of its beat; gone when it has signed off."""
     async with opened(valkey.url, prefix) as one:
         async with opened(valkey.url, prefix) as two:
-            nodes = await one.bus.nodes(timeout=1)
+            nodes = await one.session_bus.nodes(timeout=1)
             assert set(nodes) == {one.id, two.id}
             info = nodes[two.id]
             assert (info.sockets, info.rooms) == (7, 3)
             assert abs(info.started_at - time.time()) < 5
             assert 0 <= info.lag < 1
-            assert info.incarnation == two.bus.identity()[1]
-        assert set(await one.bus.nodes(timeout=1)) == {one.id}
+            assert info.incarnation == two.incarnation
+        assert set(await one.session_bus.nodes(timeout=1)) == {one.id}
 
 
 async def test_a_node_is_registered_before_its_first_lease(valkey: Server, prefix: str) -> None:
@@ -45,13 +46,13 @@ async def test_a_registration_that_vanishes_comes_back_as_another_incarnation(pr
     """FLUSHALL: a gap, and a new incarnation, so that presence is entered again."""
     with start_valkey() as server:
         async with opened(server.url, prefix) as node:
-            _, before = node.bus.identity()
+            before = node.incarnation
             server.client().flushall()
-            await eventually(lambda: node.bus.identity()[1] != before)
+            await eventually(lambda: node.incarnation != before)
             await eventually(lambda: node.live)
-            assert (await node.bus.nodes(timeout=1))[node.id].incarnation == node.bus.identity()[1]
+            assert (await node.session_bus.nodes(timeout=1))[node.id].incarnation == node.incarnation
             assert node.receiver.of("gap")
-            assert [event[1] for event in node.receiver.of("rooms restored")] == [None]
+            assert [event[1] for event in node.receiver.of("rooms restored")] == [frozenset()]
 
 
 @pytest.mark.parametrize("stall", [0.0, 4.0])
@@ -62,11 +63,11 @@ async def test_registration_lost_in_a_blocked_loop(
     the registration just vanished.
     """
     async with opened(valkey.url, prefix) as node:
-        _, before = node.bus.identity()
+        before = node.incarnation
         # As another node does it meanwhile.
         assert valkey.client().delete(f"{prefix}:{{nodes}}:beat:{node.id}")
         time.sleep(stall)  # noqa: ASYNC251  # the blocking call that the line is about
-        await eventually(lambda: node.bus.identity()[1] != before)
+        await eventually(lambda: node.incarnation != before)
         await eventually(lambda: node.live)
     assert ("the event loop stood still for 4 s" in caplog.text) == (stall > 0)
     assert ("registration was gone from Redis" in caplog.text) == (stall == 0)
@@ -74,27 +75,25 @@ async def test_registration_lost_in_a_blocked_loop(
 
 @pytest.mark.faults
 async def test_a_dead_node_is_removed_within_six_seconds(valkey: Server, prefix: str) -> None:
-    """Cut off for good, without signing off: gone from the list, and ``on_dead`` names the node whose
+    """Cut off for good, without signing off: gone from the list, and the receiver gets the node whose
     presence is to be removed.
     """
-    dead: list[tuple[str, str]] = []
     async with (
         opened(valkey.url, prefix) as observer,
         Proxy(valkey.url) as proxy,
         opened(proxy.url, prefix) as node,
     ):
-        observer.bus.on_dead = lambda *gone: dead.append(gone)
-        identity = node.bus.identity()
+        identity = node.id, node.incarnation
         proxy.cut()
         cut_at = time.monotonic()
-        await eventually(lambda: dead, timeout=6.0)
+        await eventually(lambda: observer.receiver.of("removed"), timeout=6.0)
         assert time.monotonic() - cut_at >= 3.5
-        assert dead == [identity]
-        assert set(await observer.bus.nodes(timeout=1)) == {observer.id}
+        assert observer.receiver.of("removed") == [("removed", *identity)]
+        assert set(await observer.session_bus.nodes(timeout=1)) == {observer.id}
         proxy.heal()
         await eventually(lambda: node.live)
-        assert set(await observer.bus.nodes(timeout=1)) == {observer.id, node.id}
-        assert node.bus.identity() != identity
+        assert set(await observer.session_bus.nodes(timeout=1)) == {observer.id, node.id}
+        assert node.incarnation not in ("", identity[1])
 
 
 @pytest.mark.faults
@@ -103,16 +102,14 @@ async def test_the_living_are_not_removed_after_a_stall_of_the_server(prefix: st
     """For some seconds no node could beat: that does not show that one is dead."""
     with start_valkey() as server:
         async with opened(server.url, prefix) as one, opened(server.url, prefix) as two:
-            identities = {one.bus.identity(), two.bus.identity()}
-            dead: list[tuple[str, str]] = []
-            one.bus.on_dead = two.bus.on_dead = lambda *gone: dead.append(gone)
+            incarnations = one.incarnation, two.incarnation
             server.pause()
             await asyncio.sleep(stalled)
             server.resume()
             await eventually(lambda: one.live and two.live)
             await asyncio.sleep(2.5)
-            assert dead == []
-            assert {one.bus.identity(), two.bus.identity()} == identities
+            assert one.receiver.of("removed") == two.receiver.of("removed") == []
+            assert (one.incarnation, two.incarnation) == incarnations
 
 
 class Observed:
@@ -148,12 +145,13 @@ async def test_a_node_is_not_dead_before_it_cannot_serve_any_more(
     now = 100.0
     server = Observed(b"" if other is None else msgspec.msgpack.encode([0.0, 0, 0, "i", *other]))
     topology: Any = server
-    registry = Registry(topology, Names("p"), NodeId("me"), lambda: (0, 0), lease=own[0], stale_for=own[1])
+    registry = Registry(topology, Names("p"), lease=own[0], stale_for=own[1])
+    registration = Registration(registry, make_node(), lambda: (0, 0))
     lease = Lease(1000.0, clock=lambda: now)
     lease.renew(now)
     for passed in (0.0, dead_after - 0.01):
         now = 100.0 + passed
-        assert set(await registry.observe(lease)) == {"other"}
+        assert set(await registration.observe(lease)) == {"other"}
     now = 100.0 + dead_after
-    assert set(await registry.observe(lease)) == set()
+    assert set(await registration.observe(lease)) == set()
     assert server.reaped

@@ -18,10 +18,10 @@ async def test_a_room_is_heard_when_subscribe_returns(valkey: Server, prefix: st
     async with opened(valkey.url, prefix) as one, opened(valkey.url, prefix) as two:
         for n in range(50):
             room = f"room {n}"
-            await one.bus.subscribe(room)
-            await two.bus.publish_room(room, b"\nm%d" % n, timeout=1)
-        await one.bus.subscribe("last")
-        await one.bus.publish_room("last", b"\nend", timeout=1)
+            await one.room_bus.subscribe(room)
+            await two.room_bus.publish(room, b"\nm%d" % n, timeout=1)
+        await one.room_bus.subscribe("last")
+        await one.room_bus.publish("last", b"\nend", timeout=1)
         await eventually(lambda: one.receiver.heard("last"))
         assert [one.receiver.heard(f"room {n}") for n in range(50)] == [[b"m%d" % n] for n in range(50)]
         assert two.receiver.of("room") == []
@@ -31,7 +31,7 @@ async def test_joins_of_one_tick_are_one_command(valkey: Server, prefix: str) ->
     """A thousand joins at once are a handful of SUBSCRIBE commands."""
     before = valkey.client().info("commandstats").get("cmdstat_subscribe", {}).get("calls", 0)
     async with opened(valkey.url, prefix) as node:
-        await asyncio.gather(*[node.bus.subscribe(f"r{n}") for n in range(1000)])
+        await asyncio.gather(*[node.room_bus.subscribe(f"r{n}") for n in range(1000)])
         after = valkey.client().info("commandstats")["cmdstat_subscribe"]["calls"]
         assert len(valkey.client().pubsub_channels(f"{prefix}:0:room:*")) == 1000
         assert after - before <= 5
@@ -49,17 +49,17 @@ async def test_join_and_leave_races_end_as_the_last_step_says(
         for step in steps:
             match step:
                 case "s":
-                    joins.append(asyncio.ensure_future(node.bus.subscribe("r")))
+                    joins.append(asyncio.ensure_future(node.room_bus.subscribe("r")))
                     # The coroutine has to get as far as its wait, as a caller's await would.
                     await asyncio.sleep(0)
                 case "u":
-                    node.bus.unsubscribe("r")
+                    node.room_bus.unsubscribe("r")
                 case ".":
                     await asyncio.sleep(0.005)
         await asyncio.gather(*joins)
-        await node.bus.subscribe("sentinel")
-        await other.bus.publish_room("r", b"\nm", timeout=1)
-        await other.bus.publish_room("sentinel", b"\nend", timeout=1)
+        await node.room_bus.subscribe("sentinel")
+        await other.room_bus.publish("r", b"\nm", timeout=1)
+        await other.room_bus.publish("sentinel", b"\nend", timeout=1)
         await eventually(lambda: node.receiver.heard("sentinel"))
         assert node.receiver.heard("r") == ([b"m"] if steps.endswith("s") else [])
 
@@ -67,12 +67,12 @@ async def test_join_and_leave_races_end_as_the_last_step_says(
 async def test_a_cancelled_join_does_not_break_another(valkey: Server, prefix: str) -> None:
     """Two wait for the same room; one gives up; the other is joined."""
     async with opened(valkey.url, prefix) as node:
-        first = asyncio.ensure_future(node.bus.subscribe("r"))
-        second = asyncio.ensure_future(node.bus.subscribe("r"))
+        first = asyncio.ensure_future(node.room_bus.subscribe("r"))
+        second = asyncio.ensure_future(node.room_bus.subscribe("r"))
         await asyncio.sleep(0)
         first.cancel()
         await second
-        await node.bus.publish_room("r", b"\nm", timeout=1)
+        await node.room_bus.publish("r", b"\nm", timeout=1)
         await eventually(lambda: node.receiver.heard("r") == [b"m"])
 
 
@@ -80,14 +80,14 @@ async def test_a_join_while_the_bus_is_down_returns_and_is_kept(valkey: Server, 
     """The room is subscribed when the connection is back, and its restoration is reported."""
     async with Proxy(valkey.url) as proxy, opened(proxy.url, prefix) as node:
         proxy.cut()
-        await eventually(lambda: node.receiver.of("rooms gap"))
+        await eventually(lambda: node.receiver.of("gap"))
         async with asyncio.timeout(0.1):
-            await node.bus.subscribe("r")
+            await node.room_bus.subscribe("r")
         with pytest.raises(BusUnavailable):
-            await node.bus.publish_room("r", b"\nlost", timeout=0.1)
+            await node.room_bus.publish("r", b"\nlost", timeout=0.1)
         proxy.heal()
         await eventually(lambda: node.receiver.of("rooms restored"))
-        await node.bus.publish_room("r", b"\nm", timeout=2)
+        await node.room_bus.publish("r", b"\nm", timeout=2)
         await eventually(lambda: node.receiver.heard("r") == [b"m"])
 
 
@@ -98,10 +98,10 @@ async def test_a_room_whose_channel_is_refused_leaves_the_others_alone(prefix: s
     with start_valkey("--user", *f"{rights} {rooms}".split()) as server:
         async with opened(server.url.replace("//", "//worker:pw@"), prefix) as node:
             outcomes = await asyncio.gather(
-                *[node.bus.subscribe(room) for room in ("good1", "bad", "good2")], return_exceptions=True
+                *[node.room_bus.subscribe(room) for room in ("good1", "bad", "good2")], return_exceptions=True
             )
             assert [type(outcome) for outcome in outcomes] == [type(None), BusUnavailable, type(None)]
-            await node.bus.publish_room("good2", b"\nm", timeout=1)
+            await node.room_bus.publish("good2", b"\nm", timeout=1)
             await eventually(lambda: node.receiver.heard("good2") == [b"m"])
 
 
@@ -109,7 +109,7 @@ async def test_nothing_is_left_behind_on_close(valkey: Server, prefix: str) -> N
     """No task, no connection, no registration."""
     clients = len(valkey.client().client_list())
     async with opened(valkey.url, prefix) as node:
-        await node.bus.subscribe("r")
+        await node.room_bus.subscribe("r")
         assert our_tasks()
     assert our_tasks() == []
     assert valkey.client().hlen(f"{prefix}:{{nodes}}:all") == 0
@@ -120,15 +120,16 @@ async def test_nothing_is_left_behind_on_close(valkey: Server, prefix: str) -> N
 async def test_a_backend_can_be_opened_again_on_another_loop(valkey: Server, prefix: str) -> None:
     """Everything starts afresh: nothing of the first time is bound to its loop."""
     from asgi_cluster.backends.redis.backend import RedisBackend
-    from asgi_cluster.ids import NodeId
     from tests.bus.nodes import Receiver
+    from tests.contract.sites import make_node
 
     backend = RedisBackend(valkey.url, prefix=prefix, lease_duration=2.0)
 
-    async def once(name: str) -> bool:
-        async with backend.open(NodeId(name), Receiver(), listen=True):
-            return backend.bus.lease(0).live
+    async def once() -> bool:
+        receiver = Receiver()
+        async with backend.open(make_node(), receiver, receiver):
+            return backend.session_bus.lease(0).live
 
-    assert await once("a")
-    assert not backend.bus.lease(0).live
-    assert await asyncio.to_thread(asyncio.run, once("b"))
+    assert await once()
+    assert not backend.session_bus.lease(0).live
+    assert await asyncio.to_thread(asyncio.run, once())

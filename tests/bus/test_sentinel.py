@@ -27,8 +27,8 @@ async def wrote(node: Node, timeout: float = 0.3) -> bool:
 
 async def hears(node: Node) -> None:
     before = len(node.receiver.of("session"))
-    await node.bus.publish_bucket(3, encode(Changed("03.x", "me")), timeout=1)
-    await node.bus.publish_room("r", b"\nagain", timeout=1)
+    await node.session_bus.publish(3, encode(Changed("03.x", "me")), timeout=1)
+    await node.room_bus.publish("r", b"\nagain", timeout=1)
     await eventually(
         lambda: len(node.receiver.of("session")) > before and b"again" in node.receiver.heard("r")
     )
@@ -38,7 +38,7 @@ async def survives(servers: SentinelSet, node: Node, *, stopped: bool) -> None:
     """The primary goes, the replica takes over: writes resume and the lease is live within a second of the
     election.
     """
-    await node.bus.subscribe("r")
+    await node.room_bus.subscribe("r")
     old = servers.primary
     new = next(server for server in servers.servers if server is not old)
     gone_at = time.monotonic()
@@ -68,7 +68,7 @@ async def survives(servers: SentinelSet, node: Node, *, stopped: bool) -> None:
     await eventually(lambda: node.live)
     await hears(node)
     with new.client() as client:
-        assert client.hexists(f"{node.bus._sessions.names.nodes()}", node.id)
+        assert client.hexists(f"{node.backend._registry.names.nodes()}", node.id)
 
 
 async def test_a_primary_that_is_killed(prefix: str) -> None:
@@ -98,7 +98,7 @@ async def test_a_failover_by_hand_and_a_sentinel_that_is_gone(
         servers.sentinels[0].kill()
         async with opened(servers.url, prefix) as node:
             assert "min-replicas-to-write is 0" in caplog.text
-            await node.bus.subscribe("r")
+            await node.room_bus.subscribe("r")
             old = servers.primary
             with servers.sentinels[1].client() as client:
                 await asyncio.to_thread(client.execute_command, "SENTINEL", "FAILOVER", servers.name)

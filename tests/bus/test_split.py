@@ -16,11 +16,11 @@ from tests.support.waiting import eventually
 
 
 async def works(node: Node) -> None:
-    await node.bus.subscribe("r")
-    await node.bus.publish_room("r", b"\nm", timeout=1)
-    await node.bus.publish_bucket(3, encode(Changed("03.x", "me")), timeout=1)
+    await node.room_bus.subscribe("r")
+    await node.room_bus.publish("r", b"\nm", timeout=1)
+    await node.session_bus.publish(3, encode(Changed("03.x", "me")), timeout=1)
     await eventually(lambda: node.receiver.heard("r") == [b"m"] and node.receiver.of("session"))
-    assert set(await node.bus.nodes(timeout=1)) == {node.id}
+    assert set(await node.session_bus.nodes(timeout=1)) == {node.id}
 
 
 async def test_rooms_go_to_their_own_server(valkey: Server, prefix: str) -> None:
@@ -31,7 +31,7 @@ async def test_rooms_go_to_their_own_server(valkey: Server, prefix: str) -> None
             assert rooms.client().pubsub_channels("*:room:*") == [f"{prefix}:0:room:r".encode()]
             assert valkey.client().pubsub_channels(f"{prefix}:0:room:*") == []
             assert rooms.client().pubsub_channels("*:sessions") == []
-            assert set(await node.bus.room_nodes(timeout=1)) == {node.id}
+            assert set(await node.backend.presence._registry.nodes(timeout=1)) == {node.id}
         assert rooms.client().keys("*") == []
 
 
@@ -42,16 +42,16 @@ async def test_sessions_go_on_when_the_rooms_server_dies(valkey: Server, prefix:
             await works(node)
             rooms.kill()
             await eventually(lambda: node.receiver.of("rooms gap"))
-            assert not node.bus.room_lease("r").live
+            assert not node.room_bus.lease("r").live
             with pytest.raises(BusUnavailable):
-                await node.bus.publish_room("r", b"\nlost", timeout=0.2)
+                await node.room_bus.publish("r", b"\nlost", timeout=0.2)
             assert node.live
             assert node.backend.ready
-            await node.bus.publish_bucket(3, encode(Changed("03.y", "me")), timeout=1)
+            await node.session_bus.publish(3, encode(Changed("03.y", "me")), timeout=1)
             await eventually(lambda: ("session", "03.y") in node.receiver.events)
             rooms.restart()
             await eventually(lambda: node.receiver.of("rooms restored"))
-            await node.bus.publish_room("r", b"\nback", timeout=1)
+            await node.room_bus.publish("r", b"\nback", timeout=1)
             await eventually(lambda: b"back" in node.receiver.heard("r"))
             assert node.receiver.of("gap") == []
 
@@ -102,7 +102,7 @@ async def test_databases_do_not_hear_each_other(valkey: Server, prefix: str) -> 
     """Pub/Sub ignores the database; the channel names do not."""
     async with opened(f"{valkey.url[:-1]}1", prefix) as one, opened(f"{valkey.url[:-1]}2", prefix) as two:
         await works(one)
-        await two.bus.subscribe("r")
-        await two.bus.publish_room("r", b"\ntwo", timeout=1)
+        await two.room_bus.subscribe("r")
+        await two.room_bus.publish("r", b"\ntwo", timeout=1)
         await eventually(lambda: two.receiver.heard("r") == [b"two"])
         assert one.receiver.heard("r") == [b"m"]

@@ -95,9 +95,9 @@ async def test_a_right_that_is_missing(prefix: str, rights: str, told: str) -> N
 async def test_a_publisher_does_not_listen(valkey: Server, prefix: str) -> None:
     """``listen=False``: no registration, no subscriber, and publishing reaches those who listen."""
     async with opened(valkey.url, prefix) as node, opened(valkey.url, prefix, listen=False) as publisher:
-        await node.bus.subscribe("r")
-        await publisher.bus.publish_room("r", b"\nm", timeout=1)
-        assert set(await publisher.bus.nodes(timeout=1)) == {node.id}
+        await node.room_bus.subscribe("r")
+        await publisher.room_bus.publish("r", b"\nm", timeout=1)
+        assert set(await publisher.session_bus.nodes(timeout=1)) == {node.id}
         assert publisher.backend.ready
 
 
@@ -136,7 +136,8 @@ def test_a_password_is_in_no_repr() -> None:
     """Of nothing that holds one."""
     for scheme, tail in (("redis", "h"), ("redis+sentinel", "h:1/x"), ("redis+cluster", "h:1,h:2")):
         backend = RedisBackend(f"{scheme}://user:s3cret@{tail}", prefix="p", lease_duration=2)
-        held = [backend, backend.bus, *vars(backend).values(), *vars(backend.bus).values()]
+        buses = backend.session_bus, backend.room_bus
+        held = [backend, *vars(backend).values(), *(value for bus in buses for value in vars(bus).values())]
         assert "s3cret" not in "".join(map(repr, held))
 
 

@@ -14,7 +14,7 @@ from tests.support.topologies import SentinelSet
 
 LINKS: dict[str, Callable[[Any], MultiplexedConnection]] = {
     "commands": lambda backend: backend._topology._commands._link,
-    "subscriber": lambda backend: next(iter(backend.bus._sessions._subscribers.values()))._link,
+    "subscriber": lambda backend: next(iter(backend._subscribers._subscribers.values()))._link,
     "sentinel": lambda backend: backend._topology._sentinels[0].link,
 }
 

@@ -217,9 +217,9 @@ async def test_room_that_was_tampered_with(
             else:
                 client.hset(name, mapping=damage)
             if key == "in":
-                node, incarnation = cluster._parts.backend.bus.identity()  # type: ignore[attr-defined]
+                incarnation = cluster._parts.backend.room_bus.incarnation
                 for number, info in enumerate((b"\xff", b"[]", b"{", DEEP_JSON)):
-                    client.hset(name, b"c%d\xff" % number, f"{node} {incarnation}\n".encode() + info)
+                    client.hset(name, b"c%d\xff" % number, f"{cluster.node} {incarnation}\n".encode() + info)
         assert await room.presence() == []
         for _ in range(2):
             await room.history()

@@ -76,7 +76,7 @@ def lose(proxy: Proxy, loss: Loss, command: str) -> None:
 async def caught_up(direct: Node, *, through: Node) -> None:
     """What was published before has arrived at ``direct``: a message sent later, ``through`` a node, has."""
     before = len(direct.receiver.heard("marker"))
-    await through.bus.publish_room("marker", b"\nm", timeout=2)
+    await through.room_bus.publish("marker", b"\nm", timeout=2)
     await eventually(lambda: len(direct.receiver.heard("marker")) > before)
 
 
@@ -84,8 +84,8 @@ async def caught_up(direct: Node, *, through: Node) -> None:
 async def witness(valkey: Server, prefix: str) -> AsyncIterator[Witness]:
     """The server has all scripts, so that each change is one command."""
     async with Proxy(valkey.url) as proxy, opened(valkey.url, prefix) as direct:
-        await direct.bus.subscribe("marker")
-        await direct.bus.subscribe("r")
+        await direct.room_bus.subscribe("marker")
+        await direct.room_bus.subscribe("r")
         await know_scripts(direct)
         await caught_up(direct, through=direct)  # or the messages of these scripts would be counted
         async with opened(proxy.url, prefix, listen=False) as behind:
@@ -190,7 +190,7 @@ async def test_broadcast_without_history(valkey: Server, prefix: str, loss: Loss
     async with witness(valkey, prefix) as seen:
         seen.lose(loss, f"{prefix}:0:room:r")
         with pytest.raises(BusUnavailable) as error:
-            await seen.node.bus.publish_room("r", b"\nx", timeout=1)
+            await seen.node.room_bus.publish("r", b"\nx", timeout=1)
         assert error.value.outcome_unknown
         await seen.settled()
         assert len(seen.direct.receiver.heard("r")) == (loss == "reply")

@@ -10,9 +10,9 @@ from typing import Self
 
 import msgspec
 
-from asgi_cluster.bus.bus import SUBSCRIBED_AGAIN
 from asgi_cluster.bus.lease import boot_clock
 from asgi_cluster.bus.messages import Changed, MalformedMessage, decode, encode
+from asgi_cluster.bus.session_bus import SUBSCRIBED_AGAIN
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import Handle, new_token
 from asgi_cluster.sessions.cache import SessionCache
@@ -42,8 +42,8 @@ class CacheReceiver(Receiver):
         if isinstance(message, Changed):
             self.cache.drop(Handle(message.handle))
 
-    def gap(self, reason: str, buckets: frozenset[int] | None) -> None:
-        super().gap(reason, buckets)
+    def sessions_gap(self, reason: str, buckets: frozenset[int] | None) -> None:
+        super().sessions_gap(reason, buckets)
         self.cache.flush(buckets)
 
 
@@ -65,7 +65,7 @@ class Health:
         while True:
             await asyncio.sleep(_LOOK_EVERY)
             now = time.monotonic()
-            ready, trusted = self._node.backend.ready, self._node.bus.stats().lease_remaining > 0
+            ready, trusted = self._node.backend.ready, self._node.backend.stats().lease_remaining > 0
             silent, lately = now - self.answered > _SILENCE, now - self.answered < _MOMENT
             wrong = {
                 "not ready while it was trusted": not ready and trusted,
@@ -82,7 +82,7 @@ class Health:
 
     def judge_the_end(self) -> None:
         """When everything is over."""
-        stats = self._node.bus.stats()
+        stats = self._node.backend.stats()
         gaps = [event for event in self._node.receiver.of("gap") if event[1] != SUBSCRIBED_AGAIN]
         ends = {
             "not ready in the end": self._node.backend.ready,
@@ -117,7 +117,7 @@ class Traffic:
         receiver = CacheReceiver()
         self.writer = await self._stack.enter_async_context(opened(url, prefix, listen=False))
         self.reader = await self._stack.enter_async_context(opened(faulted, prefix, receiver=receiver))
-        self._cache = receiver.cache = SessionCache(self.reader.bus.lease, ttl=30, max_entries=1000)
+        self._cache = receiver.cache = SessionCache(self.reader.session_bus.lease, ttl=30, max_entries=1000)
         self._store = CachedStore(self.reader.backend.store, self._cache)
         handles = [(await create(self.writer.backend.store)).handle for _ in range(_SESSIONS)]
         self._confirmed = {handle: ([0.0], [0]) for handle in handles}
@@ -176,7 +176,7 @@ class Traffic:
             handle = handles[turn % len(handles)]
             asked = time.monotonic()
             before = self._cache.stats().hits
-            lease = self.reader.bus.lease(int(handle[:2], 16))
+            lease = self.reader.session_bus.lease(int(handle[:2], 16))
             vouched = lease.live
             self.last_beat = max(
                 self.last_beat, asked + lease.until - LEASE - boot_clock() if vouched else 0.0

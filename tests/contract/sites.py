@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from asgi_cluster.backends.choose import open_backend
 from asgi_cluster.backends.port import Backend
 from asgi_cluster.bus.messages import Ack, encode
-from asgi_cluster.ids import NodeId, new_token
+from asgi_cluster.ids import NodeId
+from asgi_cluster.node import Node
 
 LEASE = 1.0
 TIMEOUT = 5.0
@@ -31,19 +32,34 @@ class Recorder:
     def room_message(self, room: str, payload: bytes) -> None:
         self.rooms.append((room, payload))
 
-    def gap(self, reason: str, buckets: frozenset[int] | None) -> None:
+    def sessions_gap(self, reason: str, buckets: frozenset[int] | None) -> None:
         self.gaps.append(reason)
 
-    def rooms_gap(self, reason: str, rooms: frozenset[str] | None) -> None:
-        self.gaps.append(reason)
+    def rooms_gap(self, rooms: frozenset[str]) -> None:
+        self.gaps.append("rooms")
 
-    def rooms_restored(self, rooms: frozenset[str] | None) -> None:
+    def rooms_restored(self, rooms: frozenset[str]) -> None:
+        pass
+
+    def node_removed(self, node: str, incarnation: str) -> None:
         pass
 
     def load(self) -> tuple[int, int]:
         return 3, 2
 
     __hash__ = object.__hash__
+
+
+def make_node(label: str = "node", *, listens: bool = True) -> Node:
+    """A node that is not started, with an id of its own, as a backend needs it."""
+    return Node(
+        label=label,
+        listens=listens,
+        deadline=1.0,
+        needs_start=True,
+        crosses_loops=False,
+        attach=lambda: None,
+    )
 
 
 @dataclass
@@ -81,8 +97,8 @@ class Site:
             credential_provider=None,
         )
         heard = Recorder()
-        node = NodeId(f"node-{new_token()}")
+        node = make_node(listens=listen)
         stack = AsyncExitStack()
-        await stack.enter_async_context(backend.open(node, heard, listen=listen))
+        await stack.enter_async_context(backend.open(node, heard, heard))
         self.stack.push_async_exit(stack)
-        return Member(node, backend, heard, stack)
+        return Member(node.id, backend, heard, stack)

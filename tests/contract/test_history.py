@@ -48,8 +48,8 @@ async def test_publish_reaches_members_and_history(site: Site) -> None:
     """
     a, b, c = await site.node(), await site.node(), await site.node()
     for node in (a, b):
-        await node.backend.bus.subscribe("r")
-    await c.backend.bus.subscribe("r2")
+        await node.backend.room_bus.subscribe("r")
+    await c.backend.room_bus.subscribe("r2")
     messages = [b"one", b"\x00\xff\n binary", b""]
     positions = [await publish(a.backend.history, message) for message in messages]
     start = positions[0].offset
@@ -175,7 +175,7 @@ async def test_idempotency_key(site: Site) -> None:
     another message.
     """
     a, b = await site.node(), await site.node()
-    await a.backend.bus.subscribe("r")
+    await a.backend.room_bus.subscribe("r")
     first = await publish(a.backend.history, b"1", idempotency_key="k")
     assert await publish(b.backend.history, b"again", idempotency_key="k") == first
     assert (await publish(b.backend.history, b"2", idempotency_key="k2")).offset == first.offset + 1
@@ -200,7 +200,7 @@ async def test_publishers_at_once(site: Site) -> None:
     """
     a, b = await site.node(), await site.node()
     for node in (a, b):
-        await node.backend.bus.subscribe("r")
+        await node.backend.room_bus.subscribe("r")
     await asyncio.gather(*(publish((a, b)[n % 2].backend.history, b"%d" % n, size=500) for n in range(200)))
     await eventually(lambda: len(a.heard.rooms) == len(b.heard.rooms) == 200)
     assert a.heard.rooms == b.heard.rooms
@@ -215,7 +215,7 @@ async def test_publishers_at_once(site: Site) -> None:
 async def test_room_names_are_exact(site: Site, room: str) -> None:
     """Any name is a room of its own."""
     node = await site.node()
-    await node.backend.bus.subscribe(room)
+    await node.backend.room_bus.subscribe(room)
     await publish(node.backend.history, b"1", room)
     await eventually(lambda: node.heard.rooms)
     assert [name for name, _ in node.heard.rooms] == [room]

@@ -12,11 +12,10 @@ import pytest
 
 from asgi_cluster.backends.memory.backend import MemoryBackend
 from asgi_cluster.backends.memory.expiring import Expiring
-from asgi_cluster.bus.bus import Receiver
-from asgi_cluster.ids import NodeId, UserId, new_token
+from asgi_cluster.ids import UserId
 from asgi_cluster.rooms.history import seal_envelope
 from tests.contract.drafts import alive, create, end, write
-from tests.contract.sites import TIMEOUT, Recorder
+from tests.contract.sites import TIMEOUT, Recorder, make_node
 
 
 class Clock:
@@ -27,9 +26,9 @@ class Clock:
         return self.now
 
 
-def attached(name: str | None, receiver: Receiver | None = None) -> tuple[MemoryBackend, Recorder]:
+def attached(name: str | None, receiver: Recorder | None = None) -> tuple[MemoryBackend, Recorder]:
     backend, heard = MemoryBackend(name, lease_duration=1.0), Recorder()
-    backend.attach(NodeId(f"node-{new_token()}"), receiver or heard)
+    backend.attach(make_node(), receiver or heard, receiver or heard)
     return backend, heard
 
 
@@ -74,15 +73,17 @@ async def test_attaching_again(prefix: str) -> None:
     rooms.
     """
     backend, heard = MemoryBackend(prefix, lease_duration=1.0), Recorder()
+    node = make_node()
     for _ in range(3):
-        backend.attach(NodeId("n1"), heard)
-    incarnation = (await backend.bus.nodes(timeout=TIMEOUT))[NodeId("n1")].incarnation
-    backend.attach(NodeId("n1"), heard)
-    assert (await backend.bus.nodes(timeout=TIMEOUT))[NodeId("n1")].incarnation == incarnation
-    await backend.bus.subscribe("r")
-    backend.attach(NodeId("n2"), heard)
-    assert set(await backend.bus.nodes(timeout=TIMEOUT)) == {"n2"}
-    await backend.bus.publish_room("r", seal_envelope(None, 0, b"x"), timeout=TIMEOUT)
+        backend.attach(node, heard, heard)
+    incarnation = (await backend.session_bus.nodes(timeout=TIMEOUT))[node.id].incarnation
+    backend.attach(node, heard, heard)
+    assert (await backend.session_bus.nodes(timeout=TIMEOUT))[node.id].incarnation == incarnation
+    await backend.room_bus.subscribe("r")
+    node.renew()
+    backend.attach(node, heard, heard)
+    assert set(await backend.session_bus.nodes(timeout=TIMEOUT)) == {node.id}
+    await backend.room_bus.publish("r", seal_envelope(None, 0, b"x"), timeout=TIMEOUT)
     assert len(heard.rooms) == 1
 
 
@@ -98,12 +99,13 @@ async def test_message_sent_while_another_is_received(prefix: str) -> None:
         def session_message(self, payload: bytes) -> None:
             order.append((self.name, payload))
             if payload == b"ended":
-                first.bus.post("first", b"ack by " + self.name.encode())
+                first.session_bus.post(nodes[0].id, b"ack by " + self.name.encode())
 
     receivers = [Answering("first"), Answering("second")]
     first, second = (MemoryBackend(prefix, lease_duration=1.0) for _ in receivers)
-    for backend, receiver in zip((first, second), receivers, strict=True):
-        backend.attach(NodeId(receiver.name), receiver)
+    nodes = [make_node(), make_node()]
+    for backend, node, receiver in zip((first, second), nodes, receivers, strict=True):
+        backend.attach(node, receiver, receiver)
     await end(second.store, (await create(second.store)).handle)
     assert order == [
         ("first", b"ended"),
@@ -191,7 +193,7 @@ async def test_memory_after_thousands_of_visits() -> None:
     """
     clock = Clock()
     backend = MemoryBackend(None, lease_duration=1.0, clock=clock)
-    backend.attach(NodeId("n"), receiver := Recorder())
+    backend.attach(make_node(), receiver := Recorder(), receiver)
 
     async def visits(count: int) -> None:
         for n in range(count):

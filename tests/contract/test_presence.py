@@ -107,7 +107,7 @@ async def test_reaping_a_dead_incarnation(server_site: Site) -> None:
     await enter(a, "c1")
     for n in range(20):
         await enter(dead, f"d{n}", f"user-{n}")
-    incarnation = (await a.backend.bus.nodes(timeout=TIMEOUT))[dead.id].incarnation
+    incarnation = (await a.backend.session_bus.nodes(timeout=TIMEOUT))[dead.id].incarnation
     reaped = await asyncio.gather(
         *(node.backend.presence.reap("r", dead.id, incarnation, timeout=TIMEOUT) for node in (a, b))
     )

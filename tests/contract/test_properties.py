@@ -252,7 +252,7 @@ async def _histories(members: tuple[Member, Member], steps: list[tuple[Any, ...]
     held = 0
     keys: dict[str, Position] = {}
     memory = members[0]
-    await memory.backend.bus.subscribe(room)
+    await memory.backend.room_bus.subscribe(room)
     starts = [0, 0]  # each numbering begins with a random offset; here they count from 1
 
     def count(offset: int, start: int) -> int:

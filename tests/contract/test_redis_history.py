@@ -76,7 +76,7 @@ async def test_offsets_after_a_failover(stack: AsyncExitStack) -> None:
     usual_lost = [usual_publish(one, b"lost %d" % n) for n in range(4, 7)]
     member = await Site("valkey", second.url, "p", stack).node()
     new = member.backend.history
-    await member.backend.bus.subscribe("r")
+    await member.backend.room_bus.subscribe("r")
 
     # Before anything is published there: the top is what was replicated, and no position may be beyond it.
     assert (await read(new, shared[-1])).complete
@@ -284,7 +284,7 @@ async def test_publication_when_memory_is_full(stack: AsyncExitStack) -> None:
     full = stack.enter_context(start_valkey())
     server = stack.enter_context(redis.Redis.from_url(full.url))
     node = await Site("valkey", full.url, "full", stack).node()
-    await node.backend.bus.subscribe("r")
+    await node.backend.room_bus.subscribe("r")
     await publish(node.backend.history, b"1")
     server.config_set("maxmemory", "1")
     with pytest.raises(BusUnavailable, match="OOM"):

@@ -76,13 +76,13 @@ async def test_registration_lost(site: Site, redis_url: str) -> None:
         room = other.cluster.room("kept:a")
         before = {member.connection_id for member in await room.presence()}
         assert len(before) == 2
-        incarnation = node.cluster._parts.backend.bus.incarnation
+        incarnation = node.cluster._parts.backend.room_bus.incarnation
         with start_client(redis_url) as redis:
             redis.hdel(f"{site.prefix}:{{nodes}}:all", node.cluster.node)
             redis.delete(f"{site.prefix}:{{nodes}}:beat:{node.cluster.node}")
 
         async def back() -> bool:
-            now = node.cluster._parts.backend.bus.incarnation
+            now = node.cluster._parts.backend.room_bus.incarnation
             owner = f"{node.cluster.node} {now}".encode()
             with start_client(redis_url) as redis:
                 entries = redis.hvals(f"{site.prefix}:{{room:kept:a}}:in")

@@ -24,8 +24,8 @@ async def test_broadcast_in_doubt_is_delivered_once(
     """Whether the bus brought it before the reply was given up, brings it later, or lost it."""
     rules = [RoomRule("news", subscribe=True)]
     cluster = Cluster(f"memory://{prefix}", realtime=RealtimeConfig(rules=rules, on_bus_error="local"))
-    bus = cluster._parts.backend.bus
-    publish = bus.publish_room
+    bus = cluster._parts.backend.room_bus
+    publish = bus.publish
     late: list[tuple[str, bytes]] = []
 
     async def loses_the_reply(room: str, payload: bytes, *, timeout: float) -> None:
@@ -50,7 +50,7 @@ async def test_broadcast_in_doubt_is_delivered_once(
 
         await until(2)
         with monkeypatch.context() as patch:
-            patch.setattr(bus, "publish_room", loses_the_reply)
+            patch.setattr(bus, "publish", loses_the_reply)
             await cluster.room("news").broadcast("in doubt")
         for room, payload in late:
             await publish(room, payload, timeout=1)

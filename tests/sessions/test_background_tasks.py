@@ -15,7 +15,7 @@ import websockets
 
 from asgi_cluster import Cluster, CookieConfig, SessionConfig
 from asgi_cluster.backends.redis.client import PrimaryClient
-from asgi_cluster.backends.redis.registry import Registry
+from asgi_cluster.backends.redis.registration import Registration
 from asgi_cluster.backends.redis.subscriber import Subscriber
 from asgi_cluster.backends.redis.subscribers import SubscriberSet
 from asgi_cluster.sessions.tombstones import Tombstones
@@ -82,7 +82,7 @@ async def test_background_work_that_fails(
 @pytest.mark.parametrize(
     ("kind", "method", "name"),
     [
-        (Registry, "observe", "registry"),
+        (Registration, "observe", "registry"),
         (Subscriber, "_one_connection", "subscriber"),
         (SubscriberSet, "gap", "subscriber"),
         (PrimaryClient, "_one_connection", "commands"),
@@ -107,10 +107,9 @@ async def test_work_of_the_backend_that_fails(
         client_for(cluster) as browser,
     ):
         monkeypatch.setattr(kind, method, broken)
-        bus: Any = cluster._parts.backend.bus
-        for subscriber in list(bus._sessions._subscribers.values()):
-            subscriber._link.abort("broken by the test")
         backend: Any = cluster._parts.backend
+        for subscriber in list(backend._subscribers._subscribers.values()):
+            subscriber._link.abort("broken by the test")
         if kind is PrimaryClient:
             backend._topology.drop("broken by the test")
         await eventually(lambda: cluster.stats().failing == {name: "KeyError"}, timeout=15)

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from asgi_cluster import BusUnavailable, Cluster, RealtimeConfig, RoomRule, SessionConfig, get_session
-from asgi_cluster.backends.redis import registry
+from asgi_cluster.backends.redis import registration
 from asgi_cluster.sessions.config import CookieConfig
 from tests.realtime.site import Node, Raw, Site
 from tests.support.machine import LOCAL, ROOT
@@ -183,7 +183,7 @@ async def test_least_privilege_is_enough(
     place: Place, site: Site, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing fails, and the servers have refused nothing, not even what would be tried another way."""
-    monkeypatch.setattr(registry, "_REFRESH_EVERY", 0.0)
+    monkeypatch.setattr(registration, "_REFRESH_EVERY", 0.0)
     sessions = SessionConfig(wait_replicas=1, cookie=CookieConfig(secure=False))
     options: dict[str, Any] = {"rooms_url": place.rooms_url}
     first, second = [await site.node(cluster=options, rules=[KEPT], routes=ROUTES) for _ in range(2)]
@@ -236,8 +236,8 @@ async def test_refused_refresh_of_the_registry_is_logged_once(
     valkey: Server, prefix: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The node goes on; one warning says what the server answered."""
-    monkeypatch.setattr(registry, "_OBSERVE_EVERY", 0.01)
-    monkeypatch.setattr(registry, "_REFRESH_EVERY", 0.0)
+    monkeypatch.setattr(registration, "_OBSERVE_EVERY", 0.01)
+    monkeypatch.setattr(registration, "_REFRESH_EVERY", 0.0)
     grant([valkey], "least", [rule for rule in (*BASE, *NEWER) if rule != "+hexists"], prefix)
     url = valkey.url.replace("://", "://least:pw@")
 

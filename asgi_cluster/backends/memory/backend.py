@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from asgi_cluster.backends.memory.bus import MemoryBus
+from asgi_cluster.backends.memory.broker import Attachment, MemoryBroker
+from asgi_cluster.backends.memory.bus import MemoryRoomBus, MemorySessionBus
 from asgi_cluster.backends.memory.history import MemoryHistory
 from asgi_cluster.backends.memory.presence import MemoryPresence
 from asgi_cluster.backends.memory.store import MemorySessionStore
-from asgi_cluster.backends.memory.world import Attachment, MemoryBroker
-from asgi_cluster.bus.bus import Receiver
-from asgi_cluster.bus.lease import Clock, boot_clock
-from asgi_cluster.exceptions import NotStarted
-from asgi_cluster.ids import NodeId
-from asgi_cluster.tasks import Failing
+from asgi_cluster.bus.lease import Clock, Lease, boot_clock
+from asgi_cluster.bus.room_bus import RoomReceiver
+from asgi_cluster.bus.session_bus import SessionReceiver
+from asgi_cluster.bus.stats import BusStats
+from asgi_cluster.node import Node
 
 __all__ = ["MemoryBackend"]
+
+
+class _UnbrokenLease(Lease):
+    """A lease that cannot lapse: nothing can be missed here."""
+
+    __slots__ = ()
+
+    def __init__(self, duration: float, *, clock: Clock) -> None:
+        super().__init__(duration, clock=clock)
+        self.until = math.inf
+
+    def revoke(self) -> None:
+        """There is no gap that this could be called for."""
+
+    @property
+    def remaining(self) -> float:
+        """Always all of it."""
+        return self.duration
 
 
 class MemoryBackend:
@@ -34,68 +53,48 @@ class MemoryBackend:
     def __init__(
         self, name: str | None = None, *, lease_duration: float = 2.0, clock: Clock = boot_clock
     ) -> None:
-        self._world = MemoryBroker.named(name, clock)
-        self._presence = MemoryPresence(self._world, self._incarnation)
-        self._bus = MemoryBus(self._world, lease_duration=lease_duration)
-        self.store = MemorySessionStore(self._world)
-        self.history = MemoryHistory(self._world)
+        self._broker = broker = MemoryBroker.named(name, clock)
+        self._attachment = attachment = Attachment()
+        self._lease = lease = _UnbrokenLease(lease_duration, clock=broker.clock)
         self._opened = False
-        self._letterbox: Attachment | None = None  # of a publisher
-
-    @property
-    def bus(self) -> MemoryBus:
-        """See ``Backend.bus``."""
-        return self._bus
-
-    @property
-    def presence(self) -> MemoryPresence:
-        """See ``Backend.presence``."""
-        return self._presence
-
-    def _incarnation(self) -> str:
-        if self._bus.seat is None:
-            raise NotStarted("presence")
-        return self._bus.seat.incarnation
+        self.session_bus = MemorySessionBus(broker, lease)
+        self.room_bus = MemoryRoomBus(broker, attachment, lease)
+        self.store = MemorySessionStore(broker)
+        self.history = MemoryHistory(broker)
+        self.presence = MemoryPresence(broker, attachment)
 
     @asynccontextmanager
-    async def open(
-        self, node: NodeId, receiver: Receiver, *, listen: bool, failing: Failing | None = None
-    ) -> AsyncIterator[None]:
+    async def open(self, node: Node, sessions: SessionReceiver, rooms: RoomReceiver) -> AsyncIterator[None]:
         """See ``Backend.open``. Registers the node until it is left; that is all there is to do."""
-        self._sit(Attachment(node, lambda: receiver, self._bus.rooms, listens=listen))
+        self._broker.attach(self._attachment, node, lambda: sessions, lambda: rooms)
         self._opened = True
         try:
             yield
         finally:
             self._opened = False
-            self._rise()
+            self._broker.detach(self._attachment)
 
-    def attach(self, node: NodeId, receiver: Receiver, *, listen: bool = True) -> None:
-        """Register a node that is not started, for as long as its ``receiver`` exists. Costs nothing when it
-        is there already.
+    def attach(self, node: Node, sessions: SessionReceiver, rooms: RoomReceiver) -> None:
+        """Register a node that is not started, for as long as its receivers exist. Costs nothing when it is
+        there already.
         """
-        seat = self._bus.seat or self._letterbox
-        if self._opened or (seat is not None and seat.node == node):
+        if self._opened or self._attachment.node == node.id:
             return
-        self._sit(Attachment(node, weakref.ref(receiver), self._bus.rooms, listens=listen))
-
-    def _sit(self, seat: Attachment) -> None:
-        with self._world.lock:
-            self._rise()
-            if seat.listens:
-                self._bus.seat = seat
-            else:
-                self._letterbox = seat
-            self._world.sit(seat)
-
-    def _rise(self) -> None:
-        with self._world.lock:
-            seat = self._bus.seat or self._letterbox
-            self._bus.seat = self._letterbox = None
-            if seat is not None:
-                self._world.leave(seat)
+        self._broker.attach(self._attachment, node, weakref.ref(sessions), weakref.ref(rooms))
 
     @property
     def ready(self) -> bool:
         """See ``Backend.ready``: always."""
         return True
+
+    def stats(self) -> BusStats:
+        """See ``Backend.stats``."""
+        return BusStats(
+            connected=True,
+            lease_remaining=self._lease.remaining,
+            gaps=0,
+            reconnects=0,
+            received=self._attachment.received,
+            malformed=0,
+            last_gap=None,
+        )

@@ -8,8 +8,8 @@ from itertools import islice
 
 import msgspec
 
+from asgi_cluster.backends.memory.broker import MemoryBroker
 from asgi_cluster.backends.memory.expiring import Expiring
-from asgi_cluster.backends.memory.world import MemoryBroker
 from asgi_cluster.ids import new_token
 from asgi_cluster.rooms.history import (
     EPOCH_LASTS,
@@ -61,7 +61,7 @@ class MemoryHistory:
                 logs.epoch.set("", epoch, self._world.clock() + EPOCH_LASTS)
             if digest:
                 logs.declared[node] = rules
-            living = {seat.node for seat in self._world.living()} & logs.declared.keys()
+            living = self._world.nodes().keys() & logs.declared.keys()
             if living:
                 logs.declared = {node: logs.declared[node] for node in living}
             others = {told: node for node, told in logs.declared.items() if told != rules}
@@ -98,7 +98,7 @@ class MemoryHistory:
             logs.entries.set(room, entries, now + ttl)
             if once is not None:
                 logs.once.set(once, position, now + ONCE)
-            self._world.tell_room(room, seal_envelope(position, previous, payload))
+            self._world.publish_room(room, seal_envelope(position, previous, payload))
             return position
 
     def _numbering(self, room: str, epoch: str) -> _Numbering:

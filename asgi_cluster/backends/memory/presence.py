@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-from asgi_cluster.backends.memory.world import Attachment, MemoryBroker
+from asgi_cluster.backends.memory.broker import Attachment, MemoryBroker
+from asgi_cluster.exceptions import NotStarted
 from asgi_cluster.rooms.presence import count_people
 
 __all__ = ["MemoryPresence"]
 
 
 class _Rooms:
-    def __init__(self, world: MemoryBroker) -> None:
+    def __init__(self, broker: MemoryBroker) -> None:
         self.members: dict[str, dict[str, tuple[str, bytes]]] = {}
-        world.on_leave.append(self.forget)
+        broker.on_detach.append(self.forget)
 
-    def forget(self, seat: Attachment) -> None:
+    def forget(self, attachment: Attachment) -> None:
         """A node has left: so have its members, in every room."""
         for room in list(self.members):
-            self.remove(room, seat.incarnation)
+            self.remove(room, attachment.incarnation)
 
     def remove(self, room: str, incarnation: str) -> Mapping[str, bytes]:
         """Who was in the room by this incarnation of a node."""
@@ -32,28 +33,31 @@ class _Rooms:
 
 
 class MemoryPresence:
-    """``rooms.presence.PresenceStore`` for one node of a world. ``incarnation()`` is that node's own."""
+    """``rooms.presence.PresenceStore`` for one node of a broker."""
 
-    def __init__(self, world: MemoryBroker, incarnation: Callable[[], str]) -> None:
-        self._world = world
-        self._rooms: _Rooms = world.part(_Rooms)
-        self._incarnation = incarnation
+    def __init__(self, broker: MemoryBroker, attachment: Attachment) -> None:
+        self._broker = broker
+        self._rooms: _Rooms = broker.part(_Rooms)
+        self._attachment = attachment
 
     async def enter(
         self, room: str, client: str, info: bytes, *, limit: int | None = None, timeout: float
     ) -> bool:
         """See ``PresenceStore.enter``."""
-        with self._world.lock:
+        with self._broker.lock:
+            incarnation = self._attachment.incarnation
+            if not incarnation:
+                raise NotStarted("presence")
             if limit is not None:
                 there = self._living(room)
                 if client not in there and len(there) >= limit:
                     return False
-            self._rooms.members.setdefault(room, {})[client] = (self._incarnation(), info)
+            self._rooms.members.setdefault(room, {})[client] = (incarnation, info)
             return True
 
     async def leave(self, room: str, client: str, *, timeout: float) -> bool:
         """See ``PresenceStore.leave``."""
-        with self._world.lock:
+        with self._broker.lock:
             members = self._rooms.members.get(room, {})
             found = members.pop(client, None) is not None
             if not members:
@@ -62,11 +66,11 @@ class MemoryPresence:
 
     async def members(self, room: str, *, timeout: float) -> Mapping[str, bytes]:
         """See ``PresenceStore.members``."""
-        with self._world.lock:
+        with self._broker.lock:
             return self._living(room)
 
     def _living(self, room: str) -> dict[str, bytes]:
-        living = {seat.incarnation for seat in self._world.living()}
+        living = {each.incarnation for each in self._broker.nodes().values()}
         return {
             client: info
             for client, (incarnation, info) in self._rooms.members.get(room, {}).items()
@@ -81,5 +85,5 @@ class MemoryPresence:
         """See ``PresenceStore.reap``. Rarely has anything to do: the members of a node that leaves go with
         it.
         """
-        with self._world.lock:
+        with self._broker.lock:
             return self._rooms.remove(room, incarnation)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from asgi_cluster.backends.memory.broker import MemoryBroker
 from asgi_cluster.backends.memory.expiring import Expiring
-from asgi_cluster.backends.memory.world import MemoryBroker
 from asgi_cluster.bus.messages import name_ended
 from asgi_cluster.ids import Handle, UserId
 from asgi_cluster.sessions.store import (
@@ -158,10 +158,10 @@ class MemorySessionStore:
                 self._extend(handle, stored)
                 return "unchanged"
             if ended and not fields and stored.user is None:
-                self._world.tell_sessions(ended)
+                self._world.publish_sessions(ended)
                 self._sessions.remove(handle)
                 return "ended"
-            self._world.tell_sessions(message)
+            self._world.publish_sessions(message)
             stored.fields = fields
             stored.write_id = write_id
             stored.version += 1
@@ -199,7 +199,7 @@ class MemorySessionStore:
                 return "gone"
             if stored.secret != current:
                 return "conflict"
-            self._world.tell_sessions(message)
+            self._world.publish_sessions(message)
             stored.previous, stored.previous_until = current, self._world.clock() + grace
             stored.secret = secret
             stored.write_id = write_id
@@ -211,11 +211,11 @@ class MemorySessionStore:
     ) -> EndResult:
         """See ``SessionStore.end``."""
         with self._world.lock:
-            nodes = [seat.node for seat in self._world.living()]
+            nodes = list(self._world.nodes())
             stored = self._sessions.records.get(handle)
             if stored is not None and expected not in (None, stored.write_id):
                 return EndResult(sessions=0, nodes=(), overtaken=stored.write_id, fields=dict(stored.fields))
-            self._world.tell_sessions(message)
+            self._world.publish_sessions(message)
             return EndResult(sessions=int(self._sessions.remove(handle)), nodes=nodes)
 
     async def devices(self, user: UserId, *, timeout: float) -> Sequence[Device]:
@@ -248,11 +248,11 @@ class MemorySessionStore:
         between.
         """
         with self._world.lock:
-            nodes = [seat.node for seat in self._world.living()]
+            nodes = list(self._world.nodes())
             mine = self._sessions.of_user.get(user, set())
             ended = sorted(mine - {keep})
             self._logged_out(user, epoch, None if keep in mine else keep)
-            self._world.tell_sessions(name_ended(message, [handle[3:] for handle in ended]))
+            self._world.publish_sessions(name_ended(message, [handle[3:] for handle in ended]))
             count = sum(self._sessions.remove(handle) for handle in ended)
             return EndResult(sessions=count, nodes=nodes, handles=ended)
 

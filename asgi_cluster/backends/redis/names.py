@@ -20,10 +20,11 @@ class Names:
     both URLs may lead to one server.
     """
 
-    __slots__ = ("_apart", "_channels", "_prefix", "publish", "sharded")
+    __slots__ = ("_apart", "_channels", "_prefix", "apart", "publish", "sharded")
 
     def __init__(self, prefix: str, *, db: int = 0, sharded: bool = False, apart: bool = False) -> None:
         self._prefix = prefix
+        self.apart = apart
         self._apart = "rooms-" if apart else ""
         self._channels = f"{prefix.replace(':', '%3A')}:{db}"
         self.sharded = sharded

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from asgi_cluster.backends.redis.names import Names
+from asgi_cluster.backends.redis.registry import Registry
 from asgi_cluster.backends.redis.scripts import load
 from asgi_cluster.backends.redis.single import Topology
-from asgi_cluster.bus.bus import NodeInfo
 from asgi_cluster.exceptions import BusUnavailable, StoreUnavailable
-from asgi_cluster.ids import NodeId
 from asgi_cluster.rooms.presence import count_people
 
-__all__ = ["RedisPresence", "Registered"]
+__all__ = ["RedisPresence"]
 
 _ROOM_TTL = 7 * 24 * 3600 * 1000
 """Milliseconds after the last arrival, or the last look, for which a room's presence stays when no node is
@@ -29,29 +28,16 @@ there.
 """
 
 
-class Registered(Protocol):
-    """What presence needs of the registry."""
-
-    def identity(self) -> tuple[NodeId, str]:
-        """This node and its incarnation. Raises ``NotStarted``."""
-        ...
-
-    async def room_nodes(self, *, timeout: float) -> Mapping[NodeId, NodeInfo]:
-        """The nodes that are registered where the rooms are. Their incarnations are those of ``identity``:
-        a registry on another server has others. Raises ``StoreUnavailable``.
-        """
-        ...
-
-
 class RedisPresence:
     """``rooms.presence.PresenceStore``. An entry is ``<node> <incarnation>`` and, after a newline, the
     client info.
 
     What a dead node left behind is not shown; it is removed by ``reap``, else when the room
-    is next read.
+    is next read. ``registry`` is the one where the rooms are: on another server the node has another
+    incarnation.
     """
 
-    def __init__(self, topology: Topology, names: Names, registry: Registered) -> None:
+    def __init__(self, topology: Topology, names: Names, registry: Registry) -> None:
         self._topology = topology
         self._names = names
         self._registry = registry
@@ -121,7 +107,7 @@ class RedisPresence:
     async def _ask(self, timeout: float) -> None:
         asked_at = asyncio.get_running_loop().time()
         try:
-            nodes = await self._registry.room_nodes(timeout=timeout)
+            nodes = await self._registry.nodes(timeout=timeout)
         except StoreUnavailable as error:
             raise BusUnavailable(error.reason) from error
         self._living = frozenset(_owner(node, info.incarnation) for node, info in nodes.items())

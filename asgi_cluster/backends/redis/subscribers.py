@@ -1,72 +1,83 @@
-"""What the primaries of one topology push to this node: which channel is subscribed where, and its lease."""
+"""What the primaries of one topology push to this node: which channel is subscribed where, and its lease.
+
+Only channels are known here: a listener turns its channels into buckets or rooms.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Protocol
 
-from asgi_cluster.backends.redis.errors import ConnectionBroken
 from asgi_cluster.backends.redis.lifetime import Background, background
 from asgi_cluster.backends.redis.listener import Heartbeat
-from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.primary import Primary
 from asgi_cluster.backends.redis.quorum import QuorumHeartbeats, common_ground
-from asgi_cluster.backends.redis.registry import InboxBeat, Registry, SideBeat
 from asgi_cluster.backends.redis.single import Topology
 from asgi_cluster.backends.redis.subscriber import Subscriber
-from asgi_cluster.bus.bus import SUBSCRIBED_AGAIN, Receiver
 from asgi_cluster.bus.lease import Lease
-from asgi_cluster.exceptions import NotStarted
-from asgi_cluster.ids import BUCKETS, NodeId
 from asgi_cluster.tasks import Failing
 
-__all__ = ["SubscriberSet"]
+__all__ = ["ChannelListener", "Channels", "HeartbeatSource", "SubscriberSet"]
 
 logger = logging.getLogger("asgi_cluster.bus")
 
 _UNKNOWN = "?"
 
 
+class ChannelListener(Protocol):
+    """Gets what happens to its channels, and only to these. Called on the event loop; must not block."""
+
+    def message(self, channel: str, payload: bytes) -> None:
+        """It came on this channel."""
+        ...
+
+    def gap(self, reason: str, channels: frozenset[str]) -> None:
+        """Messages may have been lost on these channels, maybe none. Their lease is 0 already."""
+        ...
+
+    def restored(self, channels: frozenset[str]) -> None:
+        """A subscriber is connected again, and these channels, maybe none, are subscribed again."""
+        ...
+
+
+Channels = Sequence[tuple[ChannelListener, Sequence[str]]]
+"""Listeners, each with its channels."""
+
+
+class HeartbeatSource(Protocol):
+    """Where subscribers are needed, and what they beat with."""
+
+    def primaries(self) -> Sequence[Primary]:
+        """Those that need a subscriber, as of the last look."""
+        ...
+
+    def heartbeat(self, primary: Primary) -> Heartbeat:
+        """The heartbeat there, at this moment. Raises ``ConnectionBroken`` when there can be none."""
+        ...
+
+
 class SubscriberSet:
-    """One subscriber, and one lease, per primary. Carries sessions, or rooms, or both.
+    """One subscriber, and one lease, per primary."""
 
-    With neither it carries only what is posted to this node: the node is not registered then, and there is
-    one subscriber, at the primary that has the node's channel.
-    """
-
-    def __init__(
-        self,
-        topology: Topology,
-        names: Names,
-        *,
-        lease_duration: float,
-        sessions: bool,
-        rooms: bool,
-        stale_for: float = 0.0,
-    ) -> None:
+    def __init__(self, topology: Topology, *, lease_duration: float) -> None:
         self.topology = topology
-        self.names = names
         self._duration = lease_duration
-        self._stale_for = stale_for
-        self._carries_sessions = sessions
-        self._carries_rooms = rooms
         self._lease = Lease(lease_duration)  # of the only primary, when there is only one
         self._no_lease = Lease(lease_duration)  # never renewed: of channels without a subscriber
         self._subscribers: dict[Primary, Subscriber] = {}
         self._running: dict[Primary, asyncio.Task[None]] = {}
         self._homes: dict[str, Subscriber] = {}
-        self._wanted: set[str] = set()
+        self._wanted: dict[str, ChannelListener] = {}
+        self._vital: frozenset[str] = frozenset()
         self._lost: set[str] = set()
-        self._buckets: dict[str, int] = {}
-        self._fixed: frozenset[str] = frozenset()
-        self._receiver: Receiver | None = None
+        self._listeners: Sequence[ChannelListener] = ()
+        self._source: HeartbeatSource | None = None
         self._tasks: Background | None = None
         self._open = False
-        self._node = NodeId("")
-        self.registry: Registry | None = None
         self.gaps = 0
         self.last_gap: tuple[float, str] | None = None
         """When (the loop's time) and why."""
@@ -74,19 +85,21 @@ class SubscriberSet:
 
     @asynccontextmanager
     async def opened(
-        self, node: NodeId, receiver: Receiver, failing: Failing | None = None
+        self,
+        source: HeartbeatSource,
+        channels: Channels,
+        failing: Failing | None = None,
     ) -> AsyncIterator[None]:
-        """Registered and receiving while entered. Raises ``StoreUnavailable``, ``BusUnavailable``."""
-        if self._carries_sessions or self._carries_rooms:
-            self.registry = self.registry_for(node, receiver.load)
-        registry, self._node = self.registry, node
-        self._receiver = receiver
-        self._wanted = {self.names.node_channel(node)}
-        if self._carries_sessions:
-            buckets = range(BUCKETS) if self.names.sharded else range(1)
-            self._buckets = {self.names.sessions_channel(f"{bucket:02x}"): bucket for bucket in buckets}
-            self._wanted |= self._buckets.keys()
-        self._fixed = frozenset(self._wanted)
+        """Receiving while entered. ``channels``: each listener, with the channels that it cannot do without;
+        gaps are reported to the listeners in this order.
+
+        Raises:
+            BusUnavailable: such a channel was refused, or a primary could not be reached.
+        """
+        self._source = source
+        self._listeners = tuple(listener for listener, _ in channels)
+        self._wanted = {name: listener for listener, names in channels for name in names}
+        self._vital = frozenset(self._wanted)
         try:
             async with background(failing) as tasks:
                 self._tasks = tasks
@@ -94,17 +107,11 @@ class SubscriberSet:
                 self._open = True
                 self.topology.watch(self._replan)
                 self._replan()
-                if registry is not None:
-                    lease = partial(self.lease_of, self.names.nodes())
-                    tasks.keep(partial(registry.run, lease), name="registry")
                 try:
                     yield
                 finally:
                     self.topology.watch(None)
                     self._open = False
-            # Only now: a beat of ours must not find the registration gone and renew it.
-            if registry is not None and self.topology.answering:
-                await registry.leave()
         finally:
             self._received, self._reconnects = self.received, self.reconnects
             for subscriber in self._subscribers.values():
@@ -114,30 +121,23 @@ class SubscriberSet:
             self._homes.clear()
             self._wanted.clear()
             self._lost.clear()
-            self._tasks = self._receiver = None
-
-    def registry_for(self, node: NodeId, load: Callable[[], tuple[int, int]]) -> Registry:
-        """The registry at these servers, for a node that may not be in it."""
-        # Where only rooms are, no logout waits for a node.
-        lease = self._duration if self._carries_sessions else 0.0
-        return Registry(self.topology, self.names, node, load, lease=lease, stale_for=self._stale_for)
+            self._listeners = ()
+            self._tasks = self._source = None
 
     # Subscribers and their channels
 
     def _plan(self) -> list[asyncio.Future[None]]:
         """One subscriber per primary, and each channel at the primary that has it now."""
         assert self._tasks is not None
+        assert self._source is not None
         loop = asyncio.get_running_loop()
         started: list[asyncio.Future[None]] = []
-        primaries = self.topology.primaries()
-        if self.registry is None:
-            home = self.topology.home(self.names.node_channel(self._node))
-            primaries = [primary for primary in primaries if primary is home]
+        primaries = self._source.primaries()
         fresh = [primary for primary in primaries if primary not in self._subscribers]
         for primary in fresh:
-            lease = Lease(self._duration) if self.names.sharded else self._lease
+            lease = Lease(self._duration) if self.topology.sharded else self._lease
             self._subscribers[primary] = Subscriber(
-                primary, lease, self, sharded=self.names.sharded, vital=frozenset(self._wanted)
+                primary, lease, self, sharded=self.topology.sharded, vital=self._vital
             )
         for channel in sorted(self._wanted):
             self._settle(channel)
@@ -182,7 +182,7 @@ class SubscriberSet:
 
     def lease(self, channel: str) -> Lease:
         """The lease that vouches for ``channel``."""
-        if not self.names.sharded:
+        if not self.topology.sharded:
             return self._lease
         home = self._homes.get(channel)
         # A primary's lease says nothing of a channel that has yet to be subscribed there.
@@ -194,24 +194,23 @@ class SubscriberSet:
         # A message may still come from a channel's old home, whose run id is not kept.
         return _UNKNOWN if home is None else home.run_id
 
-    # Rooms
+    async def subscribe(self, channel: str, listener: ChannelListener) -> None:
+        """Returns when the server has acknowledged; at once while the connection is down: then ``restored``
+        is called when it is back.
 
-    async def subscribe(self, room: str) -> None:
-        """See ``Bus.subscribe``."""
-        if self._receiver is None:
-            raise NotStarted("joining a room")
-        channel = self.names.room_channel(room)
-        self._wanted.add(channel)
+        Raises:
+            BusUnavailable: the server refused.
+        """
+        self._wanted[channel] = listener
         home = self._settle(channel)
         if home is None or not home.connected:
             self._lost.add(channel)
         if home is not None:
             await home.subscribe(channel)
 
-    def unsubscribe(self, room: str) -> None:
-        """See ``Bus.unsubscribe``."""
-        channel = self.names.room_channel(room)
-        self._wanted.discard(channel)
+    def unsubscribe(self, channel: str) -> None:
+        """No more of it."""
+        self._wanted.pop(channel, None)
         self._lost.discard(channel)
         home = self._homes.pop(channel, None)
         if home is not None:
@@ -221,53 +220,41 @@ class SubscriberSet:
 
     def heartbeat(self, subscriber: Subscriber) -> Heartbeat:
         """See ``Listener.heartbeat``."""
-        if self.registry is None:
-            return InboxBeat(self.names, self._node)
-        if self.topology.home(self.names.nodes()) is subscriber.primary:
-            return self.registry
-        tag = self.topology.tag_at(subscriber.primary)
-        if tag is None:
-            raise ConnectionBroken("this primary has no slots", sent=False)
-        return SideBeat(self.names, self.registry.node, tag)
+        assert self._source is not None
+        return self._source.heartbeat(subscriber.primary)
 
     def message(self, channel: str, payload: bytes) -> None:
         """See ``Listener.message``."""
-        if self._receiver is None:
-            return
-        room = self.names.room_of_channel(channel) if self._carries_rooms else None
-        if room is not None:
-            self._receiver.room_message(room, payload)
-        else:
-            self._receiver.session_message(payload)
+        listener = self._wanted.get(channel)
+        if listener is not None:
+            listener.message(channel, payload)
 
     def gap(self, subscriber: Subscriber, reason: str, channels: frozenset[str]) -> None:
         """See ``Listener.gap``."""
         self.topology.refresh_soon()
         fresh = channels - self._lost  # the others' gap was reported, and nothing was trusted since
-        self._lost |= channels & self._wanted
-        if self._receiver is None or not self._open or not fresh:
+        self._lost |= channels & self._wanted.keys()
+        if not self._open or not fresh:
             return
         self.gaps += 1
         self.last_gap = asyncio.get_running_loop().time(), reason
-        buckets, rooms = self._split(fresh)
-        if buckets is None or buckets:
-            self._receiver.gap(reason, buckets)
-        if rooms is None or rooms:
-            self._receiver.rooms_gap(reason, rooms)
+        for listener in self._listeners:
+            listener.gap(reason, self._of(listener, fresh))
 
     def acknowledged(self, subscriber: Subscriber, channels: frozenset[str]) -> None:
         """See ``Listener.acknowledged``."""
         self.topology.reconnect_now(subscriber.primary)
         back = channels & self._lost
         self._lost -= back
-        if self._receiver is None or not self._open or not back:
+        if not self._open or (channels and not back):
             return
-        buckets, rooms = self._split(back)
-        if buckets is None or buckets:
-            # What was read between the gap and now may have changed without a message: it must not be kept.
-            self._receiver.gap(SUBSCRIBED_AGAIN, buckets)
-        if rooms is None or rooms:
-            self._receiver.rooms_restored(rooms)
+        # Each listener is called, one without channels at this primary too: the node may have registered
+        # again there.
+        for listener in self._listeners:
+            listener.restored(self._of(listener, back))
+
+    def _of(self, listener: ChannelListener, channels: frozenset[str]) -> frozenset[str]:
+        return frozenset(channel for channel in channels if self._wanted.get(channel) is listener)
 
     def standing(self, subscriber: Subscriber) -> None:
         """See ``Listener.standing``."""
@@ -291,20 +278,12 @@ class SubscriberSet:
         """See ``Listener.moved``."""
         self.topology.refresh_soon()
 
-    def _split(self, channels: frozenset[str]) -> tuple[frozenset[int] | None, frozenset[str] | None]:
-        """The buckets and the rooms; ``None`` for all of them, as it always is with one primary."""
-        rooms = frozenset(filter(None, map(self.names.room_of_channel, channels)))
-        if self.names.sharded:
-            return frozenset(
-                self._buckets[channel] for channel in channels if channel in self._buckets
-            ), rooms
-        if channels.isdisjoint(self._fixed):
-            return frozenset(), rooms
-        return (None if self._carries_sessions else frozenset()), (
-            None if self._carries_rooms else frozenset()
-        )
-
     # Figures
+
+    @property
+    def open(self) -> bool:
+        """Whether it has started, and has not been left."""
+        return self._open
 
     @property
     def connected(self) -> bool:
