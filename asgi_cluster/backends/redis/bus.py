@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from asgi_cluster.backends.redis.channels import ChannelListener
 from asgi_cluster.backends.redis.inbox import Inbox
 from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.registry import Registry
 from asgi_cluster.backends.redis.single import Topology
-from asgi_cluster.backends.redis.subscribers import ChannelListener, SubscriberSet
+from asgi_cluster.backends.redis.subscribers import SubscriberSet
 from asgi_cluster.bus.lease import Lease
 from asgi_cluster.bus.messages import Ack, encode
 from asgi_cluster.bus.room_bus import RoomReceiver

@@ -19,6 +19,7 @@ from functools import partial
 import msgspec
 from redis.exceptions import ResponseError
 
+from asgi_cluster.backends.redis.channels import Channels
 from asgi_cluster.backends.redis.errors import NOT_EXECUTED, ConnectionBroken, first_word
 from asgi_cluster.backends.redis.lifetime import background
 from asgi_cluster.backends.redis.listener import Command, Heartbeat
@@ -26,7 +27,7 @@ from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.primary import Primary
 from asgi_cluster.backends.redis.registry import BEAT_TTL, Entry, Listed, Registry
 from asgi_cluster.backends.redis.scripts import load
-from asgi_cluster.backends.redis.subscribers import Channels, SubscriberSet
+from asgi_cluster.backends.redis.subscribers import SubscriberSet
 from asgi_cluster.bus.lease import Lease
 from asgi_cluster.bus.stats import NodeInfo
 from asgi_cluster.exceptions import StoreUnavailable

@@ -10,8 +10,8 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Protocol
 
+from asgi_cluster.backends.redis.channels import ChannelListener, Channels, HeartbeatSource
 from asgi_cluster.backends.redis.lifetime import Background, background
 from asgi_cluster.backends.redis.listener import Heartbeat
 from asgi_cluster.backends.redis.primary import Primary
@@ -21,43 +21,11 @@ from asgi_cluster.backends.redis.subscriber import Subscriber
 from asgi_cluster.bus.lease import Lease
 from asgi_cluster.tasks import Failing
 
-__all__ = ["ChannelListener", "Channels", "HeartbeatSource", "SubscriberSet"]
+__all__ = ["SubscriberSet"]
 
 logger = logging.getLogger("asgi_cluster.bus")
 
 _UNKNOWN = "?"
-
-
-class ChannelListener(Protocol):
-    """Gets what happens to its channels, and only to these. Called on the event loop; must not block."""
-
-    def message(self, channel: str, payload: bytes) -> None:
-        """It came on this channel."""
-        ...
-
-    def gap(self, reason: str, channels: frozenset[str]) -> None:
-        """Messages may have been lost on these channels, maybe none. Their lease is 0 already."""
-        ...
-
-    def restored(self, channels: frozenset[str]) -> None:
-        """A subscriber is connected again, and these channels, maybe none, are subscribed again."""
-        ...
-
-
-Channels = Sequence[tuple[ChannelListener, Sequence[str]]]
-"""Listeners, each with its channels."""
-
-
-class HeartbeatSource(Protocol):
-    """Where subscribers are needed, and what they beat with."""
-
-    def primaries(self) -> Sequence[Primary]:
-        """Those that need a subscriber, as of the last look."""
-        ...
-
-    def heartbeat(self, primary: Primary) -> Heartbeat:
-        """The heartbeat there, at this moment. Raises ``ConnectionBroken`` when there can be none."""
-        ...
 
 
 class SubscriberSet:
@@ -85,10 +53,7 @@ class SubscriberSet:
 
     @asynccontextmanager
     async def opened(
-        self,
-        source: HeartbeatSource,
-        channels: Channels,
-        failing: Failing | None = None,
+        self, source: HeartbeatSource, channels: Channels, failing: Failing | None = None
     ) -> AsyncIterator[None]:
         """Receiving while entered. ``channels``: each listener, with the channels that it cannot do without;
         gaps are reported to the listeners in this order.
