@@ -164,6 +164,7 @@ async def test_malformed_session_message_is_a_gap(valkey: Server, prefix: str, p
         b"\n" + encode(messages.Published("j", b'"\xff"', "id", "n")),
         b"\n" + encode(messages.Published("j", b"1", "id", "n", info=b"\xff")),
         b"\n" + encode(messages.Joined("c", b"\xff")),
+        b"\n" + encode(messages.Changed("03.x", "n")),
     ],
 )
 async def test_malformed_room_message_reaches_no_member(valkey: Server, prefix: str, payload: bytes) -> None:

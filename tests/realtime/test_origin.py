@@ -180,7 +180,7 @@ async def test_log_is_bounded(lone_site: Site, caplog: pytest.LogCaptureFixture)
     node = await lone_site.node()
     clock = Clock()
     origins = node.cluster._parts.origins
-    origins._clock, origins._counted_at = clock, clock.now
+    origins._clock, origins._counted_at = clock, clock()
 
     def logged() -> list[str]:
         return [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]

@@ -1,0 +1,46 @@
+"""Rooms whose server is away for a while: what was left undone is done when it is back."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+
+import pytest
+
+from asgi_cluster import RoomRule
+from tests.realtime.site import Site
+from tests.support.proxy import Proxy
+from tests.support.servers import Server
+from tests.support.waiting import eventually
+
+ROOM = RoomRule("room", subscribe=True, presence=True, join_leave=True)
+
+
+@pytest.mark.parametrize("leaving", ["unsubscribes", "goes"])
+async def test_client_that_leaves_while_redis_is_away(valkey: Server, prefix: str, leaving: str) -> None:
+    """Its presence ends when Redis is back, for the nodes that were not cut off, too."""
+    async with AsyncExitStack() as stack:
+        proxy = await stack.enter_async_context(Proxy(valkey.url))
+        near = await Site(proxy.url, prefix, stack).node(rules=[ROOM])
+        far = await Site(valkey.url, prefix, stack).node(rules=[ROOM])
+
+        async def present() -> int:
+            return len(await far.cluster.room("room").presence())
+
+        async with near.client() as staying, near.client() as client:
+            for each in (staying, client):
+                await each.call("subscribe", {"channel": "room"})
+            assert await present() == 2
+            proxy.cut()
+            await eventually(lambda: near.cluster.stats().bus.lease_remaining == 0)
+            if leaving == "unsubscribes":
+                await client.call("unsubscribe", {"channel": "room"})
+            else:
+                await client.ws.close()
+                await eventually(lambda: near.cluster.stats().realtime.connections == 1)
+            assert await present() == 2
+            proxy.heal()
+
+            async def one_left() -> bool:
+                return await present() == 1
+
+            await eventually(one_left, timeout=20)
