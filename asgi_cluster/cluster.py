@@ -28,7 +28,6 @@ from asgi_cluster.rooms.room import Room
 from asgi_cluster.rooms.rooms import Rooms
 from asgi_cluster.sessions.cache import SessionCache
 from asgi_cluster.sessions.config import CacheConfig, CookieConfig, SessionConfig
-from asgi_cluster.sessions.reads import CachedStore
 from asgi_cluster.sessions.revalidation import Revalidator
 from asgi_cluster.sessions.service import SessionService
 from asgi_cluster.sockets.hub import Hub
@@ -164,9 +163,7 @@ class Cluster:
             stale_for=stale_for,
         )
         hub = Hub(outbox_bytes=realtime.outbox_bytes)
-        service = SessionService(
-            CachedStore(backend.store, cache), sessions, node=node, bus=backend.bus, sockets=hub
-        )
+        service = SessionService(backend.store, cache, sessions, node=node, bus=backend.bus, sockets=hub)
         rooms = Rooms(
             bus=backend.bus,
             history=backend.history,
@@ -175,13 +172,13 @@ class Cluster:
             config=realtime,
             node=node,
         )
-        revalidator = Revalidator(service.store, hub, node=node, unverified_limit=realtime.unverified_limit)
+        revalidator = Revalidator(service.reader, hub, node=node, unverified_limit=realtime.unverified_limit)
         dispatch = Dispatch(
             cache=cache,
             hub=hub,
             rooms=rooms,
-            acks=service.acks,
-            tombstones=service.tombstones,
+            acks=service.logouts.acks,
+            tombstones=service.logouts.tombstones,
             bus=backend.bus,
             node=node,
             verify=revalidator.wake,
@@ -206,7 +203,7 @@ class Cluster:
                 declare=rooms.retention.start,
                 works={
                     "verification": revalidator.run,
-                    "tombstones": service.tombstones.run,
+                    "tombstones": service.logouts.tombstones.run,
                     "room rules": rooms.retention.run,
                 },
             ),
@@ -360,7 +357,7 @@ class Cluster:
             node=parts.node.known_as,
             ready=self.ready,
             failing=dict(parts.node.failing.values()),
-            cache=parts.service.store.cache.stats(),
+            cache=parts.service.cache.stats(),
             bus=replace(parts.backend.bus.stats(), malformed=parts.dispatch.malformed),
             realtime=parts.hub.stats(rooms=parts.rooms.count()),
         )

@@ -46,8 +46,7 @@ ATTRIBUTES: dict[type, str] = {
 
 INTERNALS: dict[type, str] = {
     Session: """
-        check_sealed commit cookie_header due exposed failure fetch open raised replace sealed stored touched
-        unread unsaved unwatch verify watched withdraw
+        replace service unsaved work
     """,
     Connection: "gone outbox rooms service socket",
     Room: "",
@@ -57,7 +56,7 @@ INTERNALS: dict[type, str] = {
 
 LEAVES = {"arguments", "ids", "codes", "exceptions", "tasks", "scope", "config", "node"}
 """Known to everybody; they know at most each other."""
-PORTS = {"sessions.store", "sessions.damage", "rooms.history", "rooms.presence"}
+PORTS = {"sessions.store", "sessions.corrupt", "rooms.history", "rooms.presence"}
 """With all of ``bus``, what the halves and the backends meet at."""
 COMPOSERS = {"cluster", "dispatch", "remote", "stats", "supervisor", "workers"}
 REALTIME = {"sockets", "rooms", "centrifuge"}

@@ -66,7 +66,7 @@ class Handshake:
             self._parts.hub.unregister(self.socket)
         elif kind == "websocket.http.response.start":
             self.answered = True
-            await self._state.session.commit()
+            await self._parts.service.committer.commit(self._state.session)
             message = self._headers.with_cookie(self._scope, self._state.session, message)
         await self._send(message)
 
@@ -75,8 +75,8 @@ class Handshake:
         self._headers.adopt(self._scope, session)
         code: CloseCode | None = None
         try:
-            await session.commit()
-            record = session.stored
+            await parts.service.committer.commit(session)
+            record = session.work.record
             user: str | None = None if record is None else record.user
             socket.owner = user
             if user is None and parts.identify is not None:
@@ -89,10 +89,10 @@ class Handshake:
             parts.hub.register(socket)
             if user != socket.owner:
                 parts.hub.close_if_logged_out(socket, since=socket.began)
-            if session.failure is not None:
-                raise session.failure
+            if session.work.state == "unread":
+                session.work.check_readable()
             if record is not None:
-                alive = await session.verify()
+                alive = await parts.service.verify(session)
                 if alive is None:
                     code = CloseCode.SESSION_ENDED
                 else:
