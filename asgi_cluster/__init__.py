@@ -20,9 +20,9 @@ from asgi_cluster.rooms.history import Position
 from asgi_cluster.rooms.room import Publication, Room, RoomHistory, RoomMember
 from asgi_cluster.rooms.rules import Connected, ConnectRequest, RoomRequest, RoomRule
 from asgi_cluster.scope import get_session
-from asgi_cluster.sessions.cache import CacheStats
 from asgi_cluster.sessions.config import CacheConfig, CookieConfig, SessionConfig
 from asgi_cluster.sessions.ended import SessionEnded
+from asgi_cluster.sessions.entry import CacheStats
 from asgi_cluster.sessions.receipts import LogoutReceipt
 from asgi_cluster.sessions.session import Session
 from asgi_cluster.sockets.stats import RealtimeStats

@@ -226,7 +226,7 @@ class Cluster:
             node=parts.node.current_id,
             ready=self.ready,
             failing=dict(parts.node.failing.values()),
-            cache=parts.service.store.cache.stats(),
+            cache=parts.service.cache.stats(),
             bus=replace(parts.backend.stats(), malformed=parts.dispatch.malformed),
             realtime=parts.hub.stats(rooms=parts.rooms.count()),
         )

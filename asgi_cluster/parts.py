@@ -13,7 +13,6 @@ from asgi_cluster.node import Node
 from asgi_cluster.options import Options
 from asgi_cluster.rooms.rooms import Rooms
 from asgi_cluster.sessions.cache import SessionCache
-from asgi_cluster.sessions.reads import CachedStore
 from asgi_cluster.sessions.revalidation import Revalidator
 from asgi_cluster.sessions.service import SessionService
 from asgi_cluster.sockets.hub import Hub
@@ -65,7 +64,8 @@ class Parts:
             stale_for=stale_for,
         )
         self.service = SessionService(
-            CachedStore(self.backend.store, cache),
+            self.backend.store,
+            cache,
             sessions,
             node=self.node,
             bus=self.backend.session_bus,
@@ -80,14 +80,14 @@ class Parts:
             node=self.node,
         )
         self.revalidator = Revalidator(
-            self.service.store, self.hub, node=self.node, unverified_limit=realtime.unverified_limit
+            self.service.reader, self.hub, node=self.node, unverified_limit=realtime.unverified_limit
         )
         self.dispatch = Dispatch(
             cache=cache,
             hub=self.hub,
             rooms=self.rooms,
-            acks=self.service.acks,
-            tombstones=self.service.tombstones,
+            acks=self.service.logouts.acks,
+            tombstones=self.service.logouts.tombstones,
             bus=self.backend.session_bus,
             node=self.node,
             revalidator=self.revalidator,
@@ -107,7 +107,7 @@ class Parts:
             hub=self.hub,
             rooms=self.rooms,
             revalidator=self.revalidator,
-            tombstones=self.service.tombstones,
+            tombstones=self.service.logouts.tombstones,
             config=realtime,
         )
 

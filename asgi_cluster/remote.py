@@ -52,7 +52,7 @@ class RemoteSession:
         """End it on every node and close its sockets with 4501. ``timeout`` and ``StoreUnavailable`` as in
         ``Session.logout``.
         """
-        return await self._service.end(
+        return await self._service.logouts.end(
             self.handle, code=CloseCode.SESSION_ENDED, reason=reason, timeout=seconds("timeout", timeout)
         )
 
@@ -85,7 +85,7 @@ class RemoteUser:
         """The living sessions, the most recently seen first. One round trip. Raises ``StoreUnavailable``."""
         node = self._service.node
         node.ensure_started("listing sessions")
-        devices = await self._service.store.devices(self.id, timeout=node.deadline)
+        devices = await self._service.reader.devices(self.id, timeout=node.deadline)
         now = datetime.now().astimezone().timestamp()
         return [
             SessionInfo(
@@ -125,7 +125,7 @@ class RemoteUser:
         ``StoreUnavailable`` as ``Session.logout``.
         """
         keep = exclude.handle if isinstance(exclude, Session) else exclude
-        return await self._service.end_all(
+        return await self._service.logouts.end_all(
             self.id,
             keep=None if keep is None else check_handle(keep),
             code=CloseCode.SESSION_ENDED,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from asgi_cluster.bus.stats import BusStats
 from asgi_cluster.ids import NodeId
-from asgi_cluster.sessions.cache import CacheStats
+from asgi_cluster.sessions.entry import CacheStats
 from asgi_cluster.sockets.stats import RealtimeStats
 
 __all__ = ["ClusterStats"]

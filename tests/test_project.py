@@ -41,8 +41,7 @@ ATTRIBUTES: dict[type, str] = {
 
 INTERNALS: dict[type, str] = {
     Session: """
-        check_sealed commit cookie_header due exposed failure fetch open raised replace sealed stored touched
-        unread unsaved unwatch verify watched withdraw
+        replace service unsaved work
     """,
     Connection: "gone info membership outbox rooms socket",
     Room: "",

@@ -27,7 +27,7 @@ class SessionHeaders:
 
     def __init__(self, service: SessionService, origins: Origins) -> None:
         self._origins = origins
-        self._secure = service.cookie.secure
+        self._cookie = service.cookie
         self._warned = False
         self.scope_key = service.config.scope_key
 
@@ -65,7 +65,7 @@ class SessionHeaders:
 
     def _warn_insecure(self, scope: Scope) -> None:
         """Once: a Secure cookie leaves over plain http, and most clients will not send it back."""
-        if self._secure and scope.get("scheme") in ("http", "ws") and not self._warned:
+        if self._cookie.secure and scope.get("scheme") in ("http", "ws") and not self._warned:
             self._warned = True
             logger.warning(
                 "a Secure session cookie was set over plain http: clients other than browsers on localhost "
@@ -75,7 +75,7 @@ class SessionHeaders:
 
     def with_cookie(self, scope: Scope, session: Session, message: Message) -> Message:
         """``message`` with the session's cookie, and ``Vary: Cookie`` if the app looked at the session."""
-        cookie = session.cookie_header()
+        cookie = session.work.cookie_header(self._cookie)
         if cookie is None and not session.accessed:
             return message
         headers = [*message.get("headers", ())]

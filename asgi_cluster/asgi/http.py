@@ -52,8 +52,9 @@ class Response:
                 scope_key = self._headers.scope_key
                 if scope_key is not None and self._scope.get(scope_key) is not session:
                     self._headers.adopt(self._scope, session)
-                if session.due:
-                    await session.commit()
+                committer = session.service.committer
+                if committer.due(session):
+                    await committer.commit(session)
             except (StoreUnavailable, SessionConflict) as failed:
                 await self.replace(failed, message)
                 return
@@ -64,11 +65,11 @@ class Response:
             self.saved = True
         self.started = True
         await self._send(self._headers.with_cookie(self._scope, session, message))
-        session.sealed = True
+        session.work.phase = "sealed"
 
     def _uncaught(self) -> StoreUnavailable | BusUnavailable | SessionConflict | None:
         """The error of this package that the app did not catch, and that its 500 is about."""
-        handled, raised = sys.exception(), self._session.raised
+        handled, raised = sys.exception(), self._session.work.raised
         if handled is None:
             # This framework does not answer while it handles the error. The session has forgotten errors that
             # the app caught and made good.
@@ -87,7 +88,7 @@ class Response:
         app's own answer, are kept.
         """
         self.started = self.replaced = True
-        await self._session.withdraw()
+        await self._session.service.logins.discard_unsent(self._session)
         cors = [header for header in (message or {}).get("headers", ()) if header[0].lower() in _CORS]
         if not any(name.lower() == _CORS[0] for name, _ in cors):
             cors = self._headers.cors(self._scope)

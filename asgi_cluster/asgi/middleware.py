@@ -43,7 +43,7 @@ class ClusterMiddleware:
         self._supervisor = parts.supervisor
         self._endpoint = parts.endpoint
         self._service = parts.service
-        self._cached = parts.service.store.cache.get
+        self._cached = parts.service.cache.get
         self._cookie = parts.service.cookie
         self._headers = SessionHeaders(parts.service, parts.origins)
         self._websockets = WebSockets(parts, self._headers)
@@ -81,10 +81,10 @@ class ClusterMiddleware:
             handle, secret = credentials
             entry = self._cached(handle)
             if entry is not None:
-                session.open(entry, secret)
+                self._service.open(session, entry, secret)
             else:
-                await session.fetch(handle, secret)
-            if session.stored is None:
+                await self._service.fetch(session, handle, secret)
+            if session.work.record is None:
                 await self._try_others(session, scope)
         state = scope[SCOPE_KEY] = ScopeState(self._node, session)
         if scope_key is not None:
@@ -105,26 +105,26 @@ class ClusterMiddleware:
                 if ours is not None:
                     await response.replace(ours)
                 else:
-                    await session.withdraw()
+                    await self._service.logins.discard_unsent(session)
             if ours is None or not response.replaced:
                 raise
             return
         finally:
-            if session.watched is not None:
-                session.unwatch()
-        if session.exposed and response.saved:
-            session.check_sealed()
+            if session.work.watched is not None:
+                self._service.unwatch(session)
+        if session.work.exposed and response.saved:
+            session.work.check_sealed(session)
 
     async def _try_others(self, session: Session, scope: Scope) -> None:
         for handle, secret in self._cookie.others(scope["headers"]):
-            if session.unread:
+            if session.work.failure is not None:
                 return
             entry = self._cached(handle)
             if entry is not None:
-                session.open(entry, secret)
+                self._service.open(session, entry, secret)
             else:
-                await session.fetch(handle, secret)
-            if session.stored is not None:
+                await self._service.fetch(session, handle, secret)
+            if session.work.record is not None:
                 return
 
 

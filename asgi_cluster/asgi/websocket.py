@@ -41,6 +41,7 @@ class WebSockets:
     def __init__(self, parts: Parts, headers: SessionHeaders) -> None:
         self.headers = headers
         self.node = parts.node
+        self.service = parts.service
         self.hub = parts.hub
         self.revalidator = parts.revalidator
         self.identify = parts.identify
@@ -101,7 +102,7 @@ class WebSockets:
         finally:
             self.hub.unregister(socket)
             socket.detach()
-            state.session.unwatch()
+            self.service.unwatch(state.session)
             if state.session.unsaved:
                 logger.warning("a WebSocket ended with unsaved session changes: call session.save()")
 
@@ -142,7 +143,7 @@ class Handshake:
             self._shared.hub.unregister(self.socket)
         elif kind == "websocket.http.response.start":
             self.answered = True
-            await self._state.session.commit()
+            await self._shared.service.committer.commit(self._state.session)
             message = self._shared.headers.with_cookie(self._scope, self._state.session, message)
         await self._send(message)
 
@@ -151,8 +152,8 @@ class Handshake:
         shared.headers.adopt(self._scope, session)
         code: CloseCode | None = None
         try:
-            await session.commit()
-            record = session.stored
+            await shared.service.committer.commit(session)
+            record = session.work.record
             user: str | None = None if record is None else record.user
             socket.owner = user
             if user is None and shared.identify is not None:
@@ -165,10 +166,10 @@ class Handshake:
             shared.hub.register(socket)
             if user != socket.owner:
                 shared.hub.close_if_logged_out(socket, since=socket.began)
-            if session.failure is not None:
-                raise session.failure
+            if session.work.state == "unread":
+                session.work.check_readable()
             if record is not None:
-                alive = await session.verify()
+                alive = await shared.service.verify(session)
                 if alive is None:
                     code = CloseCode.SESSION_ENDED
                 else:

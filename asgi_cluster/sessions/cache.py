@@ -7,89 +7,26 @@ store that is under way:
     record = await store.read(handle)
     cache.finish(read, record)          # kept only if nothing happened in between
 
-An invalidation, a local write or a gap *detaches* the flights it touches: their result may be from before the
+An invalidation, a local write or a gap *detaches* the reads it touches: their result may be from before the
 change, so their waiters get it, it is not cached, and later readers start a new read. Entries are served
-only while their bucket's lease is live, at the moment they are returned.
+only while their bucket's lease is live, at the moment they are returned. A local write is sent inside of
+``changing``.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from asgi_cluster.bus.lease import Lease
 from asgi_cluster.ids import Handle, UserId, bucket_of
-from asgi_cluster.sessions.codec import Decoded
+from asgi_cluster.sessions.entry import CacheStats, Entry, PendingRead
 from asgi_cluster.sessions.store import Record
 
-__all__ = ["CacheStats", "Entry", "PendingRead", "SessionCache"]
+__all__ = ["SessionCache"]
 
 _MAX_ABSENT = 1024
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CacheStats:
-    """Counted since the cluster object was made."""
-
-    hits: int
-    """Reads answered without Redis."""
-    misses: int
-    """Reads that asked Redis."""
-    bypassed: int
-    """Misses because the lease had lapsed: asked Redis, kept nothing."""
-    evictions: int
-    """Entries that went because the cache was full."""
-    invalidations: int
-    """Entries dropped because their session changed, here or elsewhere."""
-    flushes: int
-    """Times everything was dropped because messages may have been lost."""
-    size: int
-    """Entries now."""
-    max_entries: int
-
-    @property
-    def hit_rate(self) -> float:
-        """Hits among all reads, 0.0 to 1.0; 0.0 when there were none."""
-        reads = self.hits + self.misses
-        return self.hits / reads if reads else 0.0
-
-
-class Entry:
-    """One cached answer. ``record`` is ``None`` when the store has no such session."""
-
-    __slots__ = ("_decoded", "expires_at", "lease", "read_at", "record", "until")
-
-    def __init__(self, record: Record | None, read_at: float, ttl: float, lease: Lease) -> None:
-        self.record = record
-        self.read_at = read_at
-        # The remaining time was measured by the store after the read was sent: counting from the sending can
-        # only be early.
-        self.expires_at = read_at + record.expires_in if record is not None else read_at + ttl
-        self.until = min(self.expires_at, read_at + ttl)
-        self.lease = lease
-        self._decoded: Decoded | None = None
-
-    def fill(self, target: dict[str, Any]) -> None:
-        """Put the record's values into ``target``. Raises ``msgspec.DecodeError`` when it is corrupt."""
-        if self._decoded is None:
-            self._decoded = Decoded(self.record.fields if self.record is not None else {})
-        self._decoded.into(target)
-
-
-class PendingRead:
-    """One read of the store under way."""
-
-    __slots__ = ("attached", "begun_at", "handle", "lease", "waiters")
-
-    def __init__(self, handle: Handle, begun_at: float, lease: Lease) -> None:
-        self.handle = handle
-        self.begun_at = begun_at
-        self.lease = lease
-        self.attached = True
-        self.waiters: object = None
-        """Whatever the readers share while they wait; the cache does not look at it."""
 
 
 class SessionCache:
@@ -207,6 +144,19 @@ class SessionCache:
 
     # Invalidation
 
+    def changing(self, handle: Handle) -> _Changing:
+        """``with cache.changing(handle):`` while a change of the session is sent to the store."""
+        return _Changing(self, handle)
+
+    @contextmanager
+    def changing_user(self, user: UserId, *, keep: Handle | None) -> Iterator[None]:
+        """As ``changing``, for all sessions of a user but ``keep``."""
+        self.drop_user(user, keep=keep)
+        try:
+            yield
+        finally:
+            self.drop_user(user, keep=keep)
+
     def drop(self, handle: Handle) -> None:
         """The session changed, or is about to."""
         if self._remove(handle):
@@ -269,3 +219,21 @@ class SessionCache:
 
     def __repr__(self) -> str:
         return f"<SessionCache {len(self._entries)}/{self._max_entries}, {len(self._reads)} pending>"
+
+
+class _Changing:
+    __slots__ = ("_cache", "_handle")
+
+    def __init__(self, cache: SessionCache, handle: Handle) -> None:
+        self._cache = cache
+        self._handle = handle
+
+    # Before the write: no read on this node may get the old value once the write can have happened. After it,
+    # whatever its outcome: a read that began in between may have got the old value, and an unknown outcome
+    # counts as changed.
+
+    def __enter__(self) -> None:
+        self._cache.drop(self._handle)
+
+    def __exit__(self, *error: object) -> None:
+        self._cache.drop(self._handle)

@@ -10,7 +10,10 @@ import msgspec
 
 from asgi_cluster.arguments import described
 
-__all__ = ["Decoded", "encode_value"]
+__all__ = ["UNCHANGEABLE", "Decoded", "encode_value"]
+
+UNCHANGEABLE = frozenset({type(None), bool, int, float, str, bytes, datetime})
+"""By exact type: of any other value, a tuple with a list inside for example, the app may change a part."""
 
 _STORE_PLAIN = (
     "Store plain values: None, bool, int, float, str, bytes, datetime with a time zone, lists and dicts of "

@@ -10,6 +10,7 @@ from itertools import islice
 
 from asgi_cluster.ids import Handle
 from asgi_cluster.sessions.config import CookieConfig
+from asgi_cluster.sessions.store import Record
 
 __all__ = ["Cookie"]
 
@@ -25,7 +26,7 @@ Credentials = tuple[Handle, bytes]
 class Cookie:
     """Reads the session cookie from request headers and writes it into response headers."""
 
-    __slots__ = ("_attributes", "_find", "_find_all", "_name", "secure")
+    __slots__ = ("_attributes", "_find", "_find_all", "_max_age", "_name", "secure")
 
     def __init__(self, config: CookieConfig) -> None:
         self._name = config.wire_name
@@ -36,6 +37,7 @@ class Cookie:
         pattern = re.compile(rb"(?:\A|;)[ \t]*" + name + rb"=" + _CREDENTIALS + rb"[ \t]*(?=;|\Z)")
         self._find = pattern.search
         self._find_all = pattern.finditer
+        self._max_age = config.max_age
         self.secure = config.secure
         attributes = [f"Path={config.path}", "HttpOnly", f"SameSite={config.same_site.capitalize()}"]
         if config.secure:
@@ -67,12 +69,17 @@ class Cookie:
         found = (match for key, value in headers if key == b"cookie" for match in self._find_all(value))
         return ((Handle(match[1].decode()), match[2]) for match in islice(found, 1, _MOST))
 
-    def set(self, handle: str, secret: str, *, max_age: int | None) -> tuple[bytes, bytes]:
-        """The ``Set-Cookie`` header for a session. ``max_age`` in seconds; ``None``: until the browser
-        closes.
-        """
+    def max_age(self, record: Record) -> int | None:
+        """Of the cookie of this session, in seconds; ``None``: until the browser closes."""
+        if record.persistent:
+            return int(min(record.idle, record.absolute_in))
+        return None if self._max_age is None else int(min(self._max_age, record.absolute_in))
+
+    def set(self, record: Record, secret: str) -> tuple[bytes, bytes]:
+        """The ``Set-Cookie`` header for a session."""
+        max_age = self.max_age(record)
         lifetime = "" if max_age is None else f"; Max-Age={max_age}"
-        return b"set-cookie", f"{self._name}={handle}.{secret}{lifetime}; {self._attributes}".encode(
+        return b"set-cookie", f"{self._name}={record.handle}.{secret}{lifetime}; {self._attributes}".encode(
             "latin-1"
         )
 

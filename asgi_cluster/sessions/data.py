@@ -2,69 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterable, Iterator, KeysView, Set, ValuesView
-from datetime import datetime
+from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
 from typing import Any
 
-from asgi_cluster.sessions.codec import encode_value
+from asgi_cluster.sessions.codec import UNCHANGEABLE, encode_value
+from asgi_cluster.sessions.unit_of_work import UnitOfWork
 
 __all__ = ["SessionData"]
 
 _MISSING: Any = object()
-_UNCHANGEABLE = frozenset({type(None), bool, int, float, str, bytes, datetime})
-"""By exact type: of any other value, a tuple with a list inside for example, the app may change a part."""
 
 
 class SessionData(dict[str, Any]):
-    """The mapping half of a session.
+    """The mapping half of a session, and what became of it (``work``).
 
     ``accessed`` and ``modified`` are Starlette's flags. Every look at it goes through ``mark_accessed`` and
     every change through ``mark_modified``, which raise when the store is unavailable or the response has
     started.
     """
 
+    # A session that the app does not use, as an idle socket's, needs no __dict__.
+    __slots__ = ("__dict__", "__weakref__", "work")
+
     accessed: bool = False
     modified: bool = False
-    exposed: bool = False
-    """Whether the app may hold a value that can be changed in place: one that it read, or assigned."""
-    touched: Set[str] = frozenset()
-    """The keys that the app assigned or removed since the last save. They are sent even when the record that
-    was read shows the same: the store may have another value by now.
-    """
+
+    def __init__(self, work: UnitOfWork) -> None:
+        self.work = work
 
     def mark_accessed(self) -> None:
-        """The app looks at the session: the response depends on the cookie."""
+        """The app looks at the session: the response depends on the cookie. Raises ``StoreUnavailable`` when
+        the session could not be read.
+        """
         self.accessed = True
+        if self.work.state == "unread":
+            self.work.check_readable()
 
     def mark_modified(self) -> None:
-        """The app changes the session."""
+        """The app changes the session. Raises ``RuntimeError`` after the response has started,
+        ``StoreUnavailable`` when the session could not be read.
+        """
         self.mark_accessed()
+        self.work.check_writable()
         self.modified = True
 
-    def _touch(self, keys: Iterable[str]) -> None:
-        touched = self.touched
-        if not isinstance(touched, set):
-            touched = self.touched = set()
-        touched.update(keys)
+    @property
+    def unsaved(self) -> bool:
+        """Whether a stored session holds changes that were not saved. Free when the app never looked."""
+        work = self.work
+        if not (self.modified or work.exposed) or work.record is None:
+            return False
+        try:
+            return any(work.changes(self))
+        except (TypeError, ValueError):
+            return True
 
-    def _held_by_app(self, key: str) -> bool:
-        """Whether the app may hold the value of ``key``, and change it in place."""
-        return self.exposed and type(super().get(key)) not in _UNCHANGEABLE
+    def replace(self, values: Mapping[str, Any]) -> None:
+        """The app put a plain dict in our place: those are the contents now."""
+        for key, value in values.items():
+            encode_value(key, value)
+        self.mark_modified()
+        self.work.exposed = True
+        self.work.touch(dict.keys(self))
+        dict.clear(self)
+        dict.update(self, values)
+        self.work.touch(values)
 
     # Reading
 
     def __getitem__(self, key: str) -> Any:
         self.mark_accessed()
         value = super().__getitem__(key)
-        if type(value) not in _UNCHANGEABLE:
-            self.exposed = True
+        if type(value) not in UNCHANGEABLE:
+            self.work.exposed = True
         return value
 
     def get(self, key: str, default: Any = None) -> Any:
         self.mark_accessed()
         value = super().get(key, default)
-        if type(value) not in _UNCHANGEABLE:
-            self.exposed = True
+        if type(value) not in UNCHANGEABLE:
+            self.work.exposed = True
         return value
 
     def __contains__(self, key: object) -> bool:
@@ -94,12 +111,12 @@ class SessionData(dict[str, Any]):
 
     def values(self) -> ValuesView[Any]:  # type: ignore[override]
         self.mark_accessed()
-        self.exposed = True
+        self.work.exposed = True
         return super().values()
 
     def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
         self.mark_accessed()
-        self.exposed = True
+        self.work.exposed = True
         return super().items()
 
     def copy(self) -> dict[str, Any]:
@@ -117,25 +134,26 @@ class SessionData(dict[str, Any]):
     def __setitem__(self, key: str, value: Any) -> None:
         encode_value(key, value)
         self.mark_modified()
-        if type(value) not in _UNCHANGEABLE:
-            self.exposed = True
+        if type(value) not in UNCHANGEABLE:
+            self.work.exposed = True
         super().__setitem__(key, value)
-        self._touch((key,))
+        self.work.touch((key,))
 
     def __delitem__(self, key: str) -> None:
         self.mark_modified()
         super().__delitem__(key)
-        self._touch((key,))
+        self.work.touch((key,))
 
     def clear(self) -> None:
+        """Log out, at save time: data and user are gone, and with them the stored session."""
         self.mark_modified()
-        super().clear()
+        self.work.clear(self)
 
     def pop(self, key: str, default: Any = _MISSING) -> Any:
         self.mark_accessed()
         if super().__contains__(key):
             self.mark_modified()
-            self._touch((key,))
+            self.work.touch((key,))
         elif default is not _MISSING:
             return default
         return super().pop(key)
@@ -143,7 +161,7 @@ class SessionData(dict[str, Any]):
     def popitem(self) -> tuple[str, Any]:
         self.mark_modified()
         key, value = super().popitem()
-        self._touch((key,))
+        self.work.touch((key,))
         return key, value
 
     def setdefault(self, key: str, default: Any = None) -> Any:
@@ -157,10 +175,10 @@ class SessionData(dict[str, Any]):
         for key, value in changes.items():
             encode_value(key, value)
         self.mark_modified()
-        if not _UNCHANGEABLE.issuperset(map(type, changes.values())):
-            self.exposed = True
+        if not UNCHANGEABLE.issuperset(map(type, changes.values())):
+            self.work.exposed = True
         super().update(changes)
-        self._touch(changes)
+        self.work.touch(changes)
 
     def __ior__(self, other: Any) -> SessionData:  # type: ignore[override]
         self.update(other)

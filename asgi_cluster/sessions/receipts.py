@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from asgi_cluster.ids import NodeId, new_token
@@ -89,15 +90,15 @@ class Acknowledgements:
         self._pending: dict[str, PendingAck] = {}
         self._silent: set[str] = set()
 
-    def open(self) -> PendingAck:
-        """Before the request is sent, so that no answer can be missed."""
+    @contextmanager
+    def opened(self) -> Iterator[PendingAck]:
+        """A request, which is sent inside so that no answer can be missed, and waited for inside."""
         pending = PendingAck()
         self._pending[pending.id] = pending
-        return pending
-
-    def close(self, pending: PendingAck) -> None:
-        """The caller does not wait any more."""
-        self._pending.pop(pending.id, None)
+        try:
+            yield pending
+        finally:
+            self._pending.pop(pending.id, None)
 
     def answer(self, request: str, node: str, sockets: int) -> None:
         """An answer came. One that comes too late only shows that its node answers again."""

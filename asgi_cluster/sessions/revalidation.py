@@ -19,7 +19,7 @@ from asgi_cluster.codes import CloseCode
 from asgi_cluster.exceptions import ClusterError, StoreUnavailable
 from asgi_cluster.ids import Handle, UserId
 from asgi_cluster.node import Node
-from asgi_cluster.sessions.reads import CachedStore
+from asgi_cluster.sessions.reads import SessionReader
 from asgi_cluster.sessions.store import UserLogout
 from asgi_cluster.tasks import spawn
 
@@ -81,13 +81,13 @@ class Revalidator:
 
     def __init__(
         self,
-        store: CachedStore,
+        reader: SessionReader,
         sockets: OpenSockets,
         *,
         node: Node,
         unverified_limit: float,
     ) -> None:
-        self._store = store
+        self._reader = reader
         self._sockets = sockets
         self._deadline = node.deadline
         self._unverified_limit = unverified_limit
@@ -164,7 +164,7 @@ class Revalidator:
 
     async def _check(self, socket: OpenSocket, handle: Handle) -> None:
         try:
-            record = await self._store.read_fresh(handle, timeout=self._deadline)
+            record = await self._reader.read_fresh(handle, timeout=self._deadline)
         except ClusterError:
             # No answer is not an expiry: the sweep closes the socket when that lasts.
             self.watch(socket, _RETRY)
@@ -192,7 +192,7 @@ class Revalidator:
 
     async def _is_over(self, handle: Handle) -> bool | None:
         try:
-            return await self._store.read_fresh(handle, timeout=self._deadline) is None
+            return await self._reader.read_fresh(handle, timeout=self._deadline) is None
         except StoreUnavailable:
             return None
 
@@ -224,11 +224,11 @@ class Revalidator:
 
     async def _logouts(self, users: Sequence[UserId]) -> Mapping[UserId, UserLogout]:
         asked = self._clock()
-        found = await self._store.logouts(users, timeout=self._deadline)
+        found = await self._reader.store.logouts(users, timeout=self._deadline)
         if found and self._clock() - asked > _SOON:
             # By as much a logout may seem later than it was. When the connection was waited for, the second
             # answer comes at once.
-            found = await self._store.logouts(users, timeout=self._deadline)
+            found = await self._reader.store.logouts(users, timeout=self._deadline)
         return found
 
     def _give_up(self) -> None:

@@ -8,29 +8,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import msgspec
-
 from asgi_cluster.arguments import seconds
-from asgi_cluster.bus.lease import boot_clock
 from asgi_cluster.codes import CloseCode
 from asgi_cluster.exceptions import StoreUnavailable
-from asgi_cluster.ids import Handle, UserId, check_user, new_secret, new_token, secret_hash
-from asgi_cluster.sessions.cache import Entry
+from asgi_cluster.ids import Handle, UserId, check_user, new_token
+from asgi_cluster.sessions.data import SessionData
 from asgi_cluster.sessions.ended import SessionEnded
 from asgi_cluster.sessions.receipts import LogoutReceipt
-from asgi_cluster.sessions.stored import StoredSession
+from asgi_cluster.sessions.service import SessionService
+from asgi_cluster.sessions.unit_of_work import UnitOfWork
 
 __all__ = ["Session"]
 
 logger = logging.getLogger("asgi_cluster.sessions")
 
 
-class Session(StoredSession):
+class Session(SessionData):
     """A server-side session, used like a dict.
 
     Changes, nested ones included, are saved before the response starts, and only when there are any; on a
@@ -38,37 +36,43 @@ class Session(StoredSession):
     ``clear()`` is a logout; what is written after it starts a new anonymous session.
     """
 
+    __slots__ = ("service",)
+
+    def __init__(self, service: SessionService, scope: Mapping[str, Any]) -> None:
+        self.service = service
+        self.work = UnitOfWork(scope, service.config)
+
     # State
 
     @property
     def handle(self) -> Handle | None:
         """The public name of the stored session, safe to show and to log; ``None`` while there is none."""
         self.mark_accessed()
-        return None if self._record is None else self._record.handle
+        return None if self.work.record is None else self.work.record.handle
 
     @property
     def user_id(self) -> UserId | None:
         """Who is signed in, or ``None``."""
         self.mark_accessed()
-        return None if self._record is None else self._record.user
+        return None if self.work.record is None else self.work.record.user
 
     @property
     def is_new(self) -> bool:
         """True when the request brought no session that exists."""
         self.mark_accessed()
-        return self._record is None or self._created
+        return self.work.record is None or self.work.created
 
     @property
     def version(self) -> int:
         """How often it was written when this request read or saved it; 0 while it is not stored."""
         self.mark_accessed()
-        return 0 if self._record is None else self._record.version
+        return 0 if self.work.record is None else self.work.record.version
 
     @property
     def created_at(self) -> datetime | None:
         """When it was stored first, by the store's clock; ``None`` while it is not stored."""
         self.mark_accessed()
-        return None if self._record is None else datetime.fromtimestamp(self._record.created_at, UTC)
+        return None if self.work.record is None else datetime.fromtimestamp(self.work.record.created_at, UTC)
 
     @property
     def expires_at(self) -> datetime | None:
@@ -76,9 +80,9 @@ class Session(StoredSession):
         is not stored.
         """
         self.mark_accessed()
-        if self._record is None:
+        if self.work.record is None:
             return None
-        return datetime.now(UTC) + timedelta(seconds=self._expires_at - boot_clock())
+        return datetime.now(UTC) + timedelta(seconds=self.work.expires_at - self.service.node.clock())
 
     @property
     def ended(self) -> SessionEnded:
@@ -89,14 +93,15 @@ class Session(StoredSession):
         not use it pay nothing. After ``login`` it is that of the new session.
         """
         self.mark_accessed()
-        record, watched = self._record, self.watched
+        work = self.work
+        record, watched = work.record, work.watched
         if record is None:
             if watched is None:
-                over = self._lost or self._cookie == "clear"
-                watched = self.watched = SessionEnded("", None, None, over=over)
+                over = work.state == "lost" or work.cookie == "clear"
+                watched = work.watched = SessionEnded("", None, None, over=over)
         elif watched is None or watched.handle != record.handle:
-            self.unwatch()
-            watched = self.watched = self._service.watch(record)
+            self.service.unwatch(self)
+            watched = work.watched = self.service.watch(record)
         return watched
 
     # Login and logout
@@ -122,27 +127,16 @@ class Session(StoredSession):
             lifetime = seconds("lifetime", lifetime)
             if not lifetime > 0:
                 raise ValueError(f"lifetime must be above 0 seconds, not {lifetime!r}")
-        self._refuse_late("login")
-        await self._read_again()
+        self.work.check_cookie("login")
+        await self.service.read_degraded(self)
         if self.user_id not in (None, user_id):
-            dict.clear(self)
-            self.touched = frozenset()
-        elif self._lost:
+            self.work.empty(self)
+        elif self.work.state == "lost":
             # The session is over: what this request has put here since stays, what the session held is
             # dropped.
-            for key in [key for key in dict.keys(self) if key not in self.touched]:
+            for key in [key for key in dict.keys(self) if key not in self.work.touched]:
                 dict.pop(self, key)
-        config = self._service.config
-        record = self._record
-        await self._create(
-            UserId(user_id),
-            idle=lifetime or config.idle_timeout,
-            absolute=self._service.longest(lifetime),
-            persistent=lifetime is not None,
-            replaces=self._pending_end or (None if record is None else record.handle),
-            carries=record is not None and record.user in (None, user_id),
-        )
-        self._pending_end = None
+        await self.service.logins.sign_in(self, UserId(user_id), lifetime)
 
     async def rotate(self) -> None:
         """Replace the secret, for the same session; the old one stays good for ``rotate_grace`` seconds.
@@ -152,33 +146,11 @@ class Session(StoredSession):
         Raises:
             StoreUnavailable, RuntimeError: as ``login``.
         """
-        self._refuse_late("rotate")
-        await self._read_again()
+        self.work.check_cookie("rotate")
+        await self.service.read_degraded(self)
         self.mark_accessed()
-        record = self._record
-        if record is None:
-            return
-        secret = new_secret()
-        write_id = new_token()
-        outcome = await self._spend(
-            lambda left: self._service.store.rotate(
-                record.handle,
-                secret=secret_hash(secret.encode()),
-                current=record.secret,
-                grace=self._service.config.rotate_grace,
-                write_id=write_id,
-                message=self._service.changed(record.handle),
-                timeout=left,
-            )
-        )
-        if outcome == "written":
-            self._record = msgspec.structs.replace(
-                record, secret=secret_hash(secret.encode()), write_id=write_id, version=record.version + 1
-            )
-            self._secret = secret
-            self._cookie = "set"
-        elif outcome == "gone":
-            self._lose()
+        if self.work.record is not None:
+            await self.service.committer.rotate(self, self.work.record)
 
     async def logout(self, reason: str = "logged out", timeout: float | timedelta = 1.0) -> LogoutReceipt:
         """End this session on every node and close its sockets with 4501 and ``reason``.
@@ -191,24 +163,40 @@ class Session(StoredSession):
             StoreUnavailable: it could not be stored; the session goes on, unless ``outcome_unknown``.
         """
         timeout = seconds("timeout", timeout)
-        await self._read_again()
+        await self.service.read_degraded(self)
         self.mark_accessed()
-        handle = self._pending_end or (None if self._record is None else self._record.handle)
+        work = self.work
+        handle = work.stored_handle
         if handle is None:
-            dict.clear(self)
-            self.touched = frozenset()
+            work.empty(self)
             return LogoutReceipt(
                 sessions=0, nodes_acked=(), nodes_missing=(), complete=True, sockets_closed=0, elapsed=0.0
             )
-        with self._noting():
-            receipt = await self._service.end(
-                handle, code=CloseCode.SESSION_ENDED, reason=reason, timeout=timeout, budget=self._allowance()
+        with work.noting():
+            receipt = await self.service.logouts.end(
+                handle,
+                code=CloseCode.SESSION_ENDED,
+                reason=reason,
+                timeout=timeout,
+                deadline=work.deadline(self.service.node),
             )
-        dict.clear(self)
-        self.touched = frozenset()
-        self._pending_end = None
-        self._unbind()
+        work.empty(self)
+        work.pending_end = None
+        work.unbind()
         return receipt
+
+    async def save(self) -> bool:
+        """Store what has changed. False when the session was ended meanwhile: nothing was written, and
+        nothing will be.
+
+        Raises:
+            TypeError: a value would not come back equal; names the key.
+            ValueError: it holds more than ``max_bytes``.
+            StoreUnavailable: not stored, unless ``outcome_unknown``.
+            SessionConflict: ``conflict="error"`` and another request wrote it first.
+        """
+        self.mark_accessed()
+        return await self.service.committer.commit(self, renew_cookie=False)
 
     # Reloading and locking
 
@@ -218,19 +206,10 @@ class Session(StoredSession):
         Raises:
             StoreUnavailable: it could not be read; nothing has changed.
         """
-        await self._read_again()
+        await self.service.read_degraded(self)
         self.mark_accessed()
-        record = self._record
-        if record is None:
-            return False
-        store = self._service.store
-        sent_at = boot_clock()
-        fresh = await self._spend(lambda left: store.read_fresh(record.handle, timeout=left))
-        if fresh is None:
-            self._lose()
-            return False
-        self._bind(Entry(fresh, sent_at, fresh.expires_in, store.cache.lease(record.handle)), fresh)
-        return True
+        record = self.work.record
+        return record is not None and await self.service.reload(self, record)
 
     @asynccontextmanager
     async def lock(self, *, wait: float = 5.0, hold: float = 10.0) -> AsyncIterator[None]:
@@ -249,26 +228,33 @@ class Session(StoredSession):
                 may be held until ``hold`` is over.
         """
         self.mark_accessed()
-        if self._record is None:
+        if self.work.record is None:
             yield
             return
-        store, handle, token = self._service.store, self._record.handle, new_token()
-        give_up_at = boot_clock() + wait
+        work, node, store = self.work, self.service.node, self.service.store
+        handle, token = self.work.record.handle, new_token()
+        give_up_at = node.clock() + wait
         pause = 0.005
-        while not await self._step(lambda left: store.lock(handle, token=token, hold=hold, timeout=left)):
-            if boot_clock() >= give_up_at:
+        while True:
+            work.next_deadline(node)
+            with work.spending(node) as timeout:
+                if await store.lock(handle, token=token, hold=hold, timeout=timeout):
+                    break
+            if node.clock() >= give_up_at:
                 raise TimeoutError(f"the lock of session {handle} was not free within {wait:g} s")
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 2, 0.1)
         try:
-            self._budget = None
+            work.next_deadline(node)
             await self.reload()
             yield
-            self._budget = None
+            work.next_deadline(node)
             await self.save()
         finally:
+            work.next_deadline(node)
             try:
-                await self._step(lambda left: store.unlock(handle, token=token, timeout=left))
+                with work.spending(node) as timeout:
+                    await store.unlock(handle, token=token, timeout=timeout)
             except StoreUnavailable as error:
                 logger.warning(
                     "the lock of session %s could not be given back, it expires within %g s: %s",
@@ -277,10 +263,7 @@ class Session(StoredSession):
                     error.reason,
                 )
 
-    async def _step(self, work: Any) -> Any:
-        self._budget = None
-        return await self._spend(work)
-
     def __repr__(self) -> str:
-        name = "failed" if self._failure else "unsaved" if self._record is None else self._record.handle
+        record, state = self.work.record, self.work.state
+        name = "failed" if state == "unread" else "unsaved" if record is None else record.handle
         return f"<Session {name}>"

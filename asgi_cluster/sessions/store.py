@@ -21,6 +21,7 @@ from asgi_cluster.ids import Handle, UserId
 __all__ = [
     "LOGOUT_KEPT",
     "UNKNOWN_NODES",
+    "Change",
     "Device",
     "EndResult",
     "NewSession",
@@ -93,6 +94,18 @@ class NewSession(msgspec.Struct, frozen=True, kw_only=True):
     """The client address of the login, for the list of devices."""
 
 
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """A write to a session that exists."""
+
+    changed: Mapping[str, bytes]
+    """Fields to be set."""
+    removed: Sequence[str] = ()
+    write_id: str
+    """That of the record after this write."""
+    expected: str | None = None
+    """The write id that the caller has read; ``None``: merge with whatever was written since."""
+
+
 class Device(msgspec.Struct, frozen=True, kw_only=True):
     """One signed-in session in a user's list. Unix times of the store's clock."""
 
@@ -158,20 +171,17 @@ class SessionStore(Protocol):
     async def write(
         self,
         handle: Handle,
+        change: Change,
         *,
-        changed: Mapping[str, bytes],
-        removed: Sequence[str],
-        write_id: str,
-        expected: str | None,
         message: bytes,
-        ended: bytes,
+        ended: bytes = b"",
         timeout: float,
     ) -> WriteOutcome:
         """Set and remove fields of a session that still exists, and extend its idle time.
 
-        ``expected`` is the write id the caller read, or ``None`` to merge. Nothing is published when the
-        record holds these values already. When the removals leave nothing of an anonymous session it is
-        removed, and ``ended`` is published in place of ``message``; with ``b""`` it stays, empty.
+        Nothing is published when the record holds these values already. When the removals leave nothing of an
+        anonymous session it is removed, and ``ended`` is published in place of ``message``; with ``b""`` it
+        stays, empty.
         """
         ...
 

@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import Handle
-from asgi_cluster.sessions.reads import CachedStore
+from asgi_cluster.sessions.store import SessionStore
 
 __all__ = ["Tombstones"]
 
@@ -45,7 +45,7 @@ class Tombstones:
 
     def __init__(
         self,
-        store: CachedStore,
+        store: SessionStore,
         end: Callable[[Handle], Awaitable[None]],
         *,
         deadline: float,
@@ -149,7 +149,7 @@ class Tombstones:
         if run_id is None:
             return None
         try:
-            found = await self._store.read_stored(handle, timeout=self._deadline) is not None
+            found = await self._store.read(handle, timeout=self._deadline) is not None
             if found:
                 await self._end(handle)
         except StoreUnavailable:

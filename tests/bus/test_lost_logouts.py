@@ -12,7 +12,7 @@ import websockets
 
 from asgi_cluster import Cluster, ClusterMiddleware, CookieConfig, SessionConfig, StoreUnavailable
 from asgi_cluster.ids import Handle, new_handle
-from asgi_cluster.sessions.reads import CachedStore
+from asgi_cluster.sessions.reads import SessionReader
 from asgi_cluster.sessions.store import EndResult
 from asgi_cluster.sessions.tombstones import Tombstones
 from tests.bus.nodes import opened
@@ -236,9 +236,9 @@ async def test_a_logout_everywhere_says_what_it_ended(valkey: Server, prefix: st
         await create(store, "bob")
         assert (await one.user("ada").logout(exclude=kept.handle)).complete
         for cluster in (one, two):
-            assert set(cluster._parts.service.tombstones) == {made.handle for made in ended}
+            assert set(cluster._parts.service.logouts.tombstones) == {made.handle for made in ended}
         assert (await one.user("ada").logout()).sessions == 1
-        assert kept.handle in set(two._parts.service.tombstones)
+        assert kept.handle in set(two._parts.service.logouts.tombstones)
         assert (await one.user("nobody").logout()).sessions == 0
 
 
@@ -251,15 +251,15 @@ async def test_a_logout_in_doubt_is_not_remembered(valkey: Server, prefix: str) 
         with pytest.raises(StoreUnavailable) as error:
             await cluster.session(made.handle).logout()
         assert error.value.outcome_unknown
-        assert len(cluster._parts.service.tombstones) == 0
-        await eventually(lambda: _exists(store, made.handle))
+        assert len(cluster._parts.service.logouts.tombstones) == 0
+        await eventually(lambda: _exists(cluster._parts.service.reader, made.handle))
         await cluster.session(made.handle).logout()
-        assert len(cluster._parts.service.tombstones) == 1
+        assert len(cluster._parts.service.logouts.tombstones) == 1
 
 
-async def _exists(store: CachedStore, handle: Handle) -> bool:
+async def _exists(reader: SessionReader, handle: Handle) -> bool:
     try:
-        return await store.read_fresh(handle, timeout=1) is not None
+        return await reader.read_fresh(handle, timeout=1) is not None
     except StoreUnavailable:
         return False
 
@@ -300,8 +300,8 @@ async def test_a_logout_of_very_many_sessions_says_a_thousand(valkey: Server, pr
         short = [await create(store, "ada", idle=50.0) for _ in range(20)]
         long = [await create(store, "ada") for _ in range(1000)]
         assert (await one.user("ada").logout()).sessions == 1020
-        assert set(two._parts.service.tombstones) == {made.handle for made in long}
-        assert set(one._parts.service.tombstones) == {made.handle for made in short + long}
+        assert set(two._parts.service.logouts.tombstones) == {made.handle for made in long}
+        assert set(one._parts.service.logouts.tombstones) == {made.handle for made in short + long}
 
 
 @pytest.mark.faults

@@ -10,7 +10,8 @@ import pytest
 from asgi_cluster import Cluster
 from asgi_cluster.backends.redis.quorum import PrimaryReport, common_ground
 from asgi_cluster.ids import Handle
-from asgi_cluster.sessions.reads import CachedStore
+from asgi_cluster.sessions.cache import SessionCache
+from asgi_cluster.sessions.store import SessionStore
 from tests.contract.drafts import create
 from tests.support.machine import LOCAL
 from tests.support.servers import Server
@@ -26,7 +27,7 @@ def cut_off(server: Server) -> None:
         client.execute_command("DEBUG", "DROP-CLUSTER-PACKET-FILTER", "-2")
 
 
-async def someone_at(store: CachedStore, servers: RedisCluster, primary: Server, prefix: str) -> Handle:
+async def someone_at(store: SessionStore, servers: RedisCluster, primary: Server, prefix: str) -> Handle:
     """A session whose record is on that primary."""
     while True:
         handle = (await create(store)).handle
@@ -34,9 +35,9 @@ async def someone_at(store: CachedStore, servers: RedisCluster, primary: Server,
             return handle
 
 
-async def alive(store: CachedStore, handle: Handle) -> bool | None:
+async def alive(cache: SessionCache, handle: Handle) -> bool | None:
     """Whether the session is there by this node's cache; ``None``: the cache had nothing to say."""
-    entry = store.cache.get(handle)
+    entry = cache.get(handle)
     return None if entry is None else entry.record is not None
 
 
@@ -50,8 +51,9 @@ async def test_primary_that_its_peers_replaced(prefix: str) -> None:
         old = next(server for server in servers.primaries() if server is not registry)
         new = servers.replica_of(old)
         async with Cluster(servers.url, prefix=prefix) as reader:
-            store = reader._parts.service.store
-            handle = await someone_at(store, servers, old, prefix)
+            service = reader._parts.service
+            store, cache = service.reader, service.cache
+            handle = await someone_at(service.store, servers, old, prefix)
             with new.client() as client:
                 client.execute_command("READONLY")
                 key = f"{prefix}:{{{handle[:2]}}}:s:{handle[3:]}"
@@ -59,7 +61,7 @@ async def test_primary_that_its_peers_replaced(prefix: str) -> None:
 
                 async def cached() -> bool:
                     await store.read(handle, timeout=1.0)
-                    return bool(await alive(store, handle))
+                    return bool(await alive(cache, handle))
 
                 await eventually(cached, timeout=_PATIENCE)
                 cut_off(old)
@@ -86,7 +88,7 @@ async def test_primary_that_its_peers_replaced(prefix: str) -> None:
             answered = time.monotonic()
             last = 0.0
             while time.monotonic() - answered < 3.0:
-                if await alive(store, handle):
+                if await alive(cache, handle):
                     last = time.monotonic() - answered
                 await asyncio.sleep(0.01)
             assert last == 0.0, f"served from the cache {last:.2f} s after the logout was answered"
@@ -95,7 +97,7 @@ async def test_primary_that_its_peers_replaced(prefix: str) -> None:
 
             async def trusted() -> bool:
                 await store.read(handle, timeout=1.0)
-                return await alive(store, handle) is False
+                return await alive(cache, handle) is False
 
             await eventually(trusted, timeout=_PATIENCE)
 

@@ -16,7 +16,8 @@ from asgi_cluster.bus.session_bus import SUBSCRIBED_AGAIN
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import Handle, new_token
 from asgi_cluster.sessions.cache import SessionCache
-from asgi_cluster.sessions.reads import CachedStore
+from asgi_cluster.sessions.reads import SessionReader
+from asgi_cluster.sessions.store import Change
 from tests.bus.nodes import LEASE, Node, Receiver, opened
 from tests.contract.drafts import create
 
@@ -118,7 +119,7 @@ class Traffic:
         self.writer = await self._stack.enter_async_context(opened(url, prefix, listen=False))
         self.reader = await self._stack.enter_async_context(opened(faulted, prefix, receiver=receiver))
         self._cache = receiver.cache = SessionCache(self.reader.session_bus.lease, ttl=30, max_entries=1000)
-        self._store = CachedStore(self.reader.backend.store, self._cache)
+        self._store = SessionReader(self.reader.backend.store, self._cache)
         handles = [(await create(self.writer.backend.store)).handle for _ in range(_SESSIONS)]
         self._confirmed = {handle: ([0.0], [0]) for handle in handles}
         self.health = Health(self.reader)
@@ -154,12 +155,8 @@ class Traffic:
             try:
                 outcome = await self.writer.backend.store.write(
                     handle,
-                    changed={"n": msgspec.msgpack.encode(number)},
-                    removed=(),
-                    write_id=new_token(),
-                    expected=None,
+                    Change(changed={"n": msgspec.msgpack.encode(number)}, write_id=new_token()),
                     message=encode(Changed(handle, "writer")),
-                    ended=b"",
                     timeout=DEADLINE,
                 )
             except StoreUnavailable:

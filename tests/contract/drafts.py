@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from asgi_cluster.ids import Handle, UserId, new_handle, new_token
-from asgi_cluster.sessions.reads import CachedStore
-from asgi_cluster.sessions.store import EndResult, NewSession, SessionStore, UserLogout, WriteOutcome
+from asgi_cluster.sessions.store import Change, EndResult, NewSession, SessionStore, UserLogout, WriteOutcome
 from tests.contract.sites import TIMEOUT
 
 
@@ -27,25 +26,26 @@ def draft(user: str | None = None, **changes: Any) -> NewSession:
     return NewSession(**(values | changes))
 
 
-async def create(store: SessionStore | CachedStore, user: str | None = None, **changes: Any) -> NewSession:
+async def create(store: SessionStore, user: str | None = None, **changes: Any) -> NewSession:
     """Store one."""
     made = draft(user, **changes)
     await store.create(made, timeout=TIMEOUT)
     return made
 
 
-async def write(store: SessionStore, handle: Handle, **changes: Any) -> WriteOutcome:
+async def write(
+    store: SessionStore,
+    handle: Handle,
+    *,
+    message: bytes = b"changed",
+    ended: bytes = b"emptied",
+    timeout: float = TIMEOUT,
+    **changes: Any,
+) -> WriteOutcome:
     """Change a field, or what is given."""
-    values: dict[str, Any] = {
-        "changed": {"cart": b"\x02"},
-        "removed": (),
-        "write_id": new_token(),
-        "expected": None,
-        "message": b"changed",
-        "ended": b"emptied",
-        "timeout": TIMEOUT,
-    }
-    return await store.write(handle, **(values | changes))
+    values: dict[str, Any] = {"changed": {"cart": b"\x02"}, "write_id": new_token()}
+    change = Change(**(values | changes))
+    return await store.write(handle, change, message=message, ended=ended, timeout=timeout)
 
 
 async def rotate(

@@ -24,7 +24,8 @@ from hypothesis.stateful import (
 
 from asgi_cluster.bus.lease import Heartbeats
 from asgi_cluster.ids import Handle
-from asgi_cluster.sessions.cache import Entry, PendingRead, SessionCache
+from asgi_cluster.sessions.cache import SessionCache
+from asgi_cluster.sessions.entry import Entry, PendingRead
 from tests.model.world import HANDLE, LEASE, Node, StaleRead, World
 
 # The guards, each removed

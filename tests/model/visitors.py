@@ -131,11 +131,13 @@ class Visitor:
         self.clusters = clusters
         self.exact = exact
         """What one node has done reaches the others at once, unless they are deaf."""
-        self.truth = clusters[0]._parts.service.store._store
+        self.truth = clusters[0]._parts.service.store
         self.buses = [Deaf(cluster) for cluster in clusters]
         self.faults: list[str] = []
         for cluster in clusters:
-            cluster._parts.service.store._store = Store(cluster._parts.service.store._store, self)
+            service, store = cluster._parts.service, Store(cluster._parts.service.store, self)
+            for part in (service, service.reader, service.committer, service.logins, service.logouts):
+                part.store = store
         self.now = 0
         self.numbers = iter(range(1, 10_000))
         self.cookie = self.earlier = ""
@@ -221,7 +223,7 @@ class Visitor:
         for bus in self.buses:
             bus.heal()
         for cluster in self.clusters:
-            await cluster._parts.service.tombstones._check()
+            await cluster._parts.service.logouts.tombstones._check()
 
     # One request
 
@@ -351,12 +353,12 @@ class Actions:
 
     def answered(self) -> None:
         """What was not saved by then is saved before the response."""
-        if not self.over and not self.session._lost:
+        if not self.over and self.session.work.state != "lost":
             self._saved(self.last)
 
     @property
     def handle(self) -> str | None:
-        record = self.session.stored
+        record = self.session.work.record
         return None if record is None else record.handle
 
     def _check_view(self) -> None:
@@ -430,8 +432,8 @@ class Actions:
     async def login(self, user: str) -> None:
         visitor, session = self.visitor, self.session
         visitor.users.add(user)
-        old = session._pending_end or self.handle
-        kept = session.user_id in (None, user) and session._pending_end is None
+        old = session.work.pending_end or self.handle
+        kept = session.user_id in (None, user) and session.work.pending_end is None
         if session.user_id not in (None, user):
             self._forget()
         end = End(old or "", "login")
@@ -450,11 +452,11 @@ class Actions:
 
     async def rotate(self) -> None:
         await self.session.rotate()
-        if self.session.stored is None and self.session._lost:
+        if self.session.work.record is None and self.session.work.state == "lost":
             self.over = True
 
     async def logout(self) -> None:
-        handle = self.session._pending_end or self.handle
+        handle = self.session.work.pending_end or self.handle
         end = End(handle or "", "logout")
         if handle is not None:
             self.visitor.ends.append(end)

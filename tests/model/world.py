@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 from asgi_cluster.bus.lease import Heartbeats, Lease
 from asgi_cluster.ids import Handle
-from asgi_cluster.sessions.cache import PendingRead, SessionCache
+from asgi_cluster.sessions.cache import SessionCache
+from asgi_cluster.sessions.entry import PendingRead
 from asgi_cluster.sessions.store import Record
 
 LEASE = 2.0

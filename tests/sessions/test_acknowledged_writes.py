@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from asgi_cluster import CacheConfig, Cluster, Session, SessionConfig
+from asgi_cluster.backends.redis.store import RedisSessionStore
 from tests.sessions.app import Gate, nodes
 from tests.sessions.requests import Browser
 from tests.support.proxy import Proxy
@@ -143,7 +144,7 @@ ASSIGNMENTS: dict[str, Any] = {
     "item": lambda session: session.__setitem__("a", 1),
     "update": lambda session: session.update(a=1),
     "or": lambda session: session.__ior__({"a": 1}),
-    "replaced": lambda session: session._scope.__setitem__("session", {"a": 1}),
+    "replaced": lambda session: session.work.scope.__setitem__("session", {"a": 1}),
 }
 
 
@@ -348,3 +349,49 @@ async def test_login_after_the_session_was_lost(cluster_url: str, prefix: str) -
 
         assert (await browser.on(first, sign_in)).status_code == 200
         assert await browser.truth(second) == {"new": 1}
+
+
+@pytest.mark.parametrize("how", ["login", "save"])
+async def test_assignment_while_the_session_is_created(redis_url: str, prefix: str, how: str) -> None:
+    """By another task of the request: it is saved with the response."""
+    async with nodes(redis_url, 1, prefix=prefix) as (cluster,):
+        browser = Browser()
+
+        async def work(session: Session) -> None:
+            session["before"] = 1
+            creating = asyncio.create_task(session.login("ada") if how == "login" else session.save())
+            await asyncio.sleep(0)
+            session["meanwhile"] = 2
+            await creating
+
+        await browser.on(cluster, work)
+        assert await browser.truth(cluster) == {"before": 1, "meanwhile": 2}
+
+
+async def test_save_during_a_login_of_the_same_request(
+    redis_url: str, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its session is over when it arrives: the new one gets what it was to save, and its cookie is set."""
+    end = RedisSessionStore.end
+
+    async with nodes(redis_url, 1, prefix=prefix) as (cluster,):
+        browser = Browser()
+        await browser.on(cluster, put(old=1))
+
+        async def work(session: Session) -> None:
+            saved: list[asyncio.Task[bool]] = []
+
+            async def end_beside_a_save(self: RedisSessionStore, *arguments: Any, **options: Any) -> Any:
+                ended = await end(self, *arguments, **options)
+                session["late"] = 2
+                saved.append(asyncio.create_task(session.save()))
+                await asyncio.sleep(0)
+                return ended
+
+            monkeypatch.setattr(RedisSessionStore, "end", end_beside_a_save)
+            await session.login("ada")
+            assert await saved[0]
+
+        assert (await browser.on(cluster, work)).status_code == 200
+        assert await browser.truth(cluster) == {"old": 1, "late": 2}
+        assert (await browser.on(cluster, lambda session: session.user_id)).json() == "ada"

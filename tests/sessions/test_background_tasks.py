@@ -188,7 +188,7 @@ async def test_socket_that_is_gone_while_its_session_is_checked(
         async with websockets.connect(address, additional_headers=cookies(browser)):
             await eventually(lambda: cluster.stats().realtime.connections == 1)
             (socket,) = (weakref.ref(found) for found in cluster._parts.hub._sockets.values())
-            read = cluster._parts.service.store.read_fresh
+            read = cluster._parts.service.reader.read_fresh
 
             async def slowly(*args: Any, **options: Any) -> Any:
                 await gate.pass_through()
@@ -198,7 +198,7 @@ async def test_socket_that_is_gone_while_its_session_is_checked(
             record = await read(handle, timeout=5)
             assert record is not None
             record = msgspec.structs.replace(record, expires_in=600.0)  # as if it had been used meanwhile
-            monkeypatch.setattr(cluster._parts.service.store, "read_fresh", slowly)
+            monkeypatch.setattr(cluster._parts.service.reader, "read_fresh", slowly)
             await gate.reached.wait()
         await eventually(lambda: cluster.stats().realtime.connections == 0)
         gate.open.set()

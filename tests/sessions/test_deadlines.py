@@ -30,7 +30,7 @@ from asgi_cluster import (
     get_session,
 )
 from asgi_cluster.backends.redis.scripts import load
-from asgi_cluster.sessions.reads import CachedStore
+from asgi_cluster.backends.redis.store import RedisSessionStore
 from tests.sessions.app import client_for, nodes
 from tests.sessions.requests import Browser, attempt
 from tests.support.nodes import serve
@@ -351,7 +351,7 @@ async def test_login_in_a_stall(prefix: str) -> None:
 
             try:
                 assert (await browser.on(cluster, sign_in)).status_code == 503
-                assert len(cluster._parts.service.tombstones) == 1
+                assert len(cluster._parts.service.logouts.tombstones) == 1
             finally:
                 own.resume()
 
@@ -431,20 +431,20 @@ async def test_login_that_fails_beside_another_write_loses_nothing(
     async with nodes(valkey.url, 1, prefix=prefix) as (cluster,):
         browser = Browser()
         await browser.on(cluster, put(n=1))
-        write, end = CachedStore.write, CachedStore.end
+        write, end = RedisSessionStore.write, RedisSessionStore.end
 
-        async def other_request_first(self: CachedStore, *arguments: Any, **options: Any) -> Any:
-            monkeypatch.setattr(CachedStore, "end", end)
+        async def other_request_first(self: RedisSessionStore, *arguments: Any, **options: Any) -> Any:
+            monkeypatch.setattr(RedisSessionStore, "end", end)
             await browser.tab().on(cluster, put(cart="book"))
-            monkeypatch.setattr(CachedStore, "write", unanswered)
+            monkeypatch.setattr(RedisSessionStore, "write", unanswered)
             return await end(self, *arguments, **options)
 
         async def unanswered(*arguments: Any, **options: Any) -> Any:
             raise StoreUnavailable("no answer in time")
 
-        monkeypatch.setattr(CachedStore, "end", other_request_first)
+        monkeypatch.setattr(RedisSessionStore, "end", other_request_first)
         assert (await browser.on(cluster, lambda session: session.login("ada"))).status_code == 503
-        monkeypatch.setattr(CachedStore, "write", write)
+        monkeypatch.setattr(RedisSessionStore, "write", write)
         assert await browser.data(cluster) == {"n": 1, "cart": "book"}
         assert await cluster.user("ada").sessions() == []
         assert (await browser.on(cluster, lambda session: session.login("ada"))).status_code == 200

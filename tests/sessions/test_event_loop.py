@@ -68,7 +68,7 @@ async def through_an_outage(prefix: str, monkeypatch: pytest.MonkeyPatch) -> Wat
             for start in range(0, len(pairs), 500):
                 await asyncio.gather(
                     *[
-                        cluster._parts.service.store.read(handle, timeout=5)
+                        cluster._parts.service.reader.read(handle, timeout=5)
                         for handle, _ in pairs[start : start + 500]
                     ]
                 )

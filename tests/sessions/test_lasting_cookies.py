@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -26,7 +26,6 @@ from asgi_cluster import (
     get_session,
 )
 from asgi_cluster.bus.lease import boot_clock
-from asgi_cluster.sessions import stored
 from tests.sessions.app import Gate, client_for, make_app, nodes
 
 pytestmark = pytest.mark.quick
@@ -48,14 +47,9 @@ def value(response: httpx.Response) -> str:
     return cookie
 
 
-@pytest.fixture
-def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """``later(seconds)``: requests take the time for so much later; the store goes on with its own clock."""
-
-    def shift(seconds: float) -> None:
-        monkeypatch.setattr(stored, "boot_clock", lambda: boot_clock() + seconds)
-
-    return shift
+def later(cluster: Cluster, seconds: float) -> None:
+    """Requests take the time for so much later; the store goes on with its own clock."""
+    cluster._parts.node.clock = lambda: boot_clock() + seconds
 
 
 @pytest.fixture
@@ -110,9 +104,7 @@ def test_options_that_contradict_each_other_are_refused() -> None:
 
 
 @pytest.mark.parametrize("step", ["/put", "/login?user=ada", "/login?user=ada&lifetime=30000"])
-async def test_cookie_is_renewed_while_the_session_is_used(
-    rolling: Cluster, later: Callable[[float], None], step: str
-) -> None:
+async def test_cookie_is_renewed_while_the_session_is_used(rolling: Cluster, step: str) -> None:
     """The same cookie, for its whole time again, by reads and by writes; not before a tenth of the idle time
     is over.
     """
@@ -120,7 +112,7 @@ async def test_cookie_is_renewed_while_the_session_is_used(
         made = await client.post(step, json={"a": 1})
         for path in ("/show", "/put"):
             assert "set-cookie" not in (await client.post(path, json={"b": 1})).headers
-        later(8000 if "lifetime" in step else 1000)
+        later(rolling, 8000 if "lifetime" in step else 1000)
         for path, changes in (("/show", {}), ("/put", {"c": 1})):
             renewed = await client.post(path, json=changes)
             assert value(renewed) == value(made)
@@ -128,28 +120,24 @@ async def test_cookie_is_renewed_while_the_session_is_used(
             assert renewed.headers["vary"] == "Cookie"
 
 
-async def test_cookie_without_max_age_is_not_renewed(
-    cluster_url: str, prefix: str, later: Callable[[float], None]
-) -> None:
+async def test_cookie_without_max_age_is_not_renewed(cluster_url: str, prefix: str) -> None:
     """It ends with the browser; there is nothing to extend."""
     async with (
         nodes(cluster_url, 1, prefix=prefix, sessions=lasting(None)) as (cluster,),
         client_for(cluster) as client,
     ):
         await client.post("/login?user=ada")
-        later(1000)
+        later(cluster, 1000)
         assert "set-cookie" not in (await client.post("/put", json={"a": 1})).headers
 
 
-async def test_request_that_ignores_the_session_renews_nothing(
-    rolling: Cluster, later: Callable[[float], None]
-) -> None:
+async def test_request_that_ignores_the_session_renews_nothing(rolling: Cluster) -> None:
     """Its response may be cached for everyone, and must not hold a cookie. Nor does it take the renewal away
     from the next one.
     """
     async with client_for(rolling) as client:
         made = await client.post("/login?user=ada")
-        later(1000)
+        later(rolling, 1000)
         assert "set-cookie" not in (await client.get("/nothing")).headers
         assert value(await client.get("/show")) == value(made)
 
@@ -186,16 +174,14 @@ async def test_remembered_session_lasts_while_it_is_used(rolling: Cluster) -> No
     for cluster, longest in ((rolling, 365 * DAY), (plain, 30 * DAY)):
         async with client_for(cluster) as client:
             made = await client.post(f"/login?user=ada&lifetime={30 * DAY}")
-        record = await cluster._parts.service.store.read_fresh(made.json()["handle"], timeout=5)
+        record = await cluster._parts.service.reader.read_fresh(made.json()["handle"], timeout=5)
         assert record is not None
         assert record.idle == 30 * DAY
         assert record.absolute_in == pytest.approx(longest, abs=60)
         assert max_age(made) == 30 * DAY
 
 
-async def test_request_overtaken_by_a_rotation_renews_nothing(
-    cluster_url: str, prefix: str, later: Callable[[float], None]
-) -> None:
+async def test_request_overtaken_by_a_rotation_renews_nothing(cluster_url: str, prefix: str) -> None:
     """The secret it came with is good for a few seconds only: its cookie must not replace the new one."""
     gate = Gate()
     async with (
@@ -203,7 +189,7 @@ async def test_request_overtaken_by_a_rotation_renews_nothing(
         client_for(cluster, make_app(gate)) as client,
     ):
         made = await client.post("/login?user=ada")
-        later(1000)
+        later(cluster, 1000)
         slow = asyncio.create_task(client.post("/put_late", json={"a": 1}))
         await gate.reached.wait()
         rotated = await client.post("/rotate")
@@ -220,14 +206,12 @@ async def test_request_overtaken_by_a_rotation_renews_nothing(
 
 
 @pytest.mark.parametrize("end", ["/logout", "/login?user=bob"])
-async def test_request_overtaken_by_an_end_renews_nothing(
-    rolling: Cluster, later: Callable[[float], None], end: str
-) -> None:
+async def test_request_overtaken_by_an_end_renews_nothing(rolling: Cluster, end: str) -> None:
     """Neither a logout nor a newer login is undone by the response of the old session."""
     gate = Gate()
     async with client_for(rolling, make_app(gate)) as client:
         await client.post("/login?user=ada")
-        later(1000)
+        later(rolling, 1000)
         slow = asyncio.create_task(client.post("/put_late", json={"a": 1}))
         await gate.reached.wait()
         await client.post(end)
@@ -236,11 +220,11 @@ async def test_request_overtaken_by_an_end_renews_nothing(
 
 
 async def test_renewal_that_the_store_does_not_confirm_is_left_out(
-    rolling: Cluster, later: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+    rolling: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The request itself succeeded, and says so."""
 
-    read_fresh, reads = rolling._parts.service.store.read_fresh, 0
+    read_fresh, reads = rolling._parts.service.reader.read_fresh, 0
 
     async def down_after_one(handle: Any, *, timeout: float) -> object:
         nonlocal reads
@@ -251,15 +235,15 @@ async def test_renewal_that_the_store_does_not_confirm_is_left_out(
 
     async with client_for(rolling) as client:
         await client.post("/login?user=ada")
-        later(1000)
-        monkeypatch.setattr(rolling._parts.service.store, "read_fresh", down_after_one)
+        later(rolling, 1000)
+        monkeypatch.setattr(rolling._parts.service.reader, "read_fresh", down_after_one)
         response = await client.post("/put", json={"a": 1})
         assert response.status_code == 200
         assert reads == 2  # the request's own, and the one of the renewal
         assert "set-cookie" not in response.headers
 
 
-def test_websocket_handshake_renews_the_cookie(prefix: str, later: Callable[[float], None]) -> None:
+def test_websocket_handshake_renews_the_cookie(prefix: str) -> None:
     """An app that a browser keeps open may send nothing else for days."""
 
     async def echo(websocket: WebSocket) -> None:
@@ -268,10 +252,11 @@ def test_websocket_handshake_renews_the_cookie(prefix: str, later: Callable[[flo
         await websocket.close()
 
     routes = [*make_app().routes, WebSocketRoute("/ws", echo)]
-    app = ClusterMiddleware(Starlette(routes=routes), Cluster(f"memory://{prefix}", sessions=lasting()))
+    cluster = Cluster(f"memory://{prefix}", sessions=lasting())
+    app = ClusterMiddleware(Starlette(routes=routes), cluster)
     with TestClient(app, base_url="https://testserver") as client:
         made = client.post("/login?user=ada")
-        later(1000)
+        later(cluster, 1000)
         with client.websocket_connect("wss://testserver/ws") as socket:
             headers: dict[bytes, bytes] = dict(socket.extra_headers or ())
     assert headers[b"set-cookie"].decode() == made.headers["set-cookie"]

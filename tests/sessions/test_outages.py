@@ -26,7 +26,6 @@ from asgi_cluster import (
     StoreUnavailable,
 )
 from asgi_cluster.bus.lease import boot_clock
-from asgi_cluster.sessions import stored
 from tests.bus.nodes import beats
 from tests.sessions.app import client_for, make_app, nodes
 from tests.sessions.test_security import grant, url_for
@@ -145,7 +144,9 @@ async def test_anonymous_on_store_error(own: Server, prefix: str) -> None:
 
 
 @asynccontextmanager
-async def stale_visitor(own: Server, prefix: str, *, stale_for: float) -> AsyncIterator[httpx.AsyncClient]:
+async def stale_visitor(
+    own: Server, prefix: str, *, stale_for: float
+) -> AsyncIterator[tuple[Cluster, httpx.AsyncClient]]:
     """One who is signed in and known to a node whose Redis does not answer while this is entered."""
     options = SessionConfig(on_store_error="stale", stale_for=stale_for)
     async with (
@@ -157,14 +158,14 @@ async def stale_visitor(own: Server, prefix: str, *, stale_for: float) -> AsyncI
         own.pause()
         try:
             await eventually(lambda: cluster.stats().bus.lease_remaining == 0, timeout=6)
-            yield client
+            yield cluster, client
         finally:
             own.resume()
 
 
 async def test_stale_on_store_error(own: Server, prefix: str) -> None:
     """The last confirmed state is served for ``stale_for`` seconds, and then it is 503."""
-    async with stale_visitor(own, prefix, stale_for=4.0) as client:
+    async with stale_visitor(own, prefix, stale_for=4.0) as (_, client):
         assert (await client.get("/show")).json()["user"] == "ada"
 
         async def refused() -> bool:
@@ -173,14 +174,12 @@ async def test_stale_on_store_error(own: Server, prefix: str) -> None:
         await eventually(refused, timeout=8)
 
 
-async def test_stale_session_whose_idle_time_is_to_be_extended(
-    own: Server, prefix: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_stale_session_whose_idle_time_is_to_be_extended(own: Server, prefix: str) -> None:
     """That cannot be done in an outage, and is no reason to refuse a request that only reads. A change is
     refused.
     """
-    async with stale_visitor(own, prefix, stale_for=60.0) as client:
-        monkeypatch.setattr(stored, "boot_clock", lambda: boot_clock() + 1000)
+    async with stale_visitor(own, prefix, stale_for=60.0) as (cluster, client):
+        cluster._parts.node.clock = lambda: boot_clock() + 1000
         for path in ("/nothing", "/show"):
             assert (await client.get(path)).status_code == 200
         assert (await client.post("/put", json={"a": 1})).status_code == 503

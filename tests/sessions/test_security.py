@@ -280,4 +280,4 @@ async def test_tampered_record_is_treated_as_missing(
                 assert (await cluster.session(handle).logout()).complete
                 assert not raw.exists(key)
         assert (await other.get("/show")).json()["user"] == "bob"
-        assert cluster._parts.service.store.damage.count >= len(damages)
+        assert cluster._parts.service.corrupt.count >= len(damages)

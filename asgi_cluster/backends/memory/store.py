@@ -12,6 +12,7 @@ from asgi_cluster.bus.messages import name_ended
 from asgi_cluster.ids import Handle, UserId
 from asgi_cluster.sessions.store import (
     LOGOUT_KEPT,
+    Change,
     Device,
     EndResult,
     NewSession,
@@ -136,13 +137,10 @@ class MemorySessionStore:
     async def write(
         self,
         handle: Handle,
+        change: Change,
         *,
-        changed: Mapping[str, bytes],
-        removed: Sequence[str],
-        write_id: str,
-        expected: str | None,
         message: bytes,
-        ended: bytes,
+        ended: bytes = b"",
         timeout: float,
     ) -> WriteOutcome:
         """See ``SessionStore.write``."""
@@ -150,10 +148,10 @@ class MemorySessionStore:
             stored = self._sessions.records.get(handle)
             if stored is None:
                 return "gone"
-            if expected is not None and expected != stored.write_id:
+            if change.expected not in (None, stored.write_id):
                 return "conflict"
-            fields = {key: value for key, value in stored.fields.items() if key not in removed}
-            fields.update(changed)
+            fields = {key: value for key, value in stored.fields.items() if key not in change.removed}
+            fields.update(change.changed)
             if fields == stored.fields:
                 self._extend(handle, stored)
                 return "unchanged"
@@ -163,7 +161,7 @@ class MemorySessionStore:
                 return "ended"
             self._world.publish_sessions(message)
             stored.fields = fields
-            stored.write_id = write_id
+            stored.write_id = change.write_id
             stored.version += 1
             self._extend(handle, stored)
             return "written"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -21,10 +21,11 @@ from asgi_cluster.backends.redis.scripts import load
 from asgi_cluster.backends.redis.single import Topology
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import Handle, UserId, bucket_of
-from asgi_cluster.sessions.damage import Damage
+from asgi_cluster.sessions.corrupt import CorruptRecords
 from asgi_cluster.sessions.store import (
     LOGOUT_KEPT,
     UNKNOWN_NODES,
+    Change,
     Device,
     EndResult,
     NewSession,
@@ -36,6 +37,8 @@ from asgi_cluster.sessions.store import (
 __all__ = ["RedisSessionStore"]
 
 logger = logging.getLogger("asgi_cluster.redis")
+
+T = TypeVar("T")
 
 _CORRUPT = -2
 _UNSURE = -3
@@ -65,7 +68,7 @@ class RedisSessionStore:
         self._names = names
         self._wait_replicas = wait_replicas
         self._publish = "SPUBLISH" if topology.sharded else "PUBLISH"
-        self._damage = Damage()
+        self._corrupt = CorruptRecords()
 
     def run_id(self, bucket: int) -> str | None:
         """See ``SessionStore.run_id``."""
@@ -74,30 +77,31 @@ class RedisSessionStore:
         except StoreUnavailable:
             return None
 
-    async def read(self, handle: Handle, *, timeout: float) -> Record | None:
+    def read(self, handle: Handle, *, timeout: float) -> Coroutine[Any, Any, Record | None]:
         """See ``SessionStore.read``. A record that cannot be understood is logged, counted and treated as
         missing.
         """
-        reply = await self._run("session_read", handle, [], timeout=timeout)
+        return self._run("session_read", handle, [], self._record, timeout=timeout)
+
+    def _record(self, handle: Handle, reply: Any) -> Record | None:
         if reply is None:
             return None
-        if reply == _CORRUPT:
-            self._corrupted(handle)
-            return None
-        try:
-            return decode_record(handle, *reply)
-        except (KeyError, ValueError, OverflowError):
-            # Of the decoder: a field is missing, no number, or no UTF-8.
-            self._corrupted(handle)
-            return None
+        if reply != _CORRUPT:
+            try:
+                return decode_record(handle, *reply)
+            except (KeyError, ValueError, OverflowError):
+                # Of the decoder: a field is missing, no number, or no UTF-8.
+                pass
+        self._corrupted(handle)
+        return None
 
     @property
     def corrupt(self) -> int:
         """How often a record could not be understood."""
-        return self._damage.count
+        return self._corrupt.count
 
     def _corrupted(self, handle: Handle) -> None:
-        self._damage.found(handle, "has a corrupt record")
+        self._corrupt.found(handle, "has a corrupt record")
 
     async def create(self, draft: NewSession, *, timeout: float) -> float:
         """See ``SessionStore.create``."""
@@ -121,18 +125,15 @@ class RedisSessionStore:
         created = await self._topology.run(load("session_create"), keys, args, timeout=timeout)
         return int(created) / 1000
 
-    async def write(
+    def write(
         self,
         handle: Handle,
+        change: Change,
         *,
-        changed: Mapping[str, bytes],
-        removed: Sequence[str],
-        write_id: str,
-        expected: str | None,
         message: bytes,
-        ended: bytes,
+        ended: bytes = b"",
         timeout: float,
-    ) -> WriteOutcome:
+    ) -> Coroutine[Any, Any, WriteOutcome]:
         """See ``SessionStore.write``."""
         args: list[str | bytes | int] = [
             handle[3:],
@@ -140,19 +141,20 @@ class RedisSessionStore:
             self._names.sessions_channel(handle[:2]),
             message,
             ended,
-            write_id,
-            expected or "",
-            len(removed),
-            *[f".{key}" for key in removed],
-            *field_pairs(changed),
+            change.write_id,
+            change.expected or "",
+            len(change.removed),
+            *[f".{key}" for key in change.removed],
+            *field_pairs(change.changed),
         ]
-        return await self._change("session_write", handle, args, timeout=timeout)
+        return self._run("session_write", handle, args, self._outcome, timeout=timeout)
 
     async def touch(self, handle: Handle, *, timeout: float) -> bool:
         """See ``SessionStore.touch``."""
-        return await self._change("session_touch", handle, [handle[3:]], timeout=timeout) == "written"
+        args = [handle[3:]]
+        return await self._run("session_touch", handle, args, self._outcome, timeout=timeout) == "written"
 
-    async def rotate(
+    def rotate(
         self,
         handle: Handle,
         *,
@@ -162,11 +164,17 @@ class RedisSessionStore:
         write_id: str,
         message: bytes,
         timeout: float,
-    ) -> WriteOutcome:
+    ) -> Coroutine[Any, Any, WriteOutcome]:
         """See ``SessionStore.rotate``."""
         channel = self._names.sessions_channel(handle[:2])
         args = [self._publish, channel, message, write_id, secret, current, milliseconds(grace)]
-        return await self._change("session_rotate", handle, args, timeout=timeout)
+        return self._run("session_rotate", handle, args, self._outcome, timeout=timeout)
+
+    def _outcome(self, handle: Handle, reply: Any) -> WriteOutcome:
+        if reply == _CORRUPT:
+            self._corrupted(handle)
+            return "gone"
+        return _OUTCOMES[reply]
 
     async def end(
         self, handle: Handle, *, message: bytes, expected: str | None = None, timeout: float
@@ -176,9 +184,15 @@ class RedisSessionStore:
         args = [handle[3:], self._publish, channel, message, self._registry(), expected or ""]
         clock = asyncio.get_running_loop().time
         deadline = clock() + timeout
-        ended, nodes, *found = await self._run("session_end", handle, args, timeout=timeout)
+        ending = await self._run("session_end", handle, args, self._end_result, timeout=timeout)
+        if ending.overtaken:
+            return ending
+        return await self._asked_on(self._names.session(handle), ending, deadline - clock())
+
+    def _end_result(self, handle: Handle, reply: Any) -> EndResult:
+        ended, nodes, *found = reply
         if not found:
-            return await self._ending(self._names.session(handle), [ended, nodes], deadline - clock())
+            return EndResult(sessions=ended, nodes=[_text(node) for node in nodes])
         write_id, lengths, contents = found
         fields: Mapping[str, bytes] = {}
         try:
@@ -228,9 +242,12 @@ class RedisSessionStore:
         deadline = clock() + timeout
         reply = await self._topology.run(load("session_end_all"), keys, args, timeout=timeout)
         tokens, nodes = reply
-        ending = await self._ending(keys[0], [len(tokens), nodes], deadline - clock())
-        handles = [Handle(f"{bucket}.{_text(token)}") for token in tokens]
-        return msgspec.structs.replace(ending, handles=handles)
+        ending = EndResult(
+            sessions=len(tokens),
+            nodes=[_text(node) for node in nodes],
+            handles=[Handle(f"{bucket}.{_text(token)}") for token in tokens],
+        )
+        return await self._asked_on(keys[0], ending, deadline - clock())
 
     async def logouts(self, users: Sequence[UserId], *, timeout: float) -> Mapping[UserId, UserLogout]:
         """See ``SessionStore.logouts``. On a Cluster one script for each user: those of several do not share
@@ -267,7 +284,16 @@ class RedisSessionStore:
         key = self._names.lock(handle)
         return bool(await self._topology.run(load("unlock"), [key], [token], timeout=timeout))
 
-    async def _run(self, name: str, handle: Handle, args: list[Any], *, timeout: float) -> Any:
+    async def _run(
+        self,
+        name: str,
+        handle: Handle,
+        args: list[Any],
+        decode: Callable[[Handle, Any], T],
+        *,
+        timeout: float,
+    ) -> T:
+        """Run a script on one session. Decoded here, so that a write has one coroutine less to pass."""
         script, bucket = load(name), handle[:2]
         args = [self._names.bucket(bucket), *args]
         keys = [self._names.session(handle)]
@@ -280,14 +306,7 @@ class RedisSessionStore:
             # A name that is no UTF-8 is no user's: there is no such epoch, whatever name is asked for.
             keys.append(self._names.epoch(bucket, _text(reply[1])))
             reply = await self._topology.run(script, keys, args, timeout=deadline - clock())
-        return reply
-
-    async def _change(self, name: str, handle: Handle, args: list[Any], *, timeout: float) -> WriteOutcome:
-        reply = await self._run(name, handle, args, timeout=timeout)
-        if reply == _CORRUPT:
-            self._corrupted(handle)
-            return "gone"
-        return _OUTCOMES[reply]
+        return decode(handle, reply)
 
     def _of_user(self, user: UserId) -> tuple[str, list[str]]:
         bucket = f"{bucket_of(user):02x}"
@@ -297,23 +316,25 @@ class RedisSessionStore:
         # On a Cluster the registry is in another slot, and a script must not touch it.
         return "" if self._topology.sharded else self._names.nodes()
 
-    async def _ending(self, key: str, reply: Any, timeout: float) -> EndResult:
+    async def _asked_on(self, key: str, ending: EndResult, timeout: float) -> EndResult:
+        """With what the script could not find out: the nodes of a Redis Cluster, and the replicas that have
+        the change.
+        """
         # The change is committed: whatever fails from here on is reported, and does not make the logout fail.
-        ended, nodes = reply
+        nodes, replicas = ending.nodes, None
         if self._topology.sharded:
             registry = self._names.nodes()
             try:
-                nodes = await self._topology.call(registry, "HKEYS", registry, timeout=max(0.0, timeout))
+                found = await self._topology.call(registry, "HKEYS", registry, timeout=max(0.0, timeout))
+                nodes = [_text(node) for node in found]
             except StoreUnavailable as error:
                 logger.warning(
                     "a session was ended, but the registry of nodes could not be read: %s", error.reason
                 )
-                nodes = [UNKNOWN_NODES.encode()]
-        return EndResult(
-            sessions=ended,
-            nodes=[_text(node) for node in nodes],
-            replicas=await self._replicated(key, timeout) if self._wait_replicas else None,
-        )
+                nodes = [UNKNOWN_NODES]
+        if self._wait_replicas:
+            replicas = await self._replicated(key, timeout)
+        return msgspec.structs.replace(ending, nodes=nodes, replicas=replicas)
 
     async def _replicated(self, key: str, timeout: float) -> int:
         try:

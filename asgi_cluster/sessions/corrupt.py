@@ -7,23 +7,23 @@ from collections import OrderedDict
 
 from asgi_cluster.ids import Handle
 
-__all__ = ["Damage"]
+__all__ = ["CorruptRecords"]
 
 logger = logging.getLogger("asgi_cluster.sessions")
 
 _REMEMBERED = 256
 
 
-class Damage:
-    """What was found damaged. A record that is read with every request is logged once."""
+class CorruptRecords:
+    """Counts reads of corrupt records. A record that every request reads is logged once."""
 
     def __init__(self) -> None:
         self.count = 0
-        """How often a damaged record was read."""
+        """How often a corrupt record was read."""
         self._logged: OrderedDict[Handle, None] = OrderedDict()
 
     def found(self, handle: Handle, what: str) -> None:
-        """The record of ``handle`` is damaged: ``what`` says how, without its contents."""
+        """The record of ``handle`` is corrupt: ``what`` says how, without its contents."""
         self.count += 1
         if handle not in self._logged:
             logger.error("session %s %s: treated as missing", handle, what)
@@ -33,4 +33,4 @@ class Damage:
             self._logged.popitem(last=False)
 
     def __repr__(self) -> str:
-        return f"<Damage found {self.count} times>"
+        return f"<CorruptRecords found {self.count} times>"
