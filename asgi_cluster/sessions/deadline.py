@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from collections.abc import Callable
+from typing import Literal
 
 from asgi_cluster.bus.lease import Clock
 from asgi_cluster.exceptions import StoreUnavailable
 
-__all__ = ["Deadline", "NotesErrors", "Spending"]
+__all__ = ["Deadline", "Note", "Spending"]
 
-
-class NotesErrors(Protocol):
-    """Whatever notes the last error of its work with the store."""
-
-    raised: Any
+Note = Callable[[StoreUnavailable | None], None]
+"""Called with the error of the work, or with ``None`` when it has succeeded."""
 
 
 class Deadline:
@@ -29,17 +27,14 @@ class Deadline:
         """Seconds."""
         self.clock = clock
 
-    def spending(self, noting: NotesErrors | None = None) -> Spending:
+    def spending(self, note: Note | None = None) -> Spending:
         """``with deadline.spending() as timeout:`` for the store's work inside: the seconds that are left.
         What it took is deducted, whatever came of it.
-
-        ``noting`` gets the error of the work as its ``raised``. Work that succeeds has made an earlier error
-        good.
 
         Raises:
             StoreUnavailable: nothing is left.
         """
-        return Spending(self, noting)
+        return Spending(self, note)
 
     def __repr__(self) -> str:
         return f"<Deadline {self.left:.3f} s of {self.total:g} s>"
@@ -48,18 +43,18 @@ class Deadline:
 class Spending:
     """One use of a deadline. A class, because ``contextlib`` costs a request five times as much."""
 
-    __slots__ = ("_deadline", "_noting", "_started")
+    __slots__ = ("_deadline", "_note", "_started")
 
-    def __init__(self, deadline: Deadline, noting: NotesErrors | None) -> None:
+    def __init__(self, deadline: Deadline, note: Note | None) -> None:
         self._deadline = deadline
-        self._noting = noting
+        self._note = note
 
     def __enter__(self) -> float:
         deadline = self._deadline
         if deadline.left <= 0:
             error = StoreUnavailable(f"the {deadline.total:g} s for the session's Redis work are used up")
-            if self._noting is not None:
-                self._noting.raised = error
+            if self._note is not None:
+                self._note(error)
             raise error
         self._started = deadline.clock()
         return deadline.left
@@ -67,6 +62,6 @@ class Spending:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> Literal[False]:
         deadline = self._deadline
         deadline.left -= deadline.clock() - self._started
-        if self._noting is not None and (error is None or isinstance(error, StoreUnavailable)):
-            self._noting.raised = error
+        if self._note is not None and (error is None or isinstance(error, StoreUnavailable)):
+            self._note(error)
         return False

@@ -5,27 +5,22 @@ Every session object belongs to one request or one WebSocket.
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import random
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from asgi_cluster.arguments import seconds
 from asgi_cluster.codes import CloseCode
-from asgi_cluster.exceptions import StoreUnavailable
-from asgi_cluster.ids import Handle, UserId, check_user, new_token
+from asgi_cluster.ids import Handle, UserId, check_user
 from asgi_cluster.sessions.data import SessionData
 from asgi_cluster.sessions.ended import SessionEnded
+from asgi_cluster.sessions.lock import locked
 from asgi_cluster.sessions.receipts import LogoutReceipt
 from asgi_cluster.sessions.service import SessionService
 from asgi_cluster.sessions.unit_of_work import UnitOfWork
 
 __all__ = ["Session"]
-
-logger = logging.getLogger("asgi_cluster.sessions")
 
 
 class Session(SessionData):
@@ -39,8 +34,8 @@ class Session(SessionData):
     __slots__ = ("service",)
 
     def __init__(self, service: SessionService, scope: Mapping[str, Any]) -> None:
+        super().__init__(UnitOfWork(scope, service.config))
         self.service = service
-        self.work = UnitOfWork(scope, service.config)
 
     # State
 
@@ -211,8 +206,7 @@ class Session(SessionData):
         record = self.work.record
         return record is not None and await self.service.reload(self, record)
 
-    @asynccontextmanager
-    async def lock(self, *, wait: float = 5.0, hold: float = 10.0) -> AsyncIterator[None]:
+    def lock(self, *, wait: float = 5.0, hold: float = 10.0) -> AbstractAsyncContextManager[None]:
         """One request at a time: hold the session's lock, with fresh data, and save before giving it back.
 
         ``wait`` is how many seconds to try, ``hold`` for how long at most the lock is held: work that takes
@@ -227,41 +221,7 @@ class Session(SessionData):
             StoreUnavailable: as ``save``. If the lock could not be taken and ``outcome_unknown`` is true, it
                 may be held until ``hold`` is over.
         """
-        self.mark_accessed()
-        if self.work.record is None:
-            yield
-            return
-        work, node, store = self.work, self.service.node, self.service.store
-        handle, token = self.work.record.handle, new_token()
-        give_up_at = node.clock() + wait
-        pause = 0.005
-        while True:
-            work.next_deadline(node)
-            with work.spending(node) as timeout:
-                if await store.lock(handle, token=token, hold=hold, timeout=timeout):
-                    break
-            if node.clock() >= give_up_at:
-                raise TimeoutError(f"the lock of session {handle} was not free within {wait:g} s")
-            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(pause * 2, 0.1)
-        try:
-            work.next_deadline(node)
-            await self.reload()
-            yield
-            work.next_deadline(node)
-            await self.save()
-        finally:
-            work.next_deadline(node)
-            try:
-                with work.spending(node) as timeout:
-                    await store.unlock(handle, token=token, timeout=timeout)
-            except StoreUnavailable as error:
-                logger.warning(
-                    "the lock of session %s could not be given back, it expires within %g s: %s",
-                    handle,
-                    hold,
-                    error.reason,
-                )
+        return locked(self.service, self, wait=wait, hold=hold)
 
     def __repr__(self) -> str:
         record, state = self.work.record, self.work.state

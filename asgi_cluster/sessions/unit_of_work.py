@@ -114,7 +114,7 @@ class UnitOfWork:
         self.cookie = None
 
     def clear(self, contents: dict[str, Any]) -> None:
-        """The app clears the session, which is a logout: the commit ends it."""
+        """The app clears the session, which is a logout: the commit ends the stored session."""
         self.empty(contents)
         if self.record is not None:
             self.pending_end = self.pending_end or self.record.handle
@@ -205,13 +205,16 @@ class UnitOfWork:
         try:
             yield
         except StoreUnavailable as error:
-            self.raised = error
+            self._note(error)
             raise
-        self.raised = None
+        self._note(None)
+
+    def _note(self, error: StoreUnavailable | None) -> None:
+        self.raised = error
 
     def spending(self, node: Node) -> Spending:
         """``Deadline.spending`` for the work inside; its error is noted in ``raised``."""
-        return self.deadline(node).spending(self)
+        return self.deadline(node).spending(self._note)
 
     def deadline(self, node: Node) -> Deadline:
         """That of the request until its response starts. After that the session lives on, for hours on a
@@ -252,16 +255,15 @@ class UnitOfWork:
 
     def saved(self, changes: Changes, write_id: str | None, sent_at: float) -> None:
         """The store holds these changes. ``write_id`` is the new one; ``None``: it held them already."""
-        assert self.record is not None
-        changed, removed = changes
-        fields = {**self.record.fields, **changed}
+        record, (changed, removed) = self.record, changes
+        assert record is not None
+        fields = {**record.fields, **changed}
         for key in removed:
             fields.pop(key, None)
-        self.record = msgspec.structs.replace(self.record, fields=fields)
+        write: dict[str, Any] = {}
         if write_id is not None:
-            self.record = msgspec.structs.replace(
-                self.record, write_id=write_id, version=self.record.version + 1
-            )
+            write = {"write_id": write_id, "version": record.version + 1}
+        self.record = msgspec.structs.replace(record, fields=fields, **write)
         self.extended(sent_at, not_before=self.expires_at)
 
     def extended(self, sent_at: float, *, not_before: float = 0.0) -> None:
