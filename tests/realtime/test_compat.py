@@ -48,7 +48,7 @@ def test_uvicorn_protocols_are_recognized() -> None:
     from uvicorn.protocols.websockets.websockets_impl import WebSocketProtocol
 
     for kind, direct, in_task in ((WebSocketsSansIOProtocol, True, False), (WebSocketProtocol, False, True)):
-        made = object.__new__(kind)
+        made: Any = object.__new__(kind)
         server, reason = of_uvicorn.known_server(made.asgi_send if kind is WebSocketProtocol else made.send)
         assert server is made, f"{UVICORN}: _UVICORN_SOCKETS and known_server"
         assert (not reason) is direct, f"{UVICORN}: known_server"
