@@ -72,7 +72,7 @@ class Connecting:
             if ends_this_task(error):
                 raise
             # The client may try again on this socket.
-            client.server_side = frozenset()
+            client.server_side = ()
             await client.services.rooms.memberships.leave_all(connection)
             raise
         if result is None or connection.socket.state != "open":

@@ -12,6 +12,7 @@ from asgi_cluster.bus.lease import Lease
 from asgi_cluster.exceptions import BusUnavailable
 from asgi_cluster.rooms.history import Entry, HistoryStore, Page, Position
 from asgi_cluster.rooms.stream_runner import StreamRunner
+from tests.support.waiting import eventually
 
 
 class Log:
@@ -143,9 +144,7 @@ async def test_repair_waits_for_the_store(log: Log) -> None:
         bench.arrive(4)
         assert bench.delivered == [1]
         log.failing = False
-        async with asyncio.timeout(5):
-            while bench.delivered != [1, 2, 3, 4]:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+        await eventually(lambda: bench.delivered == [1, 2, 3, 4])
         assert bench.lost == 0
 
 
