@@ -70,7 +70,7 @@ def sleeps() -> Iterator[tuple[str, int]]:
             for node in ast.walk(outer):
                 if (
                     isinstance(node, ast.Call)
-                    and ast.unparse(node.func) in ("asyncio.sleep", "time.sleep", "sleep")
+                    and (getattr(node.func, "attr", None) or getattr(node.func, "id", None)) == "sleep"
                     and ast.unparse(node.args[0]) != "0"
                 ):
                     yield name, node.lineno
