@@ -5,32 +5,20 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
-from typing import Protocol
 
+from asgi_cluster.bus.room_bus import RoomBus
 from asgi_cluster.rooms.connection import Connection
 from asgi_cluster.rooms.local_room import LocalRoom
 from asgi_cluster.sockets.hub import Hub
 
-__all__ = ["LocalRooms", "Subscriptions"]
-
-
-class Subscriptions(Protocol):
-    """The part of the bus that is needed here."""
-
-    async def subscribe(self, room: str) -> None:
-        """Returns when the room's messages will arrive."""
-        ...
-
-    def unsubscribe(self, room: str) -> None:
-        """No more of them."""
-        ...
+__all__ = ["LocalRooms"]
 
 
 class LocalRooms:
     """Every room with a member here, or one that is about to be."""
 
-    def __init__(self, subscriptions: Subscriptions, hub: Hub, *, crosses_loops: bool) -> None:
-        self._subscriptions = subscriptions
+    def __init__(self, bus: RoomBus, hub: Hub, *, crosses_loops: bool) -> None:
+        self._bus = bus
         self._hub = hub
         self._crosses_loops = crosses_loops
         self._rooms: dict[str, LocalRoom] = {}
@@ -55,7 +43,7 @@ class LocalRooms:
             if not local_room.subscribed:
                 # Each caller before the acknowledgement waits for it separately (the port is idempotent): the
                 # cancellation of one does not cancel the others.
-                await self._subscriptions.subscribe(room)
+                await self._bus.subscribe(room)
                 local_room.subscribed = True
         except BaseException:
             self.release(local_room)
@@ -69,7 +57,7 @@ class LocalRooms:
             if local_room.users == 0 and self._rooms.get(local_room.name) is local_room:
                 del self._rooms[local_room.name]
                 # Here, under the lock: a join that comes after this subscribes after this.
-                self._subscriptions.unsubscribe(local_room.name)
+                self._bus.unsubscribe(local_room.name)
                 if local_room.stream is not None:
                     local_room.stream.close()
 

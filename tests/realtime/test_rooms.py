@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from contextlib import AsyncExitStack
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import websockets
 
 from asgi_cluster import Cluster, RealtimeConfig, RoomRule
+from asgi_cluster.bus.room_bus import RoomBus
 from asgi_cluster.exceptions import BusUnavailable
 from asgi_cluster.rooms.local_rooms import LocalRooms
 from asgi_cluster.rooms.rules import Connected
@@ -245,7 +246,7 @@ class Subscriptions:
 async def test_first_members_together(lone_site: Site) -> None:
     """Several first members wait for the acknowledgement; one who is cancelled takes nobody along."""
     bus = Subscriptions()
-    rooms = LocalRooms(bus, Hub(outbox_bytes=1), crosses_loops=False)
+    rooms = LocalRooms(cast("RoomBus", bus), Hub(outbox_bytes=1), crosses_loops=False)
     async with asyncio.TaskGroup() as tasks:
         holders = [tasks.create_task(rooms.acquire("room")) for _ in range(3)]
         await asyncio.sleep(0)
@@ -267,7 +268,7 @@ async def test_join_after_the_last_left() -> None:
     """A join while nobody is left subscribes anew, in that order; a refused channel leaves nothing behind."""
     bus = Subscriptions()
     bus.gate.set()
-    rooms = LocalRooms(bus, Hub(outbox_bytes=1), crosses_loops=False)
+    rooms = LocalRooms(cast("RoomBus", bus), Hub(outbox_bytes=1), crosses_loops=False)
     rooms.release(await rooms.acquire("room"))
     local_room = await rooms.acquire("room")
     assert bus.log == ["+room", "-room", "+room"]
