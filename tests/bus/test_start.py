@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import ssl
 
@@ -12,7 +13,9 @@ from asgi_cluster.exceptions import StoreUnavailable
 from loadtest.ports import free_port
 from tests.bus.fake import FakeServer
 from tests.bus.nodes import opened, our_tasks
+from tests.support.proxy import Proxy
 from tests.support.servers import Server, start_valkey
+from tests.support.topologies import SentinelSet
 
 
 async def refusal(url: str, prefix: str) -> str:
@@ -34,6 +37,17 @@ async def test_a_server_that_accepts_and_says_nothing(prefix: str) -> None:
     """Opening fails after a second, not never."""
     async with FakeServer({b"HELLO": b""}) as server:
         assert "no answer in time" in await refusal(server.url, prefix)
+
+
+async def test_sentinel_that_is_late_at_the_start(sentinel_set: SentinelSet, prefix: str) -> None:
+    """It may be busy: the start goes on for three seconds, as with a server that is late."""
+    sentinel = sentinel_set.sentinels[0]
+    async with Proxy(f"redis://127.0.0.1:{sentinel.port}") as proxy:
+        proxy.stall("down")
+        asyncio.get_running_loop().call_later(1.5, proxy.heal)
+        url = f"{proxy.url.replace('redis:', 'redis+sentinel:')}/{sentinel_set.name}"
+        async with opened(url, prefix) as node:
+            assert node.live
 
 
 async def test_a_wrong_password(prefix: str, caplog: pytest.LogCaptureFixture) -> None:

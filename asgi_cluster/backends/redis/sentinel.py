@@ -17,7 +17,7 @@ from redis.exceptions import RedisError
 
 from asgi_cluster.backends.redis.address import Address, HostPort
 from asgi_cluster.backends.redis.connection import MultiplexedConnection, OnPush
-from asgi_cluster.backends.redis.errors import ConnectionBroken, reason_of
+from asgi_cluster.backends.redis.errors import ConnectionBroken, is_timeout, reason_of
 from asgi_cluster.backends.redis.lifetime import background
 from asgi_cluster.backends.redis.primary import Primary
 from asgi_cluster.backends.redis.reconnect import ReconnectLoop
@@ -45,6 +45,8 @@ class _Sentinel:
         self._topology = topology
         self._connection: MultiplexedConnection | None = None
         self.reason = "not connected yet"
+        self.late = True
+        """Whether ``reason`` is that there was no answer in time, or none yet."""
         self.reconnecting = ReconnectLoop(
             lambda: address.dial(self._pushed), self._use, self._lost, longest_pause=_LONGEST_PAUSE
         )
@@ -67,7 +69,7 @@ class _Sentinel:
     def _lost(self, error: Exception | None) -> None:
         self._connection = None
         if error is not None:
-            self.reason = reason_of(error)
+            self._failed(error)
         self._topology.sentinels_changed()
 
     def _pushed(self, kind: bytes, channel: bytes, payload: Any) -> None:
@@ -87,12 +89,15 @@ class _Sentinel:
                 details = self._connection.send("SENTINEL", "MASTER", service)
                 place = await asked
                 if place is None:
-                    self.reason = f"has no service {service!r}"
+                    self.reason, self.late = f"has no service {service!r}", False
                     return None
                 return int((await details)[b"config-epoch"]), (place[0].decode(), int(place[1]))
         except (RedisError, ConnectionBroken, TimeoutError) as error:
-            self.reason = reason_of(error)
+            self._failed(error)
             return None
+
+    def _failed(self, error: Exception) -> None:
+        self.reason, self.late = reason_of(error), is_timeout(error)
 
 
 class SentinelTopology(OnePrimary):
@@ -170,11 +175,13 @@ class SentinelTopology(OnePrimary):
             try:
                 async with asyncio.timeout_at(deadline):
                     await changed.wait()
-            except TimeoutError:
+            except TimeoutError as error:
                 reasons = "; ".join(
                     f"{sentinel.address.name}: {sentinel.reason}" for sentinel in self._sentinels
                 )
-                raise ConnectionBroken(f"no sentinel names the primary ({reasons})", sent=False) from None
+                # At the start there is patience with those that may only be busy.
+                late = error if any(sentinel.late for sentinel in self._sentinels) else None
+                raise ConnectionBroken(f"no sentinel names the primary ({reasons})", sent=False) from late
 
     def sentinels_changed(self) -> None:
         """One of them is connected, or not any more."""
