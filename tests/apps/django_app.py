@@ -74,7 +74,7 @@ _working: set[asyncio.Task[None]] = set()
 
 async def background(request: HttpRequest) -> HttpResponse:
     session = get_session(request.scope)
-    cluster, seen = request.scope["asgi_cluster"].cluster, request.scope["seen"]
+    cluster, seen = request.scope["cluster"], request.scope["seen"]
 
     async def work() -> None:
         await cluster.room("lobby").broadcast("after the response")
@@ -100,7 +100,7 @@ def make_app(cluster: Cluster, seen: Seen) -> Any:
         if scope["type"] == "websocket":
             await sockets(scope, receive, send)
         else:
-            await handler({**scope, "seen": seen}, receive, send)
+            await handler({**scope, "cluster": cluster, "seen": seen}, receive, send)
 
     return app
 
