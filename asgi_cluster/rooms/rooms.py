@@ -230,17 +230,14 @@ class Rooms:
     # Receiving
 
     def room_message(self, room: str, payload: bytes) -> None:
-        """See ``RoomReceiver.room_message``."""
         self._delivery.receive(room, payload)
 
     def rooms_gap(self, rooms: frozenset[str]) -> None:
-        """See ``RoomReceiver.rooms_gap``."""
         for local_room in self._local:
             if local_room.stream is not None and local_room.name in rooms:
                 local_room.stream.gap()
 
     def rooms_restored(self, rooms: frozenset[str]) -> None:
-        """See ``RoomReceiver.rooms_restored``."""
         for local_room in self._local:
             if local_room.stream is not None and local_room.name in rooms:
                 local_room.stream.restored()

@@ -52,7 +52,6 @@ class MemoryHistory:
     async def declare(
         self, digest: str, rules: bytes, *, node: str, view: float, timeout: float
     ) -> Declarations:
-        """See ``HistoryStore.declare``."""
         logs = self._logs
         with self._world.lock:
             epoch = logs.epoch.get("")
@@ -78,7 +77,6 @@ class MemoryHistory:
         epoch: str,
         timeout: float,
     ) -> Position:
-        """See ``HistoryStore.publish``."""
         logs = self._logs
         # Room names hold no control characters, so no two pairs make one key.
         once = None if idempotency_key is None else f"{room}\n{idempotency_key}"
@@ -119,7 +117,6 @@ class MemoryHistory:
         ttl: float,
         timeout: float,
     ) -> Page:
-        """See ``HistoryStore.read``."""
         with self._world.lock:
             numbering = self._numbering(room, epoch)
             if numbering.offset:

@@ -88,7 +88,6 @@ class MemorySessionStore:
         return ""
 
     async def read(self, handle: Handle, *, timeout: float) -> Record | None:
-        """See ``SessionStore.read``."""
         with self._world.lock:
             stored = self._sessions.records.get(handle)
             if stored is None:
@@ -112,7 +111,6 @@ class MemorySessionStore:
             )
 
     async def create(self, draft: NewSession, *, timeout: float) -> float:
-        """See ``SessionStore.create``."""
         with self._world.lock:
             now = self._world.clock()
             self._sessions.remove(draft.handle)
@@ -143,7 +141,6 @@ class MemorySessionStore:
         ended: bytes = b"",
         timeout: float,
     ) -> WriteOutcome:
-        """See ``SessionStore.write``."""
         with self._world.lock:
             stored = self._sessions.records.get(handle)
             if stored is None:
@@ -171,7 +168,6 @@ class MemorySessionStore:
         self._sessions.records.set(handle, stored, min(self._world.clock() + stored.idle, stored.absolute_at))
 
     async def touch(self, handle: Handle, *, timeout: float) -> bool:
-        """See ``SessionStore.touch``."""
         with self._world.lock:
             stored = self._sessions.records.get(handle)
             if stored is None:
@@ -190,7 +186,6 @@ class MemorySessionStore:
         message: bytes,
         timeout: float,
     ) -> WriteOutcome:
-        """See ``SessionStore.rotate``."""
         with self._world.lock:
             stored = self._sessions.records.get(handle)
             if stored is None:
@@ -207,7 +202,6 @@ class MemorySessionStore:
     async def end(
         self, handle: Handle, *, message: bytes, expected: str | None = None, timeout: float
     ) -> EndResult:
-        """See ``SessionStore.end``."""
         with self._world.lock:
             nodes = list(self._world.nodes())
             stored = self._sessions.records.get(handle)
@@ -217,7 +211,6 @@ class MemorySessionStore:
             return EndResult(sessions=int(self._sessions.remove(handle)), nodes=nodes)
 
     async def devices(self, user: UserId, *, timeout: float) -> Sequence[Device]:
-        """See ``SessionStore.devices``."""
         with self._world.lock:
             now = self._world.clock()
             records = self._sessions.records
@@ -261,7 +254,6 @@ class MemorySessionStore:
         logouts.set(user, _Logout(id=name, at=now, keep=keep, before=before), now + LOGOUT_KEPT)
 
     async def logouts(self, users: Sequence[UserId], *, timeout: float) -> Mapping[UserId, UserLogout]:
-        """See ``SessionStore.logouts``."""
         with self._world.lock:
             now = self._world.clock()
             return {
@@ -276,7 +268,6 @@ class MemorySessionStore:
             }
 
     async def lock(self, handle: Handle, *, token: str, hold: float, timeout: float) -> bool:
-        """See ``SessionStore.lock``."""
         with self._world.lock:
             if self._sessions.locks.get(handle) is not None:
                 return False
@@ -284,7 +275,6 @@ class MemorySessionStore:
             return True
 
     async def unlock(self, handle: Handle, *, token: str, timeout: float) -> bool:
-        """See ``SessionStore.unlock``."""
         with self._world.lock:
             if self._sessions.locks.get(handle) != token:
                 return False

@@ -92,7 +92,6 @@ class RedisBackend:
 
     @asynccontextmanager
     async def open(self, node: Node, sessions: SessionReceiver, rooms: RoomReceiver) -> AsyncIterator[None]:
-        """See ``Backend.open``."""
         async with AsyncExitStack() as stack:
             for subscribers in self._sets():
                 await stack.enter_async_context(subscribers.topology.opened(node.failing))
@@ -132,12 +131,10 @@ class RedisBackend:
 
     @property
     def ready(self) -> bool:
-        """See ``Backend.ready``."""
         sessions = self._subscribers
         return not (sessions.open and not sessions.trusted and self._topology.answering)
 
     def stats(self) -> BusStats:
-        """See ``Backend.stats``."""
         sets = self._sets()
         last = max((each.last_gap for each in sets if each.last_gap is not None), default=None)
         return BusStats(

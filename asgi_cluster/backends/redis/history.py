@@ -45,7 +45,6 @@ class RedisHistory:
     async def declare(
         self, digest: str, rules: bytes, *, node: str, view: float, timeout: float
     ) -> Declarations:
-        """See ``HistoryStore.declare``."""
         keys = [self._names.room_rules(), self._names.room_views(), self._names.room_epoch()]
         args: list[str | bytes | int] = [
             digest,
@@ -72,7 +71,6 @@ class RedisHistory:
         epoch: str,
         timeout: float,
     ) -> Position:
-        """See ``HistoryStore.publish``."""
         keys = [self._names.room_log(room), self._names.room_meta(room)]
         if idempotency_key is not None:
             keys.append(self._names.room_once(room, idempotency_key))
@@ -101,7 +99,6 @@ class RedisHistory:
         ttl: float,
         timeout: float,
     ) -> Page:
-        """See ``HistoryStore.read``."""
         args: list[str | bytes | int] = [
             "" if since is None else since.offset,
             "" if since is None else since.epoch,

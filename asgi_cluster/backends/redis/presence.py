@@ -63,7 +63,6 @@ class RedisPresence:
         return bool(await self._run("presence_enter", room, [*args, *strangers], left))
 
     async def leave(self, room: str, client: str, *, timeout: float) -> bool:
-        """See ``PresenceStore.leave``."""
         key = self._names.room_in(room)
         try:
             return bool(await self._topology.call(key, "HDEL", key, client, timeout=timeout))
@@ -71,7 +70,6 @@ class RedisPresence:
             raise BusUnavailable(error.reason, outcome_unknown=error.outcome_unknown) from error
 
     async def members(self, room: str, *, timeout: float) -> Mapping[str, bytes]:
-        """See ``PresenceStore.members``."""
         found, strangers = await self._look(room, asyncio.get_running_loop().time() + timeout)
         return {client: info for client, owner, info in found if owner not in strangers}
 
@@ -114,11 +112,9 @@ class RedisPresence:
         self._asked_at = asked_at
 
     async def stats(self, room: str, *, timeout: float) -> tuple[int, int]:
-        """See ``PresenceStore.stats``."""
         return count_people(await self.members(room, timeout=timeout))
 
     async def reap(self, room: str, node: str, incarnation: str, *, timeout: float) -> Mapping[str, bytes]:
-        """See ``PresenceStore.reap``."""
         removed = await self._run("presence_reap", room, [_owner(node, incarnation)], timeout)
         return {
             client.decode("utf-8", "replace"): entry.partition(b"\n")[2] for client, entry in _pairs(removed)

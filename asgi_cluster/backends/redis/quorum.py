@@ -57,7 +57,6 @@ class QuorumHeartbeats(Heartbeats):
         self.proven = sent_at
 
     def gap(self) -> None:
-        """See ``Heartbeats.gap``."""
         self.proven = None
         super().gap()
 

@@ -100,7 +100,6 @@ class Registration:
         return self._topology.primaries()
 
     def heartbeat(self, primary: Primary) -> Heartbeat:
-        """See ``HeartbeatSource.heartbeat``."""
         if self._topology.home(self._names.nodes()) is primary:
             return self
         tag = self._topology.tag_at(primary)
@@ -217,11 +216,9 @@ class _SideBeat:
         self._key = names.beat(node, tag)
 
     def registration(self) -> Command:
-        """See ``Heartbeat.registration``."""
         return ("SET", self._key, "", "PX", BEAT_TTL)
 
     def beat(self) -> Command:
-        """See ``Heartbeat.beat``."""
         return ("PEXPIRE", self._key, BEAT_TTL)
 
     def interrupted(self) -> None:

@@ -121,7 +121,6 @@ class SentinelTopology(OnePrimary):
 
     @asynccontextmanager
     async def opened(self, failing: Failing | None = None) -> AsyncIterator[None]:
-        """See ``Topology.opened``."""
         async with background(failing) as tasks:
             self._sentinels = [_Sentinel(address, self) for address in self._addresses]
             for sentinel in self._sentinels:

@@ -112,7 +112,6 @@ class Routed(ABC):
     async def run(
         self, script: Script, keys: Sequence[str], args: Sequence[str | bytes | int], *, timeout: float
     ) -> Any:
-        """See ``Topology.run``."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         try:
@@ -134,7 +133,6 @@ class OnePrimary(Routed):
 
     @asynccontextmanager
     async def opened(self, failing: Failing | None = None) -> AsyncIterator[None]:
-        """See ``Topology.opened``."""
         commands = PrimaryClient(self.primary)
         async with background(failing) as tasks:
             tasks.keep(commands.reconnecting.run, name="commands")
@@ -151,7 +149,6 @@ class OnePrimary(Routed):
         return self._commands
 
     async def call(self, key: str, *args: str | bytes | int, timeout: float) -> Any:
-        """See ``Topology.call``."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         while True:
@@ -171,28 +168,22 @@ class OnePrimary(Routed):
                 await asyncio.sleep(_RETRY_PAUSE)
 
     def post(self, key: str, *args: str | bytes | int) -> bool:
-        """See ``Topology.post``."""
         return self._commands is not None and self._commands.post(*args)
 
     def run_id(self, key: str) -> str:
-        """See ``Topology.run_id``."""
         return self._client().run_id
 
     @property
     def answering(self) -> bool:
-        """See ``Topology.answering``."""
         return self._commands is not None and self._commands.answering
 
     def primaries(self) -> Sequence[Primary]:
-        """See ``Topology.primaries``."""
         return [self.primary]
 
     def home(self, key: str) -> Primary:
-        """See ``Topology.home``."""
         return self.primary
 
     def tag_at(self, primary: Primary) -> str:
-        """See ``Topology.tag_at``."""
         return "nodes"
 
     def watch(self, changed: Callable[[], None] | None) -> None:
@@ -202,7 +193,6 @@ class OnePrimary(Routed):
         """See ``Topology.refresh_soon``: every new connection looks anew anyhow."""
 
     def reconnect_now(self, primary: Primary) -> None:
-        """See ``Topology.reconnect_now``."""
         if self._commands is not None:
             self._commands.reconnect_now()
 

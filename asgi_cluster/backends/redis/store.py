@@ -71,7 +71,6 @@ class RedisSessionStore:
         self._corrupt = CorruptRecords()
 
     def run_id(self, bucket: int) -> str | None:
-        """See ``SessionStore.run_id``."""
         try:
             return self._topology.run_id(self._names.bucket(f"{bucket:02x}")) or None
         except StoreUnavailable:
@@ -104,7 +103,6 @@ class RedisSessionStore:
         self._corrupt.found(handle, "has a corrupt record")
 
     async def create(self, draft: NewSession, *, timeout: float) -> float:
-        """See ``SessionStore.create``."""
         args: list[str | bytes | int] = [
             draft.handle[3:],
             draft.user or "",
@@ -134,7 +132,6 @@ class RedisSessionStore:
         ended: bytes = b"",
         timeout: float,
     ) -> Coroutine[Any, Any, WriteOutcome]:
-        """See ``SessionStore.write``."""
         args: list[str | bytes | int] = [
             handle[3:],
             self._publish,
@@ -150,7 +147,6 @@ class RedisSessionStore:
         return self._run("session_write", handle, args, self._outcome, timeout=timeout)
 
     async def touch(self, handle: Handle, *, timeout: float) -> bool:
-        """See ``SessionStore.touch``."""
         args = [handle[3:]]
         return await self._run("session_touch", handle, args, self._outcome, timeout=timeout) == "written"
 
@@ -165,7 +161,6 @@ class RedisSessionStore:
         message: bytes,
         timeout: float,
     ) -> Coroutine[Any, Any, WriteOutcome]:
-        """See ``SessionStore.rotate``."""
         channel = self._names.sessions_channel(handle[:2])
         args = [self._publish, channel, message, write_id, secret, current, milliseconds(grace)]
         return self._run("session_rotate", handle, args, self._outcome, timeout=timeout)
@@ -179,7 +174,6 @@ class RedisSessionStore:
     async def end(
         self, handle: Handle, *, message: bytes, expected: str | None = None, timeout: float
     ) -> EndResult:
-        """See ``SessionStore.end``."""
         channel = self._names.sessions_channel(handle[:2])
         args = [handle[3:], self._publish, channel, message, self._registry(), expected or ""]
         clock = asyncio.get_running_loop().time
@@ -202,7 +196,6 @@ class RedisSessionStore:
         return EndResult(sessions=0, nodes=(), overtaken=_text(write_id), fields=fields)
 
     async def devices(self, user: UserId, *, timeout: float) -> Sequence[Device]:
-        """See ``SessionStore.devices``."""
         bucket, keys = self._of_user(user)
         rows = await self._topology.run(
             load("session_devices"), keys, [self._names.bucket(bucket)], timeout=timeout
@@ -223,7 +216,6 @@ class RedisSessionStore:
     async def end_all(
         self, user: UserId, *, keep: Handle | None, epoch: str, message: bytes, timeout: float
     ) -> EndResult:
-        """See ``SessionStore.end_all``."""
         bucket, keys = self._of_user(user)
         args: list[str | bytes | int] = [
             self._names.bucket(bucket),
@@ -280,7 +272,6 @@ class RedisSessionStore:
         return reply is not None
 
     async def unlock(self, handle: Handle, *, token: str, timeout: float) -> bool:
-        """See ``SessionStore.unlock``."""
         key = self._names.lock(handle)
         return bool(await self._topology.run(load("unlock"), [key], [token], timeout=timeout))
 

@@ -180,18 +180,15 @@ class SubscriberSet:
     # Events of the subscribers
 
     def heartbeat(self, primary: Primary) -> Heartbeat:
-        """See ``Listener.heartbeat``."""
         assert self._source is not None
         return self._source.heartbeat(primary)
 
     def message(self, channel: str, payload: bytes) -> None:
-        """See ``Listener.message``."""
         listener = self._wanted.get(channel)
         if listener is not None:
             listener.message(channel, payload)
 
     def gap(self, reason: str, channels: frozenset[str]) -> None:
-        """See ``Listener.gap``."""
         self.topology.refresh_soon()
         fresh = channels - self._lost  # the others' gap was reported, and nothing was trusted since
         self._lost |= channels & self._wanted.keys()
@@ -203,7 +200,6 @@ class SubscriberSet:
             listener.gap(reason, self._of(listener, fresh))
 
     def acknowledged(self, primary: Primary, channels: frozenset[str]) -> None:
-        """See ``Listener.acknowledged``."""
         self.topology.reconnect_now(primary)
         back = channels & self._lost
         self._lost -= back
@@ -218,7 +214,6 @@ class SubscriberSet:
         return frozenset(channel for channel in channels if self._wanted.get(channel) is listener)
 
     def reported(self) -> None:
-        """See ``Listener.reported``."""
         heartbeats = [each.heartbeats for each in self._subscribers.values()]
         reports = [each.report for each in heartbeats if each.report is not None]
         ground = common_ground(reports, len(heartbeats))
@@ -233,7 +228,6 @@ class SubscriberSet:
                 each.confirm(moment)
 
     def moved(self) -> None:
-        """See ``Listener.moved``."""
         self.topology.refresh_soon()
 
     # Figures
