@@ -85,9 +85,9 @@ class Retention:
         self._digest = hashlib.sha256(self._declared).hexdigest()[:16] if self._declared else ""
         self._read: dict[bytes, list[RoomRule]] = {}
         self._others: list[list[RoomRule]] = []
-        self._complained: set[object] = set()
+        self._reported: set[object] = set()
         self._until = self._used_at = float("-inf")
-        self._flight: asyncio.Future[None] | None = None
+        self._reading: asyncio.Future[None] | None = None
         self._in_process = history.in_process
         self.epoch = ""
         """Names the numbering of rooms in which nothing has been published; see ``Declarations.epoch``."""
@@ -112,19 +112,19 @@ class Retention:
         if began < self._until:
             return timeout
         loop = asyncio.get_running_loop()
-        while (flight := self._flight) is not None and flight.get_loop() is loop:
+        while (reading := self._reading) is not None and reading.get_loop() is loop:
             # One reading serves all who wait for it; if it fails, the next one tries.
-            await asyncio.wait([flight], timeout=max(0.0, timeout - (self._clock() - began)))
-            if self._clock() < self._until or not flight.done():
+            await asyncio.wait([reading], timeout=max(0.0, timeout - (self._clock() - began)))
+            if self._clock() < self._until or not reading.done():
                 break
         else:
-            self._flight = flight = loop.create_future()
+            self._reading = reading = loop.create_future()
             try:
                 await self._exchange(timeout - (self._clock() - began))
             finally:
-                flight.set_result(None)
-                if self._flight is flight:
-                    self._flight = None
+                reading.set_result(None)
+                if self._reading is reading:
+                    self._reading = None
         if self._clock() >= self._until and not self._in_process:
             raise BusUnavailable(f"the room rules could not be read within {timeout:.2f} s")
         return max(0.0, timeout - (self._clock() - began))
@@ -187,8 +187,8 @@ class Retention:
             here, there = own.get(rule.pattern), Kept(rule.history, rule.history_ttl)
             if here is None or here == there or not (here.size or there.size):
                 continue
-            if (rule.pattern, there) not in self._complained:
-                self._complained.add((rule.pattern, there))
+            if (rule.pattern, there) not in self._reported:
+                self._reported.add((rule.pattern, there))
                 logger.warning(
                     "room rule %r differs: history=%d, history_ttl=%g on node %s, and history=%d, "
                     "history_ttl=%g on node %s. The larger counts; give all nodes the same rules",

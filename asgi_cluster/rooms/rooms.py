@@ -251,11 +251,11 @@ class Rooms:
                 work = self._reap(local_room.name, node, incarnation, found[0].join_leave)
                 self._start(local_room, work)
 
-    async def _reap(self, room: str, node: str, incarnation: str, tell: bool) -> None:
+    async def _reap(self, room: str, node: str, incarnation: str, publish_leaves: bool) -> None:
         try:
             # Every node with members here asks; the one that removed an entry publishes the leave.
             for client, info in (await self._presence.reap(room, node, incarnation)).items():
-                if tell:
+                if publish_leaves:
                     await self._send(room, Left(client, info))
         except ClusterError as error:
             logger.info("a dead node's presence could not be removed (%s)", type(error).__name__)

@@ -209,12 +209,12 @@ class Committer:
     async def _create(self, session: SessionData, changed: Mapping[str, bytes]) -> None:
         work, config, sent_at = session.work, self._config, self._node.clock()
         work.check_cookie("a new session")
-        draft, secret = new_session(
+        new, secret = new_session(
             work.scope, None, changed, idle=config.idle_timeout, absolute=config.absolute_timeout
         )
-        with work.sending(), work.spending(self._node) as timeout, self._cache.changing(draft.handle):
-            created_at = await self.store.create(draft, timeout=timeout)
-        work.created_as(record_of(draft, created_at), secret, sent_at)
+        with work.sending(), work.spending(self._node) as timeout, self._cache.changing(new.handle):
+            created_at = await self.store.create(new, timeout=timeout)
+        work.created_as(record_of(new, created_at), secret, sent_at)
         session.modified = bool(work.touched)
 
     def _changed(self, handle: Handle) -> bytes:

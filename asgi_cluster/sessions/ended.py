@@ -84,10 +84,10 @@ class SessionEnded:
     def close(self, code: int = 0, reason: str = "") -> bool:
         """It has ended. From any thread. False: no socket was closed."""
         self._over = True
-        self.doubt()
+        self.may_have_ended()
         return False
 
-    def doubt(self) -> None:
+    def may_have_ended(self) -> None:
         """It may have ended: a waiter asks the store. From any thread."""
         if self._loop is None:
             return

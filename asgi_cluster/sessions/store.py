@@ -162,7 +162,7 @@ class SessionStore(Protocol):
         """The record, or ``None`` when there is none, it has expired, or its user was logged out."""
         ...
 
-    async def create(self, draft: NewSession, *, timeout: float) -> float:
+    async def create(self, new: NewSession, *, timeout: float) -> float:
         """Store a new session; with a user, enter it in the user's index. Publishes nothing: no node
         can have cached it. Its ``created_at``.
         """

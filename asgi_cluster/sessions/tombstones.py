@@ -104,7 +104,7 @@ class Tombstones:
         while True:
             await asyncio.sleep(_LOOK_EVERY * random.uniform(0.5, 1.0))
             self._expire()
-            if self._doubtful_servers():
+            if self._uncertain_servers():
                 await asyncio.sleep(random.uniform(0, _SPREAD))
                 await self._check()
 
@@ -116,7 +116,7 @@ class Tombstones:
                 return
             self._forget(handle)
 
-    def _doubtful_servers(self) -> set[tuple[int, str]]:
+    def _uncertain_servers(self) -> set[tuple[int, str]]:
         """Those that do not answer for their bucket any more. Cheap: the buckets are counted, not walked."""
         return {
             (bucket, run_id)
@@ -125,12 +125,12 @@ class Tombstones:
         }
 
     async def _check(self) -> None:
-        doubtful = self._doubtful_servers()
+        uncertain = self._uncertain_servers()
         # The newest first: they are the likeliest to be lost.
         handles = [
             handle
             for handle, (run_id, _) in reversed(self._stones.items())
-            if (_bucket(handle), run_id) in doubtful
+            if (_bucket(handle), run_id) in uncertain
         ]
         ended = 0
         for start in range(0, len(handles), _AT_ONCE):
@@ -138,7 +138,7 @@ class Tombstones:
             outcomes = await asyncio.gather(*map(self._end_again, some))
             ended += outcomes.count(True)
             if None in outcomes:
-                break  # the rest at the next look: until then they are as doubtful as before
+                break  # the rest at the next look: until then they are as uncertain as before
         if ended:
             logger.warning("%d sessions that are over were in the store: ended again", ended)
 

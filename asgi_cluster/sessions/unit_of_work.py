@@ -311,5 +311,5 @@ class UnitOfWork:
         return None
 
     def __repr__(self) -> str:
-        ending = f", {self.pending_end} to be ended" if self.pending_end else ""
-        return f"<UnitOfWork {self.state}{ending}>"
+        rest = f", {self.pending_end} to be ended" if self.pending_end else ""
+        return f"<UnitOfWork {self.state}{rest}>"

@@ -57,7 +57,7 @@ class RedisHistory:
         ]
         epoch, wait, others = await self._run("room_rules", keys, args, timeout)
         pairs = zip(others[::2], others[1::2], strict=True)
-        named = [(name.decode("utf-8", "replace"), told) for name, told in pairs]
+        named = [(name.decode("utf-8", "replace"), declared) for name, declared in pairs]
         return Declarations(_name(epoch), wait / 1000, named)
 
     async def publish(

@@ -102,24 +102,24 @@ class RedisSessionStore:
     def _corrupted(self, handle: Handle) -> None:
         self._corrupt.found(handle, "has a corrupt record")
 
-    async def create(self, draft: NewSession, *, timeout: float) -> float:
+    async def create(self, new: NewSession, *, timeout: float) -> float:
         args: list[str | bytes | int] = [
-            draft.handle[3:],
-            draft.user or "",
-            draft.epoch,
-            milliseconds(draft.idle),
-            milliseconds(draft.absolute),
-            draft.secret,
-            draft.write_id,
-            int(draft.persistent),
-            draft.agent,
-            draft.address,
-            *field_pairs(draft.fields),
+            new.handle[3:],
+            new.user or "",
+            new.epoch,
+            milliseconds(new.idle),
+            milliseconds(new.absolute),
+            new.secret,
+            new.write_id,
+            int(new.persistent),
+            new.agent,
+            new.address,
+            *field_pairs(new.fields),
         ]
-        keys = [self._names.session(draft.handle)]
-        if draft.user is not None:
-            keys += self._of_user(draft.user)[1]
-        args.insert(0, self._names.bucket(draft.handle[:2]))
+        keys = [self._names.session(new.handle)]
+        if new.user is not None:
+            keys += self._of_user(new.user)[1]
+        args.insert(0, self._names.bucket(new.handle[:2]))
         created = await self._topology.run(load("session_create"), keys, args, timeout=timeout)
         return int(created) / 1000
 
@@ -178,10 +178,10 @@ class RedisSessionStore:
         args = [handle[3:], self._publish, channel, message, self._registry(), expected or ""]
         clock = asyncio.get_running_loop().time
         deadline = clock() + timeout
-        ending = await self._run("session_end", handle, args, self._end_result, timeout=timeout)
-        if ending.overtaken:
-            return ending
-        return await self._asked_on(self._names.session(handle), ending, deadline - clock())
+        result = await self._run("session_end", handle, args, self._end_result, timeout=timeout)
+        if result.overtaken:
+            return result
+        return await self._after_replication(self._names.session(handle), result, deadline - clock())
 
     def _end_result(self, handle: Handle, reply: Any) -> EndResult:
         ended, nodes, *found = reply
@@ -234,12 +234,12 @@ class RedisSessionStore:
         deadline = clock() + timeout
         reply = await self._topology.run(load("session_end_all"), keys, args, timeout=timeout)
         tokens, nodes = reply
-        ending = EndResult(
+        result = EndResult(
             sessions=len(tokens),
             nodes=[_text(node) for node in nodes],
             handles=[Handle(f"{bucket}.{_text(token)}") for token in tokens],
         )
-        return await self._asked_on(keys[0], ending, deadline - clock())
+        return await self._after_replication(keys[0], result, deadline - clock())
 
     async def logouts(self, users: Sequence[UserId], *, timeout: float) -> Mapping[UserId, UserLogout]:
         """See ``SessionStore.logouts``. On a Cluster one script for each user: those of several do not share
@@ -307,12 +307,12 @@ class RedisSessionStore:
         # On a Cluster the registry is in another slot, and a script must not touch it.
         return "" if self._topology.sharded else self._names.nodes()
 
-    async def _asked_on(self, key: str, ending: EndResult, timeout: float) -> EndResult:
+    async def _after_replication(self, key: str, result: EndResult, timeout: float) -> EndResult:
         """With what the script could not find out: the nodes of a Redis Cluster, and the replicas that have
         the change.
         """
         # The change is committed: whatever fails from here on is reported, and does not make the logout fail.
-        nodes, replicas = ending.nodes, None
+        nodes, replicas = result.nodes, None
         if self._topology.sharded:
             registry = self._names.nodes()
             try:
@@ -325,7 +325,7 @@ class RedisSessionStore:
                 nodes = [UNKNOWN_NODES]
         if self._wait_replicas:
             replicas = await self._replicated(key, timeout)
-        return msgspec.structs.replace(ending, nodes=nodes, replicas=replicas)
+        return msgspec.structs.replace(result, nodes=nodes, replicas=replicas)
 
     async def _replicated(self, key: str, timeout: float) -> int:
         try:
