@@ -74,8 +74,8 @@ class LocalRoom:
         key: Hashable = None,
         exclude: str | None = None,
     ) -> None:
-        """Hand a message to every member here but ``exclude``. ``prepare`` gives it in the form that is asked
-        for; ``None``: that form has no such message.
+        """Hand a message to every member here but ``exclude``. ``prepare`` gives it in the form of a wire;
+        ``None``: that form has no such message.
         """
         slow = self.slow
         if slow == "latest":

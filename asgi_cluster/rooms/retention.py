@@ -3,7 +3,7 @@
 Whether a room has a history does not depend on the process that publishes to it: a worker without rules, and
 an app with other rules, keep what the nodes' rules say. So every node declares its rules in the store of the
 rooms, and every process reads the declarations of the others. A node without history rules declares an empty
-list. A declaration that no node has renewed for a minute is removed by a node that has kept its own alive.
+list. A declaration that no node has renewed for a minute is removed by a node that has renewed its own.
 While no node runs, the last declarations stay for a week.
 
 What was read may be relied on for ``VIEW`` seconds. A node whose rules are new to the cluster waits, before
@@ -139,7 +139,7 @@ class Retention:
             await asyncio.sleep(wait)
 
     async def run(self) -> None:
-        """Keep the declaration alive and the reading fresh, until cancelled."""
+        """Renew the declaration and the reading, until cancelled."""
         while True:
             await asyncio.sleep(_EVERY * random.uniform(0.5, 1.0))
             if not self._declared and self._clock() - self._used_at > _IDLE_AFTER:

@@ -253,7 +253,8 @@ class Rooms:
 
     async def _reap(self, room: str, node: str, incarnation: str, publish_leaves: bool) -> None:
         try:
-            # Every node with members here asks; the one that removed an entry publishes the leave.
+            # Every node with members of the room does this; the one that removed an entry publishes the
+            # leave.
             for client, info in (await self._presence.reap(room, node, incarnation)).items():
                 if publish_leaves:
                     await self._send(room, Left(client, info))

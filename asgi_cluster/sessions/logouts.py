@@ -94,14 +94,14 @@ class Logouts:
         read, only if nothing was written since.
 
         Raises:
-            StoreUnavailable: not stored, as far as is known; the session goes on.
+            StoreUnavailable: not stored (or ``outcome_unknown``); the session goes on.
             ConcurrentWrite: something was written since; the session goes on.
         """
         began = monotonic()
         await self._before(timeout)
         with self.acks.opened() as pending:
             message = encode(Ended(handle, code, reason, self._node.id, pending.id))
-            # Asked before: whatever the server is replaced with afterwards, that is then another one.
+            # Read before: whatever the server is replaced with afterwards, that is then another one.
             run_id = self.store.run_id(int(handle[:2], 16))
             with (deadline or self._deadline()).spending() as left, self._cache.changing(handle):
                 result = await self.store.end(handle, message=message, expected=expected, timeout=left)
@@ -130,8 +130,8 @@ class Logouts:
             return await self._receipt(result, pending, closed, began, timeout)
 
     def was_ended(self, handle: Handle, reason: str, run_id: str | None) -> None:
-        """A write has ended a session on the server ``run_id``, which was asked for before: do what ``end``
-        does on this node.
+        """A write has ended a session on the server ``run_id``, as it was read before the write: do what
+        ``end`` does on this node.
         """
         self._remember([handle], run_id)
         self._sockets.close_session(handle, CloseCode.SESSION_ENDED, reason)

@@ -126,7 +126,7 @@ class EndResult(msgspec.Struct, frozen=True, kw_only=True):
     nodes: Sequence[str]
     """Nodes registered at the moment of the change: those that must answer. May hold ``UNKNOWN_NODES``."""
     replicas: int | None = None
-    """Replicas that confirmed the write, when ``WAIT`` was asked for; else ``None``."""
+    """Replicas that confirmed the write, when ``WAIT`` was called; else ``None``."""
     handles: Sequence[Handle] = ()
     """Of ``end_all``: the sessions that were ended."""
     overtaken: str = ""
@@ -150,7 +150,7 @@ class UserLogout(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SessionStore(Protocol):
-    """Where sessions live."""
+    """Where sessions are kept."""
 
     def run_id(self, bucket: int) -> str | None:
         """The server that holds a bucket now: another one may lack the last changes. ``""``: one that
@@ -186,7 +186,7 @@ class SessionStore(Protocol):
         ...
 
     async def touch(self, handle: Handle, *, timeout: float) -> bool:
-        """Extend the idle time. False when the session is gone. Publishes nothing: a cache may only forget
+        """Extend the idle time. False when the session is gone. Publishes nothing: a cache may only drop
         earlier.
         """
         ...
@@ -218,13 +218,13 @@ class SessionStore(Protocol):
         ...
 
     async def devices(self, user: UserId, *, timeout: float) -> Sequence[Device]:
-        """The user's living sessions, the most recently seen first. Prunes what expired."""
+        """The user's current sessions, the most recently used first. Prunes what expired."""
         ...
 
     async def end_all(
         self, user: UserId, *, keep: Handle | None, epoch: str, message: bytes, timeout: float
     ) -> EndResult:
-        """Give the user a new epoch, so that every session but ``keep`` is dead at once, and remove their
+        """Give the user a new epoch, so that every session but ``keep`` ends at once, and remove their
         records. ``messages.name_ended`` says which in the message. ``epoch`` also names this logout.
         """
         ...

@@ -1,10 +1,10 @@
-"""Sessions that have ended, kept by this node in case that the store loses the end.
+"""Sessions that have ended, noted by this node in case that the store loses the end.
 
-Replication is asynchronous: a primary that dies can take its last writes along, a logout among them, and then
-the session lives on the next one. Every node that has committed a logout, or has received the message of one,
-keeps for a while the handle and the server that had it. When another server answers for that bucket, the
-store is asked about each of these sessions, and those that it still has are ended again. Until then this node
-serves none of them, whatever the store says. A handle is never used twice, so that nothing but the lost
+Replication is asynchronous: a primary that fails can lose its last writes, a logout among them, and then
+the session is still there on the next one. Every node that has committed a logout, or has received the
+message of one, keeps for a while the handle and the server that had it. When another server answers for
+that bucket, the node reads each of these sessions, and ends those that are still there. Until then it
+serves none of them, whatever the store has. A handle is never used twice, so that nothing but the lost
 session can be hit.
 
 A logout of all sessions of a user is kept in the same way, as the handles that it ended, and not by the
@@ -31,14 +31,15 @@ _LIMIT = 10_000
 _KEPT = 600.0
 _LOOK_EVERY = 1.0
 _SPREAD = 1.0
-"""Seconds. All nodes with the handle ask after a failover; spread, most find that another has ended it."""
+"""Seconds. All nodes with the handle read it after a failover; spread, most find that another has ended it.
+"""
 _AT_ONCE = 64
 _UNKNOWN = "?"
-"""No server has this run id: the store is asked about the session at the next look."""
+"""No server has this run id: the session is read at the next look."""
 
 
 class Tombstones:
-    """Handles that were ended: at most ``limit``, for ``kept`` seconds, the oldest forgotten first.
+    """Handles that were ended: at most ``limit``, for ``kept`` seconds, the oldest dropped first.
 
     ``end`` ends a session once more, everywhere; raises ``StoreUnavailable``.
     """
@@ -74,7 +75,7 @@ class Tombstones:
     def remember(self, handle: Handle, run_id: str) -> None:
         """``handle`` was ended on the server ``run_id``; ``""``: one that loses nothing.
 
-        Only for ends that are committed. A session whose end is in doubt may rightly be alive.
+        Only for ends that are committed. A session whose end is uncertain may rightly be there.
         """
         self._forget(handle)
         if not run_id:
@@ -144,7 +145,7 @@ class Tombstones:
 
     async def _end_again(self, handle: Handle) -> bool | None:
         """Whether it had to be; ``None``: the store did not answer."""
-        # Before the question: if the server changes again meanwhile, it will be asked again.
+        # Read before the session: if the server changes again meanwhile, the session is read again.
         run_id = self._store.run_id(_bucket(handle))
         if run_id is None:
             return None
@@ -156,7 +157,7 @@ class Tombstones:
             return None
         stone = self._stones.get(handle)
         if stone is not None:
-            # In its old place, with its old time: it was not ended anew.
+            # In its old place, with its old time: this is no new end.
             self._uncount(handle, stone[0])
             self._servers[_bucket(handle), run_id] += 1
             self._stones[handle] = (run_id, stone[1])

@@ -12,7 +12,7 @@ from asgi_cluster.sockets.prepared import PreparedMessage
 
 __all__ = ["Flusher", "SlowPolicy"]
 
-_SLICE = 0.01  # seconds the flusher may hold the loop: a large room must not make everything else wait
+_SLICE = 0.01  # seconds for which the flusher may block the loop: other work must not wait for a large room
 _BATCH_BYTES = 1 << 16
 
 SlowPolicy = Literal["disconnect", "drop", "latest"]

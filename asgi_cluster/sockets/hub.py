@@ -227,7 +227,7 @@ class Hub:
         once.
         """
         sockets = tuple(self._sockets.values())
-        # 20 steps a second, and more where a step would hold the loop for long.
+        # 20 steps a second, and more where a step would block the loop for long.
         steps = min(len(sockets), max(1, round(seconds * 20), len(sockets) // _AT_ONCE))
         for step in range(steps):
             for socket in sockets[step::steps]:

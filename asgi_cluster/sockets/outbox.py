@@ -279,7 +279,7 @@ class Outbox:
         self.blocked = self._held = not self.closed
 
     def release(self, first: PreparedMessage | None) -> None:
-        """Send ``first``, and what was held after it; ``None``: forget what was held. Harmless when nothing
+        """Send ``first``, and what was held after it; ``None``: drop what was held. Harmless when nothing
         is held.
         """
         if not self._held:
@@ -322,7 +322,7 @@ class Outbox:
             waiting.set_result(None)
 
     def close(self) -> None:
-        """Forget what waits, and take no more."""
+        """Drop what waits, and take no more."""
         self.release(None)
         self.closed = True
         self._pending.clear()

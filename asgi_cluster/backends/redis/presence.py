@@ -20,7 +20,9 @@ _ROOM_TTL = 7 * 24 * 3600 * 1000
 left to clean it up: longer than sockets live."""
 
 _TRUSTED_FOR = 1.0
-"""Seconds for which a list of the living nodes is good enough: a dead one counts for four seconds anyhow."""
+"""Seconds for which a list of the registered nodes is good enough: a dead one counts for four seconds
+anyhow.
+"""
 
 _STRANGER_FOR = 10.0
 """Seconds for which a node has to be unknown to the registry before a look at a room removes what it left

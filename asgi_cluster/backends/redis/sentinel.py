@@ -1,4 +1,5 @@
-"""A primary that the sentinels name: they are asked before every connection, and publish a change.
+"""A primary that the sentinels name: before every connection the node reads its address from them, and they
+publish a change.
 
 The node subscribes to ``+switch-master`` at every sentinel; a retry at the old address would notice the
 change late.
@@ -143,7 +144,7 @@ class SentinelTopology(OnePrimary):
     # Locating the primary
 
     async def _dial(self, on_push: OnPush | None) -> MultiplexedConnection:
-        error = ConnectionBroken("no sentinel was asked", sent=False)
+        error = ConnectionBroken("no sentinel was tried", sent=False)
         for place in await self._locate():
             dialing = asyncio.timeout(None)  # runs out when the sentinels name another one meanwhile
             self._dialing[dialing] = place

@@ -160,7 +160,7 @@ class ClusterTopology(Routed):
                 self.refresh_soon()
                 asking, failure, hops = None, error, hops + 5
             hops += 1
-            if hops > 5:  # two nodes that send us to and fro, or one that is not ready
+            if hops > 5:  # two servers that redirect to each other, or one that is not ready
                 if loop.time() + _RETRY_PAUSE >= deadline:
                     raise unavailable(failure, sent=False) from failure
                 await asyncio.sleep(_RETRY_PAUSE)

@@ -36,7 +36,7 @@ class Topology(Protocol):
     def opened(self, failing: Failing | None = None) -> AbstractAsyncContextManager[None]:
         """Connected while entered.
 
-        Raises ``StoreUnavailable`` on entering: cannot be reached, refuses us, is too old.
+        Raises ``StoreUnavailable`` on entering: cannot be reached, refuses the login, is too old.
         """
         ...
 

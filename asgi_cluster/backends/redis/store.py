@@ -59,7 +59,7 @@ class RedisSessionStore:
     """``sessions.store.SessionStore`` on Redis ≥ 6.2 or Valkey.
 
     Meta fields of a session's hash start with ``@``, the application's with ``.``. Times are milliseconds of
-    the server's clock. ``wait_replicas`` above 0 asks, after a logout, how many replicas have it
+    the server's clock. ``wait_replicas`` above 0 finds out, after a logout, how many replicas have it
     (``EndResult.replicas``).
     """
 
@@ -294,7 +294,7 @@ class RedisSessionStore:
         if isinstance(reply, list) and reply[0] == _UNSURE:
             # The user's epoch is missing: revoked, or in a slot that is moving. With the epoch among the keys
             # the server decides: in the second case it answers TRYAGAIN, and the topology tries again.
-            # A name that is no UTF-8 is no user's: there is no such epoch, whatever name is asked for.
+            # A name that is no UTF-8 is no user's: there is no such epoch, whatever name was given.
             keys.append(self._names.epoch(bucket, _text(reply[1])))
             reply = await self._topology.run(script, keys, args, timeout=deadline - clock())
         return decode(handle, reply)
@@ -335,7 +335,7 @@ class RedisSessionStore:
                 )
             )
         except StoreUnavailable as error:
-            logger.debug("replicas could not be asked: %s", error)
+            logger.debug("WAIT failed, so that no replica counts: %s", error)
             return 0
 
 

@@ -1,6 +1,6 @@
 """What the primaries of one topology push to this node: which channel is subscribed where, and its lease.
 
-Only channels are known here: a listener turns its channels into buckets or rooms.
+It deals with channels alone: a listener turns its channels into buckets or rooms.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class SubscriberSet:
         if not self.topology.sharded:
             return self._lease
         home = self._homes.get(channel)
-        # A primary's lease says nothing of a channel that has yet to be subscribed there.
+        # A primary's lease does not cover a channel that has yet to be subscribed there.
         return home.lease if home is not None and home.is_subscribed(channel) else self._no_lease
 
     def run_id(self, channel: str) -> str:
@@ -190,7 +190,7 @@ class SubscriberSet:
 
     def gap(self, reason: str, channels: frozenset[str]) -> None:
         self.topology.refresh_soon()
-        fresh = channels - self._lost  # the others' gap was reported, and nothing was trusted since
+        fresh = channels - self._lost  # the others' gap was reported, and no lease was live since
         self._lost |= channels & self._wanted.keys()
         if not self._open or not fresh:
             return
