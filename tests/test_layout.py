@@ -152,7 +152,7 @@ def test_imports_point_one_way(module: str) -> None:
     here = area(module)
     for name, _ in imported(module):
         if name.split(".")[0] == "redis":
-            assert here == "backends.redis" or module == "compat.redis_py", f"{module} imports redis"
+            assert here == "backends.redis", f"{module} imports redis"
         if name.split(".")[0] != "asgi_cluster":
             continue
         assert name != "asgi_cluster", f"{module} imports the package's root"
