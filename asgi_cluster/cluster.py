@@ -161,8 +161,8 @@ class Cluster:
         """Start: returns when sessions can be read and messages arrive.
 
         Raises:
-            StoreUnavailable, BusUnavailable: Redis cannot be reached, refuses us or is too old; says what and
-                where.
+            StoreUnavailable, BusUnavailable: Redis cannot be reached, refuses the login or is too old; the
+                text says what and where.
             RuntimeError: already started, or not on asyncio.
         """
         self._parts.memory.check()

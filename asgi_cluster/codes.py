@@ -12,7 +12,7 @@ __all__ = ["CloseCode", "UnsubscribeCode"]
 
 
 class CloseCode(IntEnum):
-    """Why we close a socket. The codes from 3000 to 3999 are the protocol's own."""
+    """Why a node closes a socket. The codes from 3000 to 3999 are the protocol's own."""
 
     TOO_BIG = 1009
     """A frame above ``max_message_bytes`` (RFC 6455 section 7.4.1)."""
@@ -45,7 +45,7 @@ class CloseCode(IntEnum):
     INAPPROPRIATE_PROTOCOL = 3506
     """The client offers only a protocol that is not supported."""
     NOT_AVAILABLE = 3508
-    """What the client asked for is not available here."""
+    """What the client requested is not available here."""
     STORE_UNAVAILABLE = 4100
     """The session could not be read at the handshake: come back later."""
     UNVERIFIED = 4101

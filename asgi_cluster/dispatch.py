@@ -106,11 +106,11 @@ class Dispatch:
                 # Sockets of sessions that the message does not name: they began after it, or the store's
                 # index had lost them, or they were too many to be named. They are checked before the
                 # acknowledgement, which says that no socket of an ended session is open here.
-                doubtful = self._hub.sockets_of(message.user, keep=message.keep)
-                if doubtful:
+                uncertain = self._hub.sockets_of(message.user, keep=message.keep)
+                if uncertain:
                     origin, request = message.origin, message.request
                     self._revalidator.recheck(
-                        doubtful, lambda more: self._acknowledge(origin, request, closed + more)
+                        uncertain, lambda more: self._acknowledge(origin, request, closed + more)
                     )
                 else:
                     self._acknowledge(message.origin, message.request, closed)

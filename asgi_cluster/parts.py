@@ -25,7 +25,7 @@ __all__ = ["Parts"]
 class Parts:
     """What one ``Cluster`` is made of. Connects to nothing.
 
-    ``cluster`` is only handed on, to what an app asks for it (``Connection.cluster``).
+    ``cluster`` is only handed on, to what gives it to an app (``Connection.cluster``).
 
     Raises:
         ValueError: no backend for this URL.

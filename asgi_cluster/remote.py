@@ -23,7 +23,7 @@ __all__ = ["RemoteSession", "RemoteUser", "SessionInfo"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SessionInfo:
-    """One of a user's living sessions."""
+    """One of a user's current sessions."""
 
     handle: Handle
     created_at: datetime
@@ -82,7 +82,7 @@ class RemoteUser:
         self.id = user
 
     async def sessions(self) -> Sequence[SessionInfo]:
-        """The living sessions, the most recently seen first. One round trip. Raises ``StoreUnavailable``."""
+        """The current sessions, the most recently used first. One round trip. Raises ``StoreUnavailable``."""
         node = self._service.node
         node.ensure_started("listing sessions")
         devices = await self._service.reader.devices(self.id, timeout=node.deadline)

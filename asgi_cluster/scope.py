@@ -20,7 +20,7 @@ SCOPE_KEY = "asgi_cluster"
 
 
 class ScopeState:
-    """Ours alone: whatever the app does with ``scope["session"]``, this stays true.
+    """The middleware's own place: the app may replace ``scope["session"]``, and this stays as it is.
 
     ``socket`` is ``None`` on HTTP.
     """

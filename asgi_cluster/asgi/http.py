@@ -71,7 +71,7 @@ class Response:
         """The error of this package that the app did not catch, and that its 500 is about."""
         handled, raised = sys.exception(), self._session.work.raised
         if handled is None:
-            # This framework does not answer while it handles the error. The session has forgotten errors that
+            # This framework does not answer while it handles the error. ``raised`` does not name errors that
             # the app caught and made good.
             return raised
         # Most frameworks send their 500 while they handle the error, some in an exception of their own.

@@ -169,15 +169,15 @@ class Handshake:
             if session.work.state == "unread":
                 session.work.check_readable()
             if record is not None:
-                alive = await shared.service.verify(session)
-                if alive is None:
+                expires_in = await shared.service.verify(session)
+                if expires_in is None:
                     code = CloseCode.SESSION_ENDED
                 else:
-                    shared.revalidator.watch(socket, alive)
+                    shared.revalidator.watch(socket, expires_in)
         except StoreUnavailable:
             code = CloseCode.STORE_UNAVAILABLE
         if code is None and shared.node.draining:
-            # Asked after it was registered: a drain that began before did not find it.
+            # Read after the socket was registered: a drain that began before did not find it.
             code = CloseCode.SHUTDOWN
         self.answered = True
         await self._send(shared.headers.with_cookie(self._scope, session, message))

@@ -1,9 +1,9 @@
-"""How long a node may trust its cache without an answer from the bus.
+"""How long a node may serve its cache without an answer from the bus.
 
 The heartbeat is a write on the subscriber's own connection. Redis executes commands one after another, and
 what it pushed to a connection before it executed a command of that connection arrives before the command's
-reply. So the reply to a beat sent at *s* proves: every invalidation committed before *s* has been delivered.
-So until *s + duration* no change that this node has not received is older than *duration*.
+reply. So the reply to a heartbeat sent at *s* proves: every invalidation committed before *s* has been
+delivered. So until *s + duration* no change that this node has not received is older than *duration*.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Clock = Callable[[], float]
 
 
 def _boot_clock() -> Clock:
-    # CLOCK_BOOTTIME goes on while the machine sleeps: a laptop or a paused VM must not wake up with a live
-    # lease.
+    # CLOCK_BOOTTIME goes on while the machine is suspended: a laptop or a paused VM must not resume with a
+    # live lease.
     clock_id = getattr(time, "CLOCK_BOOTTIME", None)
     if clock_id is None:
         return time.monotonic
@@ -45,11 +45,11 @@ class Lease:
         self.until = 0.0
 
     def renew(self, sent_at: float) -> None:
-        """The beat sent at ``sent_at`` was answered by the server that our subscriptions live on."""
+        """The heartbeat sent at ``sent_at`` was answered by the server that has this node's subscriptions."""
         self.until = max(self.until, sent_at + self.duration)
 
     def revoke(self) -> None:
-        """A gap: messages may have been lost, and only a beat sent from now on proves anything."""
+        """A gap: messages may have been lost, and only a heartbeat sent from now on proves anything."""
         self.until = 0.0
 
     @property
@@ -67,10 +67,10 @@ class Lease:
 
 
 class Heartbeats:
-    """Which replies to heartbeats may renew the lease: those to beats sent after the last subscribe-ack, and
-    no others.
+    """Which replies to heartbeats may renew the lease: those to heartbeats sent after the last subscription
+    was acknowledged, and no others.
 
-    Replies come in the order of the beats, because both travel on one connection.
+    Replies come in the order of the heartbeats, because both travel on one connection.
     """
 
     __slots__ = ("_beats", "_subscribed", "lease")
@@ -89,7 +89,7 @@ class Heartbeats:
         self._beats.clear()
 
     def subscribed(self) -> None:
-        """Every subscription is acknowledged: beats sent from now on count."""
+        """Every subscription is acknowledged: heartbeats sent from now on count."""
         self._subscribed = True
 
     def beat(self) -> None:
@@ -97,8 +97,8 @@ class Heartbeats:
         self._beats.append((self.lease.clock(), self._subscribed))
 
     def reply(self, renewed: bool) -> None:
-        """The oldest beat was answered; ``renewed`` if the write was executed, by the server that holds our
-        subscriptions.
+        """The oldest heartbeat was answered; ``renewed`` if the write was executed, by the server that has
+        this node's subscriptions.
         """
         if self._beats:
             sent_at, counts = self._beats.popleft()
@@ -111,5 +111,7 @@ class Heartbeats:
 
     @property
     def waiting_since(self) -> float | None:
-        """When the oldest unanswered beat was sent, on the lease's clock; ``None`` when all are answered."""
+        """When the oldest unanswered heartbeat was sent, on the lease's clock; ``None`` when all are
+        answered.
+        """
         return self._beats[0][0] if self._beats else None

@@ -1,9 +1,10 @@
 """What travels between the nodes: small frozen structs in msgpack, tagged, never pickle.
 
-Every message goes to one *audience*: the nodes that watch a session bucket, the members of a room, or one
-node. Session messages are published by the same script that changes the record, before it changes it, so that
-a node that received no message has missed no change. A message that cannot be decoded raises
-``MalformedMessage``; on the session channels that counts as a gap, because it may have been an invalidation.
+Every message goes to the nodes that watch a session bucket, to the members of a room, or to one node.
+Session messages are published by the same script that changes the record, before it changes it, so that a
+node that received no message has missed no change. A message that cannot be decoded raises
+``MalformedMessage``; on the session channels that counts as a gap, because it may have been an
+invalidation.
 
 Arrays, not maps, on the wire: fields are only ever appended, each with a default, and an unknown tag is
 malformed.
@@ -68,9 +69,9 @@ class Ended(msgspec.Struct, frozen=True, array_like=True, tag="e"):
 class UserEnded(msgspec.Struct, frozen=True, array_like=True, tag="u"):
     """Every session of a user is over, but ``keep``: drop them, close their sockets, answer with ``Ack``.
 
-    ``ended`` are the tokens (handles without their bucket) of those that were living. Its place is the last,
-    because the store fills it in when it publishes the message (``name_ended``): sockets of other sessions
-    may have been opened since. At most ``MOST_ENDED``.
+    ``ended`` are the tokens (handles without their bucket) of those that had not expired. Its place is the
+    last, because the store fills it in when it publishes the message (``name_ended``): sockets of other
+    sessions may have been opened since. At most ``MOST_ENDED``.
     """
 
     user: str

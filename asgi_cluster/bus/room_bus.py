@@ -1,7 +1,7 @@
 """The port that carries the messages of rooms to the nodes that have members in them.
 
 What arrives is handed over synchronously, in order, on the event loop of the receiver. Delivery is at most
-once. Rooms may live on servers of their own: their leases, gaps and incarnations are not those of the session
+once. Rooms may be on servers of their own: their leases, gaps and incarnations are not those of the session
 bus then.
 """
 
@@ -60,7 +60,7 @@ class RoomBus(Protocol):
         ...
 
     def unsubscribe(self, room: str) -> None:
-        """No more messages to ``room``. What is in flight may still arrive."""
+        """No more messages to ``room``. What was published before may still arrive."""
         ...
 
     async def publish(self, room: str, payload: bytes, *, timeout: float) -> None:

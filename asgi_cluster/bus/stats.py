@@ -16,7 +16,7 @@ class BusStats:
     connected: bool
     """Whether the subscriber's connection stands."""
     lease_remaining: float
-    """Seconds for which the cache may still be trusted (the least of all leases); 0.0 when it may not."""
+    """Seconds for which the cache may still be served (the least of all leases); 0.0 when it may not."""
     gaps: int
     """How often messages may have been lost since start."""
     reconnects: int
@@ -39,7 +39,7 @@ class NodeInfo:
     sockets: int
     rooms: int
     lag: float
-    """Seconds since the store last saw its beat."""
+    """Seconds since its last heartbeat reached the store."""
     incarnation: str
     """Changes when a node had to register again."""
     serves_for: float

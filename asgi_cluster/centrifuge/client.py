@@ -30,7 +30,7 @@ __all__ = ["Client", "check_supported"]
 class Client:
     """What a command may use: the connection, its subscriptions, and the services that all clients share.
 
-    A subscription is a membership in a room. The client asked for it, or the server made it.
+    A subscription is a membership in a room. The client requested it, or the server made it.
     """
 
     __slots__ = ("_entering", "connection", "server_side", "services")
@@ -54,7 +54,7 @@ class Client:
         """Close the connection."""
         self.connection.socket.close(code, code.text)
 
-    # Subscriptions that the client asks for
+    # Subscriptions that the client requests
 
     async def subscribe(self, request: SubscribeCommand) -> SubscribeResult:
         """Nothing is pushed from the room before the reply, and nothing is missed after it."""
@@ -96,7 +96,7 @@ class Client:
         return _subscribed(room, entered, request or SubscribeCommand())
 
     async def join(self, connection: Connection, room: str) -> None:
-        """Subscribe the client to ``room`` without its asking, and send it the subscription."""
+        """Subscribe the client to ``room``, which it did not request, and send it the subscription."""
         if room in connection.rooms:
             return
         result = await self.subscribe_here(room, None)

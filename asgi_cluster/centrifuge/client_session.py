@@ -99,7 +99,7 @@ class ClientSession:
         if not self._afford(len(commands)):
             self._client.end(CloseCode.TOO_MANY_REQUESTS)
             return
-        introduces = False
+        connects = False
         for command in commands:
             if self._commands.full and command != _PONG:
                 # Nothing is read meanwhile, pongs neither: so none is waited for.
@@ -109,9 +109,9 @@ class ClientSession:
                 self._keepalive.pong()
             if connection.socket.state != "open" or connection.outbox.closed:
                 return
-            introduces = introduces or command.connect is not None
-            if not self._commands.introduced and command.connect is None:
-                if not introduces:
+            connects = connects or command.connect is not None
+            if not self._commands.connected and command.connect is None:
+                if not connects:
                     self._client.end(CloseCode.BAD_REQUEST)
             elif command == _PONG:
                 self._keepalive.pong()

@@ -41,7 +41,7 @@ class CommandRunner:
         self._pending: PendingCommands | None = None
 
     @property
-    def introduced(self) -> bool:
+    def connected(self) -> bool:
         """Whether the client has connected, or is being connected."""
         return self._connecting.connected or self._connect_task is not None
 
@@ -70,7 +70,7 @@ class CommandRunner:
         if command.id < 0 or (command.id == 0 and (command.send is None or command.connect is not None)):
             self._client.end(CloseCode.BAD_REQUEST)
             return
-        if command.connect is not None and (self.introduced or self._refused):
+        if command.connect is not None and (self.connected or self._refused):
             self._client.end(CloseCode.BAD_REQUEST)
             return
         name = "send"

@@ -1,4 +1,4 @@
-"""What a connected client may ask for: each command of the protocol is a function here."""
+"""What a connected client may request: each command of the protocol is a function here."""
 
 from __future__ import annotations
 

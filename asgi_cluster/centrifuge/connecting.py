@@ -40,7 +40,7 @@ class Connecting:
         """Whether the connect command has succeeded."""
 
     async def connect(self, command_id: int, request: ConnectCommand) -> None:
-        """Ask the app who the client is, count it, and subscribe it to its rooms; then reply."""
+        """Let the app name the client's user, count the client, and subscribe it to its rooms; then reply."""
         client, outbox = self._client, self._client.connection.outbox
         # The client is a member of its first room while the others are entered: nothing may overtake the
         # reply, which has its position in each.
@@ -48,7 +48,7 @@ class Connecting:
         try:
             await self._connect(command_id, request)
         finally:
-            outbox.release(None)  # where there was no reply, nothing that was held is for the client
+            outbox.release(None)  # where there was no reply, what was kept back is not for the client
         if not self.connected:
             return
         services = client.services
@@ -140,7 +140,7 @@ class Connecting:
     # Expiry
 
     async def refresh(self, request: RefreshCommand) -> Result | None:
-        """Ask the app again, with a new token. ``None``: the client was closed."""
+        """Call the app's hook again, with a new token. ``None``: the client was closed."""
         if self._client.services.config.connect is None or self._expiry is None:
             raise ReplyError(ErrorCode.NOT_AVAILABLE)
         answer = await self._ask(request.token, Raw(), {})

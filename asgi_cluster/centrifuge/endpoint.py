@@ -76,7 +76,7 @@ class Endpoint:
             await _respond(send, 405, [(b"allow", b"GET, HEAD")], b"Method not allowed.\n")
             return
         body, tag = content
-        # no-cache: browsers keep it and ask for changes each time, so that a new version of the package is
+        # no-cache: browsers keep it and check for changes each time, so that a new version of the package is
         # used at once.
         # Pages of every origin may load it: it is the same public file for all of them.
         headers = [

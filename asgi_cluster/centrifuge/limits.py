@@ -13,7 +13,7 @@ __all__ = ["ConnectionLimits"]
 
 
 class ConnectionLimits:
-    """Counts by presence in rooms that no client can name, so that a dead node's connections stop counting
+    """Counts by presence in rooms that no client can enter, so that a dead node's connections stop counting
     with its presence.
     """
 

@@ -107,7 +107,7 @@ class SubscribeCommand(Struct, frozen=True):
 
     @property
     def unsupported(self) -> str:
-        """What it asks for that is not to be had here and would change what a subscription is; ``""``:
+        """What it requests that is not to be had here and would change what a subscription is; ``""``:
         nothing.
 
         ``positioned``, ``recoverable``, ``join_leave``, ``delta`` and channel compaction (``flag`` 1) are
@@ -173,7 +173,7 @@ class Empty(Struct, frozen=True):
 
 
 class Command(Struct, frozen=True):
-    """What a client asks for; the first field that is set counts."""
+    """What a client requests; the first field that is set counts."""
 
     id: int = 0
     connect: ConnectCommand | None = None

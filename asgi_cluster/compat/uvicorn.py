@@ -43,7 +43,7 @@ DIRECT: Mapping[str, Callable[[Any], bool]] = {
     "close_sent": lambda it: it is False,
     "disconnected": lambda it: it is False,
     "conn": is_open,
-    "request": lambda it: it is not None,  # with the response kept for ever, and dropped by us
+    "request": lambda it: it is not None,  # with the response kept for ever, and dropped by this package
     "response": lambda it: it is not None,
 }
 """What a protocol object of uvicorn must look like after its handshake, to be written to directly."""

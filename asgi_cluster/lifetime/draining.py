@@ -112,7 +112,7 @@ class Drainer:
             self._raise_again()
         else:
             self._begun = True
-            # A Python signal handler runs between two bytecodes of whatever the loop is doing: only wake it.
+            # A Python signal handler runs between any two bytecodes of the loop: it only wakes the loop up.
             self._loop.call_soon_threadsafe(self._begin)
 
     def _begin(self) -> None:

@@ -99,7 +99,7 @@ class Connection:
         return self.outbox.closed or (self._input is not None and self._input.over)
 
     async def join(self, room: str) -> None:
-        """Enter a room; returns when its messages arrive. No rule is asked: the app itself does this.
+        """Enter a room; returns when its messages arrive. No rule is applied: the app itself does this.
         Idempotent. A client of the endpoint gets a server-side subscription.
 
         Raises:

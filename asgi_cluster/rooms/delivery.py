@@ -23,7 +23,7 @@ __all__ = ["Delivery"]
 logger = logging.getLogger("asgi_cluster.realtime")
 
 _IDS_KEPT = 1024
-_SLICE = 0.01  # seconds that may hold the loop
+_SLICE = 0.01  # seconds for which the loop may be blocked
 
 
 class Delivery:
@@ -36,7 +36,9 @@ class Delivery:
         self._warned: set[str] = set()
 
     def follow(self, message_id: str) -> None:
-        """Note whether the bus brings this message, until ``followed`` asks: its publisher may get none."""
+        """Note whether the bus brings this message, until ``followed`` is called: its publisher may get no
+        answer.
+        """
         self._followed[message_id] = False
 
     def followed(self, message_id: str) -> bool:
@@ -137,7 +139,7 @@ class Delivery:
         self._for_each(iter(members), lambda member: member.membership.lost(member, local_room.name))
 
     def _for_each(self, members: Iterator[Connection], act: Callable[[Connection], None]) -> None:
-        """Each on its own loop, in slices: a room of ten thousand must not hold this one."""
+        """Each on its own loop, in slices: a room of ten thousand must not block this one."""
         until = perf_counter() + _SLICE
         for member in members:
             try:

@@ -2,8 +2,8 @@
 
 A room with history numbers its publications. ``epoch`` names one numbering; when it changes, offsets cannot
 be compared. ``previous`` is the offset of the publication before: normally ``offset - 1``, but a store that
-lost its last writes (a failover) jumps ahead instead of handing out a number twice. A subscriber has
-everything if and only if each publication's ``previous`` is the ``offset`` it saw last.
+lost its last writes (a failover) jumps ahead instead of giving a number twice. A subscriber has
+everything if and only if each publication's ``previous`` is the ``offset`` that it received last.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ position means something.
 EPOCH_LASTS = 23 * 3600.0
 """Seconds for which all rooms in which nothing has been published share one epoch. Less than
 ``NUMBERING_OUTLIVES``: while the epoch of such a position is current, a numbering that began after it cannot
-have been forgotten, and so nothing can have been missed unnoticed.
+have expired, so that a client that missed something is always informed.
 """
 
 JUMP = 1 << 20
@@ -90,7 +90,7 @@ class HistoryStore(Protocol):
 
     @property
     def in_process(self) -> bool:
-        """Whether ``declare`` costs nothing and may be asked each time."""
+        """Whether ``declare`` costs nothing and may be called each time."""
         ...
 
     async def declare(

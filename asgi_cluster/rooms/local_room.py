@@ -74,26 +74,26 @@ class LocalRoom:
         key: Hashable = None,
         exclude: str | None = None,
     ) -> None:
-        """Hand a message to every member here but ``exclude``. ``prepare`` gives it in the form that is asked
-        for; ``None``: that form has no such message.
+        """Hand a message to every member here but ``exclude``. ``prepare`` gives it in the form of a wire;
+        ``None``: that form has no such message.
         """
         slow = self.slow
         if slow == "latest":
             key = (self.name, key)
         flusher = self._flusher
         for wire, members in tuple(self._members.items()):
-            packet = prepare(wire)
-            if packet is None:
+            message = prepare(wire)
+            if message is None:
                 continue
             if flusher is None:
                 # memory:// calls on the publisher's thread. Even on the right one it takes the queue, or one
                 # message could overtake another.
                 for member, outbox in tuple(members.items()):
                     if member != exclude:
-                        outbox.push_threadsafe(packet, slow, key)
+                        outbox.push_threadsafe(message, slow, key)
             elif exclude is None and len(members) >= _BATCH_FROM and len(self._members) == 1:
-                flusher.broadcast(members, packet, slow, key)
+                flusher.broadcast(members, message, slow, key)
             else:
                 for member, outbox in members.items():
                     if member != exclude:
-                        outbox.push(packet, slow, key)
+                        outbox.push(message, slow, key)

@@ -12,7 +12,7 @@ __all__ = ["ClientInfo", "PresenceStore", "count_people", "read_info"]
 
 
 class ClientInfo(Struct, frozen=True, omit_defaults=True):
-    """What others may know of a connection (Centrifuge client protocol, ``ClientInfo``)."""
+    """What others may see of a connection (Centrifuge client protocol, ``ClientInfo``)."""
 
     user: str = ""
     client: str = ""
@@ -27,8 +27,8 @@ class PresenceStore(Protocol):
     ) -> bool:
         """``client`` (a connection id) is in the room; ``info`` is its client info as JSON.
 
-        With ``limit`` it enters only if fewer than so many other connections of living nodes are there, in
-        one atomic step, or if it is there already; False when it did not enter.
+        With ``limit`` it enters only if fewer than so many other connections of registered nodes are there,
+        in one atomic step, or if it is there already; False when it did not enter.
         """
         ...
 
@@ -37,7 +37,7 @@ class PresenceStore(Protocol):
         ...
 
     async def members(self, room: str, *, timeout: float) -> Mapping[str, bytes]:
-        """Connection id to client info, of every living node."""
+        """Connection id to client info, of every registered node."""
         ...
 
     async def stats(self, room: str, *, timeout: float) -> tuple[int, int]:

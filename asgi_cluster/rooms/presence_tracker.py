@@ -73,7 +73,7 @@ class PresenceTracker:
         await _together(lambda room: self.remove(connection, room), rooms)
 
     async def members(self, room: str) -> Mapping[str, bytes]:
-        """Connection ids with their client info, of all living nodes. Raises ``BusUnavailable``."""
+        """Connection ids with their client info, of all registered nodes. Raises ``BusUnavailable``."""
         return await self._store.members(room, timeout=self._timeout)
 
     async def stats(self, room: str) -> tuple[int, int]:

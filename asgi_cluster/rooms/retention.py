@@ -3,7 +3,7 @@
 Whether a room has a history does not depend on the process that publishes to it: a worker without rules, and
 an app with other rules, keep what the nodes' rules say. So every node declares its rules in the store of the
 rooms, and every process reads the declarations of the others. A node without history rules declares an empty
-list. A declaration that no node has renewed for a minute is removed by a node that has kept its own alive.
+list. A declaration that no node has renewed for a minute is removed by a node that has renewed its own.
 While no node runs, the last declarations stay for a week.
 
 What was read may be relied on for ``VIEW`` seconds. A node whose rules are new to the cluster waits, before
@@ -85,9 +85,9 @@ class Retention:
         self._digest = hashlib.sha256(self._declared).hexdigest()[:16] if self._declared else ""
         self._read: dict[bytes, list[RoomRule]] = {}
         self._others: list[list[RoomRule]] = []
-        self._complained: set[object] = set()
+        self._reported: set[object] = set()
         self._until = self._used_at = float("-inf")
-        self._flight: asyncio.Future[None] | None = None
+        self._reading: asyncio.Future[None] | None = None
         self._in_process = history.in_process
         self.epoch = ""
         """Names the numbering of rooms in which nothing has been published; see ``Declarations.epoch``."""
@@ -112,19 +112,19 @@ class Retention:
         if began < self._until:
             return timeout
         loop = asyncio.get_running_loop()
-        while (flight := self._flight) is not None and flight.get_loop() is loop:
+        while (reading := self._reading) is not None and reading.get_loop() is loop:
             # One reading serves all who wait for it; if it fails, the next one tries.
-            await asyncio.wait([flight], timeout=max(0.0, timeout - (self._clock() - began)))
-            if self._clock() < self._until or not flight.done():
+            await asyncio.wait([reading], timeout=max(0.0, timeout - (self._clock() - began)))
+            if self._clock() < self._until or not reading.done():
                 break
         else:
-            self._flight = flight = loop.create_future()
+            self._reading = reading = loop.create_future()
             try:
                 await self._exchange(timeout - (self._clock() - began))
             finally:
-                flight.set_result(None)
-                if self._flight is flight:
-                    self._flight = None
+                reading.set_result(None)
+                if self._reading is reading:
+                    self._reading = None
         if self._clock() >= self._until and not self._in_process:
             raise BusUnavailable(f"the room rules could not be read within {timeout:.2f} s")
         return max(0.0, timeout - (self._clock() - began))
@@ -139,7 +139,7 @@ class Retention:
             await asyncio.sleep(wait)
 
     async def run(self) -> None:
-        """Keep the declaration alive and the reading fresh, until cancelled."""
+        """Renew the declaration and the reading, until cancelled."""
         while True:
             await asyncio.sleep(_EVERY * random.uniform(0.5, 1.0))
             if not self._declared and self._clock() - self._used_at > _IDLE_AFTER:
@@ -187,8 +187,8 @@ class Retention:
             here, there = own.get(rule.pattern), Kept(rule.history, rule.history_ttl)
             if here is None or here == there or not (here.size or there.size):
                 continue
-            if (rule.pattern, there) not in self._complained:
-                self._complained.add((rule.pattern, there))
+            if (rule.pattern, there) not in self._reported:
+                self._reported.add((rule.pattern, there))
                 logger.warning(
                     "room rule %r differs: history=%d, history_ttl=%g on node %s, and history=%d, "
                     "history_ttl=%g on node %s. The larger counts; give all nodes the same rules",

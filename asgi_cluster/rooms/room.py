@@ -82,7 +82,7 @@ class Room:
             exclude: a connection, or its id, that does not get it now. Recovery returns it all the same.
             key: with ``slow="latest"``, the last message of each key is kept for a slow client.
             idempotency_key: broadcasts with the same key within five minutes are one message. Needs a room
-            with history.
+                with history.
 
         Raises:
             BusUnavailable: it could not be handed to the bus.

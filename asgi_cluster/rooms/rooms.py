@@ -230,17 +230,14 @@ class Rooms:
     # Receiving
 
     def room_message(self, room: str, payload: bytes) -> None:
-        """See ``RoomReceiver.room_message``."""
         self._delivery.receive(room, payload)
 
     def rooms_gap(self, rooms: frozenset[str]) -> None:
-        """See ``RoomReceiver.rooms_gap``."""
         for local_room in self._local:
             if local_room.stream is not None and local_room.name in rooms:
                 local_room.stream.gap()
 
     def rooms_restored(self, rooms: frozenset[str]) -> None:
-        """See ``RoomReceiver.rooms_restored``."""
         for local_room in self._local:
             if local_room.stream is not None and local_room.name in rooms:
                 local_room.stream.restored()
@@ -254,11 +251,12 @@ class Rooms:
                 work = self._reap(local_room.name, node, incarnation, found[0].join_leave)
                 self._start(local_room, work)
 
-    async def _reap(self, room: str, node: str, incarnation: str, tell: bool) -> None:
+    async def _reap(self, room: str, node: str, incarnation: str, publish_leaves: bool) -> None:
         try:
-            # Every node with members here asks; the one that removed an entry publishes the leave.
+            # Every node with members of the room does this; the one that removed an entry publishes the
+            # leave.
             for client, info in (await self._presence.reap(room, node, incarnation)).items():
-                if tell:
+                if publish_leaves:
                     await self._send(room, Left(client, info))
         except ClusterError as error:
             logger.info("a dead node's presence could not be removed (%s)", type(error).__name__)

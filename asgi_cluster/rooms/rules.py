@@ -65,7 +65,7 @@ class Connected:
     info: Any = None
     """Shown to others in presence, joins, leaves and publications (``conn_info``); any JSON value."""
     rooms: Sequence[str] = ()
-    """Rooms that the client is subscribed to by the server, without asking."""
+    """Rooms that the client is subscribed to by the server, without a request of its own."""
 
     def __post_init__(self) -> None:
         if self.expires_in is not None:

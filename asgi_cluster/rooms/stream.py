@@ -1,4 +1,5 @@
-"""The order of one room with history on this node: nothing twice, nothing left out unnoticed. Without I/O.
+"""The order of one room with history on this node: nothing twice, and nothing left out without ``LOST``.
+Without I/O.
 
 All members of a room here have the same position, ``last``: that of what was delivered last. A
 publication whose ``previous`` is ``last`` is delivered; an older one is dropped; anything else is a gap, and
@@ -220,7 +221,7 @@ class RoomStream:
             )
 
     def _replay(self, actions: list[Entry | Action]) -> None:
-        """What was held while a read was under way."""
+        """What arrived while a read was under way."""
         held, self._held = self._held, []
         for index, (position, previous, payload) in enumerate(held):
             if self.last is not None and not self._accept(position, previous, payload, actions):
@@ -238,7 +239,7 @@ class RoomStream:
 
     def recover(self, since: Position | None, *, live: bool) -> Generator[bool, None, Recovered]:
         """What lies between ``since`` and ``last``. Yields when history has to be read first: whether
-        ``full``. ``since=None`` asks for the position only. ``live``: the rooms' lease is.
+        ``full``. ``since=None``: only the position is wanted. ``live``: the rooms' lease is.
         """
         if self.last is None:
             yield since is not None

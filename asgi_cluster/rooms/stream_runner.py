@@ -168,7 +168,7 @@ class StreamRunner:
         """What lies between ``since`` and ``last``, and ``last``.
 
         Nothing is delivered between the return and the caller's next ``await``: a member that attaches before
-        that misses nothing. ``since=None`` asks for the position only.
+        that misses nothing. ``since=None``: only the position is wanted.
 
         Raises:
             BusUnavailable: the history could not be read.

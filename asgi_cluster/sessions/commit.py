@@ -87,7 +87,7 @@ class Committer:
             work.pending_end = None  # only now: an end that was not confirmed is tried again
         if work.state in ("lost", "degraded"):
             return False
-        # A session that the app has not looked at holds what was read.
+        # A session that the app has not read is as the record has it.
         changes = work.changes(session) if session.modified or work.exposed else _UNCHANGED
         record = work.record
         if record is None:
@@ -95,12 +95,12 @@ class Committer:
                 await self._create(session, changes[0])
             return True
         if changes[0] or changes[1]:
-            alive = await self._write(session, record, changes)
+            exists = await self._write(session, record, changes)
         else:
-            alive = not work.touch_due(now, accessed=session.accessed) or await self._touch(session, record)
-        if renew_cookie and alive:
+            exists = not work.touch_due(now, accessed=session.accessed) or await self._touch(session, record)
+        if renew_cookie and exists:
             await self._renew_cookie(session)
-        return alive
+        return exists
 
     async def _write(self, session: SessionData, record: Record, changes: Changes) -> bool:
         work, handle, (changed, removed) = session.work, record.handle, changes
@@ -152,7 +152,7 @@ class Committer:
         work, sent_at = session.work, self._node.clock()
         try:
             with work.deadline(self._node).spending() as timeout:
-                alive = await self.store.touch(record.handle, timeout=timeout)
+                exists = await self.store.touch(record.handle, timeout=timeout)
         except StoreUnavailable as error:
             # Nothing of the app's is lost, and a request that only reads is answered without the store for as
             # long as the cache may be. The next one tries again.
@@ -161,11 +161,11 @@ class Committer:
         # Only now: without an answer what is cached is still right, up to the time that is left.
         self._cache.drop(record.handle)
         if work.holds(record.handle):
-            if alive:
+            if exists:
                 work.extended(sent_at)
             else:
                 work.lose()
-        return alive
+        return exists
 
     async def _renew_cookie(self, session: SessionData) -> None:
         # The only Set-Cookie by a request that did not make the session. The store is asked now: a login, a
@@ -209,12 +209,12 @@ class Committer:
     async def _create(self, session: SessionData, changed: Mapping[str, bytes]) -> None:
         work, config, sent_at = session.work, self._config, self._node.clock()
         work.check_cookie("a new session")
-        draft, secret = new_session(
+        new, secret = new_session(
             work.scope, None, changed, idle=config.idle_timeout, absolute=config.absolute_timeout
         )
-        with work.sending(), work.spending(self._node) as timeout, self._cache.changing(draft.handle):
-            created_at = await self.store.create(draft, timeout=timeout)
-        work.created_as(record_of(draft, created_at), secret, sent_at)
+        with work.sending(), work.spending(self._node) as timeout, self._cache.changing(new.handle):
+            created_at = await self.store.create(new, timeout=timeout)
+        work.created_as(record_of(new, created_at), secret, sent_at)
         session.modified = bool(work.touched)
 
     def _changed(self, handle: Handle) -> bytes:

@@ -89,7 +89,7 @@ class CacheConfig:
     """The node's local session cache. Durations are seconds or a ``timedelta``."""
 
     ttl: Seconds[float] = Seconds(30.0)
-    """Seconds an entry may be served without asking Redis again, however quiet the bus is."""
+    """Seconds an entry may be served without a new read from Redis, also when no invalidation arrives."""
     max_entries: int = 10_000
     """Sessions kept; the least recently used go first. 0 turns the cache off."""
     lease: Seconds[float] = Seconds(2.0)
@@ -134,7 +134,7 @@ class SessionConfig:
     ``cache.lease`` + ``stale_for``. The two together are at most 240 s.
     """
     wait_replicas: int = 0
-    """Above 0: after a logout ask Redis (``WAIT``, for a few milliseconds) how many replicas have it, up to
+    """Above 0: after a logout find out (``WAIT``, for a few milliseconds) how many replicas have it, up to
     this many; ``LogoutReceipt.replicas`` says so. A logout that none has can be lost with the primary.
     """
     max_bytes: int = 65_536

@@ -24,7 +24,7 @@ def new_session(
     """A session with a new handle, and the secret for its cookie."""
     secret = new_secret()
     agent, address = device_of(scope)
-    draft = NewSession(
+    new = NewSession(
         handle=new_handle(user),
         secret=secret_hash(secret.encode()),
         user=user,
@@ -37,23 +37,23 @@ def new_session(
         agent=agent,
         address=address,
     )
-    return draft, secret
+    return new, secret
 
 
-def record_of(draft: NewSession, created_at: float) -> Record:
+def record_of(new: NewSession, created_at: float) -> Record:
     """What the store has now."""
     return Record(
-        handle=draft.handle,
-        secret=draft.secret,
+        handle=new.handle,
+        secret=new.secret,
         previous=None,
         previous_for=0.0,
-        user=draft.user,
+        user=new.user,
         version=1,
-        write_id=draft.write_id,
+        write_id=new.write_id,
         created_at=created_at,
-        expires_in=min(draft.idle, draft.absolute),
-        absolute_in=draft.absolute,
-        idle=draft.idle,
-        persistent=draft.persistent,
-        fields=draft.fields,
+        expires_in=min(new.idle, new.absolute),
+        absolute_in=new.absolute,
+        idle=new.idle,
+        persistent=new.persistent,
+        fields=new.fields,
     )

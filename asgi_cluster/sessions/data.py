@@ -48,7 +48,9 @@ class SessionData(dict[str, Any]):
 
     @property
     def unsaved(self) -> bool:
-        """Whether a stored session holds changes that were not saved. Free when the app never looked."""
+        """Whether a stored session holds changes that were not saved. Costs nothing when the app never read
+        it.
+        """
         work = self.work
         if not (self.modified or work.exposed) or work.record is None:
             return False
@@ -58,7 +60,7 @@ class SessionData(dict[str, Any]):
             return True
 
     def replace(self, values: Mapping[str, Any]) -> None:
-        """The app put a plain dict in our place: those are the contents now."""
+        """The app put a plain dict in this object's place: those are the contents now."""
         for key, value in values.items():
             encode_value(key, value)
         self.mark_modified()

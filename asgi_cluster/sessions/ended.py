@@ -51,12 +51,12 @@ class SessionEnded:
     async def wait(self) -> None:
         """Return when the session has ended; at once when it has already, also elsewhere and a moment ago.
 
-        Asks the store when it begins and when the session's time is up. A store that does not answer is asked
-        again. For a visitor without a stored session it never returns.
+        Reads the store when it begins and when the session's time is up, and again when the store does not
+        answer. For a visitor without a stored session it never returns.
         """
         loop = self._loop = asyncio.get_running_loop()
         while not self._over:
-            # Before the store is asked: an end that the answer does not have yet finds this waiter.
+            # Before the store is read: an end that the reply does not have yet finds this waiter.
             woken: asyncio.Future[None] = loop.create_future()
             self._waiters.add(woken)
             try:
@@ -84,11 +84,11 @@ class SessionEnded:
     def close(self, code: int = 0, reason: str = "") -> bool:
         """It has ended. From any thread. False: no socket was closed."""
         self._over = True
-        self.doubt()
+        self.may_have_ended()
         return False
 
-    def doubt(self) -> None:
-        """It may have ended: a waiter asks the store. From any thread."""
+    def may_have_ended(self) -> None:
+        """It may have ended: a waiter reads the store. From any thread."""
         if self._loop is None:
             return
         try:

@@ -20,9 +20,9 @@ class CacheStats:
     hits: int
     """Reads answered without Redis."""
     misses: int
-    """Reads that asked Redis."""
+    """Reads that went to Redis."""
     bypassed: int
-    """Misses because the lease had lapsed: asked Redis, kept nothing."""
+    """Misses because the lease had lapsed: read from Redis, and not kept."""
     evictions: int
     """Entries that went because the cache was full."""
     invalidations: int

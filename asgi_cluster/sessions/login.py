@@ -20,7 +20,7 @@ from asgi_cluster.sessions.config import SessionConfig
 from asgi_cluster.sessions.creation import new_session, record_of
 from asgi_cluster.sessions.data import SessionData
 from asgi_cluster.sessions.logouts import ConcurrentWrite, Logouts
-from asgi_cluster.sessions.store import Change, Record, SessionStore
+from asgi_cluster.sessions.store import Change, Record, RecordStore
 
 __all__ = ["Logins"]
 
@@ -38,7 +38,7 @@ class Logins:
 
     def __init__(
         self,
-        store: SessionStore,
+        store: RecordStore,
         cache: SessionCache,
         logouts: Logouts,
         config: SessionConfig,
@@ -64,7 +64,7 @@ class Logins:
         own: set[str] = set() if known is None else set().union(*work.changes(session))
         before = known or _NO_FIELDS
         fields = {key: encode_value(key, value, before.get(key)) for key, value in dict.items(session)}
-        draft, secret = new_session(
+        new, secret = new_session(
             work.scope,
             user,
             fields,
@@ -76,16 +76,16 @@ class Logins:
         stored = False
         try:
             with work.sending():
-                with work.spending(self._node) as timeout, self._cache.changing(draft.handle):
-                    created_at = await self.store.create(draft, timeout=timeout)
+                with work.spending(self._node) as timeout, self._cache.changing(new.handle):
+                    created_at = await self.store.create(new, timeout=timeout)
                 stored = True
-                record = record_of(draft, created_at)
+                record = record_of(new, created_at)
                 if replaced is not None:
                     record = await self._replace(session, replaced, record, known, own)
         except (StoreUnavailable, asyncio.CancelledError) as error:
             in_doubt = not isinstance(error, StoreUnavailable) or error.outcome_unknown
             if stored or in_doubt:
-                await self._logouts.discard(draft.handle, work.deadline(self._node))
+                await self._logouts.discard(new.handle, work.deadline(self._node))
             raise
         work.created_as(record, secret, sent_at)
         work.pending_end = None

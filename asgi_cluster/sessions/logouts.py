@@ -94,22 +94,22 @@ class Logouts:
         read, only if nothing was written since.
 
         Raises:
-            StoreUnavailable: not stored, as far as is known; the session goes on.
+            StoreUnavailable: not stored (or ``outcome_unknown``); the session goes on.
             ConcurrentWrite: something was written since; the session goes on.
         """
         began = monotonic()
         await self._before(timeout)
         with self.acks.opened() as pending:
             message = encode(Ended(handle, code, reason, self._node.id, pending.id))
-            # Asked before: whatever the server is replaced with afterwards, that is then another one.
+            # Read before: whatever the server is replaced with afterwards, that is then another one.
             run_id = self.store.run_id(int(handle[:2], 16))
             with (deadline or self._deadline()).spending() as left, self._cache.changing(handle):
-                ending = await self.store.end(handle, message=message, expected=expected, timeout=left)
-            if ending.overtaken:
-                raise ConcurrentWrite(ending.overtaken, ending.fields)
+                result = await self.store.end(handle, message=message, expected=expected, timeout=left)
+            if result.overtaken:
+                raise ConcurrentWrite(result.overtaken, result.fields)
             self._remember([handle], run_id)
             closed = self._sockets.close_session(handle, code, reason)
-            return await self._receipt(ending, pending, closed, began, timeout)
+            return await self._receipt(result, pending, closed, began, timeout)
 
     async def end_all(
         self, user: UserId, *, keep: Handle | None, code: int, reason: str, timeout: float
@@ -121,17 +121,17 @@ class Logouts:
             message = encode(UserEnded(user, keep, code, reason, self._node.id, pending.id))
             run_id = self.store.run_id(bucket_of(user))
             with self._deadline().spending() as left, self._cache.changing_user(user, keep=keep):
-                ending = await self.store.end_all(
+                result = await self.store.end_all(
                     user, keep=keep, epoch=pending.id, message=message, timeout=left
                 )
-            self._remember(ending.handles, run_id)
-            ended = frozenset(ending.handles)
+            self._remember(result.handles, run_id)
+            ended = frozenset(result.handles)
             closed = self._sockets.end_user(user, keep=keep, ended=ended, code=code, reason=reason)
-            return await self._receipt(ending, pending, closed, began, timeout)
+            return await self._receipt(result, pending, closed, began, timeout)
 
     def was_ended(self, handle: Handle, reason: str, run_id: str | None) -> None:
-        """A write has ended a session on the server ``run_id``, which was asked for before: do what ``end``
-        does on this node.
+        """A write has ended a session on the server ``run_id``, as it was read before the write: do what
+        ``end`` does on this node.
         """
         self._remember([handle], run_id)
         self._sockets.close_session(handle, CloseCode.SESSION_ENDED, reason)
@@ -170,7 +170,7 @@ class Logouts:
         return Deadline(self._node.deadline, self._node.clock)
 
     async def _receipt(
-        self, ending: EndResult, pending: PendingAck, closed_here: int, began: float, timeout: float
+        self, result: EndResult, pending: PendingAck, closed_here: int, began: float, timeout: float
     ) -> LogoutReceipt:
         """Wait for the acknowledgements of a logout that is committed."""
         clock = asyncio.get_running_loop().time
@@ -179,34 +179,34 @@ class Logouts:
             # This node does not wait for its own message: its bus may be the one that is down.
             pending.add(self._node.id, closed_here)
         serves_for = self._serves_for
-        complete = await self.acks.wait_for(pending, ending.nodes, timeout=min(timeout, serves_for))
+        complete = await self.acks.wait_for(pending, result.nodes, timeout=min(timeout, serves_for))
         if not complete and timeout >= serves_for:
             # The caller waits for so long that time alone may do it: when those missing cannot serve any
             # more.
             serves_for = await self._longest_service(
-                [node for node in ending.nodes if node not in pending.acked]
+                [node for node in result.nodes if node not in pending.acked]
             )
             # The clocks of some loops have whole milliseconds, and their timers may come early by one.
             over = committed + serves_for
             while not complete and (rest := committed + min(timeout, serves_for) - clock()) > 0:
-                complete = await pending.wait_for(ending.nodes, timeout=max(rest, 0.001))
+                complete = await pending.wait_for(result.nodes, timeout=max(rest, 0.001))
             complete = complete or clock() >= over
         elapsed = monotonic() - began
         if pending.sockets:
             pending.sockets = max(0, pending.sockets - await self._sockets.failed_closes(began))
-        missing = [NodeId(node) for node in ending.nodes if node not in pending.acked]
+        missing = [NodeId(node) for node in result.nodes if node not in pending.acked]
         if missing and timeout > 0:
             logger.warning(
-                "%d of %d nodes did not acknowledge a logout in time", len(missing), len(ending.nodes)
+                "%d of %d nodes did not acknowledge a logout in time", len(missing), len(result.nodes)
             )
         return LogoutReceipt(
-            sessions=ending.sessions,
+            sessions=result.sessions,
             nodes_acked=tuple(sorted(NodeId(node) for node in pending.acked)),
             nodes_missing=tuple(missing),
             complete=complete,
             sockets_closed=pending.sockets,
             elapsed=elapsed,
-            replicas=ending.replicas,
+            replicas=result.replicas,
         )
 
     async def _longest_service(self, missing: Sequence[str]) -> float:

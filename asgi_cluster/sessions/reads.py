@@ -76,7 +76,7 @@ class SessionReader:
         return None if handle in self._ended else record
 
     async def devices(self, user: UserId, *, timeout: float) -> Sequence[Device]:
-        """The user's living sessions; never cached. Raises as the store."""
+        """The user's current sessions; never cached. Raises as the store."""
         found = await self.store.devices(user, timeout=timeout)
         return [device for device in found if device.handle not in self._ended]
 

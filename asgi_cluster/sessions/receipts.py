@@ -17,7 +17,7 @@ _MOMENT = 0.1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogoutReceipt:
-    """What ending one or more sessions did, as far as it was known within the timeout.
+    """What ending one or more sessions did, as far as nodes answered within the timeout.
 
     "Closed" means that the close was handed to the socket, not that the browser has seen it.
     """
@@ -41,7 +41,7 @@ class LogoutReceipt:
     elapsed: float
     """Seconds from the call to the last acknowledgement, or to giving up."""
     replicas: int | None = None
-    """Replicas that had the change when ``WAIT`` was asked; ``None`` when it was not."""
+    """Replicas that had the change, by ``WAIT``; ``None`` when that was not called for."""
 
 
 class PendingAck:
@@ -114,7 +114,7 @@ class Acknowledgements:
         moment: a node that crashed would cost every logout the whole timeout until it is taken off the
         registry.
         """
-        self._silent.intersection_update(nodes)  # bounded: those that are gone are forgotten
+        self._silent.intersection_update(nodes)  # bounded: those that are gone are dropped
         clock = asyncio.get_running_loop().time
         give_up_at = clock() + timeout
         answering = set(nodes) - self._silent

@@ -1,9 +1,9 @@
-"""Whether the sessions of open sockets still live, and whether the users of the others were logged out.
+"""Whether the sessions of open sockets still exist, and whether the users of the others were logged out.
 
 A logout closes sockets through the bus. What the bus may have lost is found here: after every gap, once a
-minute anyhow, and when a session's time is up, the store is asked again. For a socket that acts as a user
-without a session of that user (``identify``, a connect hook, ``accept(user_id=)``) it is asked for the user's
-last logout: how long ago it was, against how long ago the socket began. So nothing is read for that when a
+minute anyhow, and when a session's time is up, the store is read again. For a socket that acts as a user
+without a session of that user (``identify``, a connect hook, ``accept(user_id=)``) the user's last logout is
+read: how long ago it was, against how long ago the socket began. So nothing is read for that when a
 socket connects.
 """
 
@@ -29,7 +29,7 @@ logger = logging.getLogger("asgi_cluster.sessions")
 
 _PERIOD = 60.0
 _RETRY = 2.0
-_AT_ONCE = 64  # sessions or users asked for together: a few milliseconds of the event loop
+_AT_ONCE = 64  # sessions or users that are read together: a few milliseconds of the event loop
 _LONGEST_TIMER = 3600.0
 _SOON = 0.1  # seconds that an answer may take which says how long ago a logout was
 
@@ -95,12 +95,12 @@ class Revalidator:
         self._wake: asyncio.Event | None = None
 
     def wake(self) -> None:
-        """Messages may have been lost: ask about every session with an open socket."""
+        """Messages may have been lost: read every session with an open socket again."""
         if self._wake is not None:
             self._wake.set()
 
     def recheck(self, sockets: Sequence[OpenSocket], then: Callable[[int], None]) -> None:
-        """Ask about the sessions of these sockets (at least one) now. From any thread.
+        """Read the sessions of these sockets (at least one) now. From any thread.
 
         ``then`` is called with the number of sockets that were closed, if the store answered for all of them.
         """
@@ -148,8 +148,8 @@ class Revalidator:
             self._wake = None
 
     def watch(self, socket: OpenSocket, expires_in: float) -> None:
-        """Ask again when the session's time is up; requests may have extended it meanwhile. Nothing is asked
-        for a socket that is closed: it may have gone while the last answer was under way.
+        """Read the session again when its time is up; requests may have extended it meanwhile. Nothing is
+        read for a socket that is closed: it may have gone while the last reply was under way.
         """
         if socket.state == "closed":
             return
@@ -197,7 +197,7 @@ class Revalidator:
             return None
 
     async def _close_logged_out(self) -> bool:
-        """Close the sockets of users who were logged out, as far as they have no session that would say so.
+        """Close the sockets of users who were logged out, as far as they have no session of their own.
         False when the store did not answer.
         """
         users = self._sockets.users()

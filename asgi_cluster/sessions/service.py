@@ -110,7 +110,7 @@ class SessionService:
         cached.
 
         Raises:
-            StoreUnavailable: it could not be asked.
+            StoreUnavailable: it could not be read.
         """
         record = session.work.record
         if record is None:

@@ -102,9 +102,9 @@ class Session(SessionData):
     # Login and logout
 
     async def login(self, user_id: str, lifetime: float | timedelta | None = None) -> None:
-        """Sign ``user_id`` in: a new handle and a new secret; the old ones are dead when this returns. Those
-        of an anonymous session are dead in the store, and on every node within the lease: a login does not
-        wait for other nodes to acknowledge it.
+        """Sign ``user_id`` in: a new handle and a new secret; the old ones are not valid any more when this
+        returns. Those of an anonymous session are not valid in the store any more, and on no node after the
+        lease: a login does not wait for other nodes to acknowledge it.
 
         Data of an anonymous session, or of the same user, is kept, as the store has it at that moment; what
         this request assigned before wins. Another user's data is dropped. ``lifetime``, seconds or a
@@ -114,8 +114,9 @@ class Session(SessionData):
 
         Raises:
             StoreUnavailable: the user is not signed in. The old session goes on, unless ``outcome_unknown``:
-            then it may be over. RuntimeError: the response has started, or the WebSocket is accepted: no
-            cookie can be set any more.
+                then it may be over.
+            RuntimeError: the response has started, or the WebSocket is accepted: no cookie can be set any
+                more.
         """
         check_user(user_id)
         if lifetime is not None:
@@ -207,7 +208,7 @@ class Session(SessionData):
         return record is not None and await self.service.reload(self, record)
 
     def lock(self, *, wait: float = 5.0, hold: float = 10.0) -> AbstractAsyncContextManager[None]:
-        """One request at a time: hold the session's lock, with fresh data, and save before giving it back.
+        """One request at a time: take the session's lock, with fresh data, and save before giving it back.
 
         ``wait`` is how many seconds to try, ``hold`` for how long at most the lock is held: work that takes
         longer is no longer alone. A session that is not stored needs no lock: no other request has it.

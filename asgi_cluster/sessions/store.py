@@ -24,10 +24,13 @@ __all__ = [
     "Change",
     "Device",
     "EndResult",
+    "LockStore",
     "NewSession",
     "Record",
+    "RecordStore",
     "SessionStore",
     "UserLogout",
+    "UserStore",
     "WriteOutcome",
 ]
 
@@ -42,7 +45,7 @@ UNKNOWN_NODES = "?"
 a caller that waits for all of them waits for the lease."""
 
 LOGOUT_KEPT = 86400.0
-"""Seconds for which ``SessionStore.logouts`` finds a user's logout, at least."""
+"""Seconds for which ``UserStore.logouts`` finds a user's logout, at least."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,7 +129,7 @@ class EndResult(msgspec.Struct, frozen=True, kw_only=True):
     nodes: Sequence[str]
     """Nodes registered at the moment of the change: those that must answer. May hold ``UNKNOWN_NODES``."""
     replicas: int | None = None
-    """Replicas that confirmed the write, when ``WAIT`` was asked for; else ``None``."""
+    """Replicas that confirmed the write, when ``WAIT`` was called; else ``None``."""
     handles: Sequence[Handle] = ()
     """Of ``end_all``: the sessions that were ended."""
     overtaken: str = ""
@@ -149,8 +152,8 @@ class UserLogout(msgspec.Struct, frozen=True, kw_only=True):
     """
 
 
-class SessionStore(Protocol):
-    """Where sessions live."""
+class RecordStore(Protocol):
+    """The record of each session."""
 
     def run_id(self, bucket: int) -> str | None:
         """The server that holds a bucket now: another one may lack the last changes. ``""``: one that
@@ -162,7 +165,7 @@ class SessionStore(Protocol):
         """The record, or ``None`` when there is none, it has expired, or its user was logged out."""
         ...
 
-    async def create(self, draft: NewSession, *, timeout: float) -> float:
+    async def create(self, new: NewSession, *, timeout: float) -> float:
         """Store a new session; with a user, enter it in the user's index. Publishes nothing: no node
         can have cached it. Its ``created_at``.
         """
@@ -186,7 +189,7 @@ class SessionStore(Protocol):
         ...
 
     async def touch(self, handle: Handle, *, timeout: float) -> bool:
-        """Extend the idle time. False when the session is gone. Publishes nothing: a cache may only forget
+        """Extend the idle time. False when the session is gone. Publishes nothing: a cache may only drop
         earlier.
         """
         ...
@@ -217,14 +220,18 @@ class SessionStore(Protocol):
         """
         ...
 
+
+class UserStore(Protocol):
+    """The sessions of each user."""
+
     async def devices(self, user: UserId, *, timeout: float) -> Sequence[Device]:
-        """The user's living sessions, the most recently seen first. Prunes what expired."""
+        """The user's current sessions, the most recently used first. Prunes what expired."""
         ...
 
     async def end_all(
         self, user: UserId, *, keep: Handle | None, epoch: str, message: bytes, timeout: float
     ) -> EndResult:
-        """Give the user a new epoch, so that every session but ``keep`` is dead at once, and remove their
+        """Give the user a new epoch, so that every session but ``keep`` ends at once, and remove their
         records. ``messages.name_ended`` says which in the message. ``epoch`` also names this logout.
         """
         ...
@@ -235,6 +242,10 @@ class SessionStore(Protocol):
         """
         ...
 
+
+class LockStore(Protocol):
+    """A lock for each session."""
+
     async def lock(self, handle: Handle, *, token: str, hold: float, timeout: float) -> bool:
         """Take the session's lock for ``hold`` seconds. False when another caller has it."""
         ...
@@ -242,3 +253,7 @@ class SessionStore(Protocol):
     async def unlock(self, handle: Handle, *, token: str, timeout: float) -> bool:
         """Give the lock back, if ``token`` still holds it."""
         ...
+
+
+class SessionStore(RecordStore, UserStore, LockStore, Protocol):
+    """Where sessions live."""

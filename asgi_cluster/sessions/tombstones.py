@@ -1,10 +1,10 @@
-"""Sessions that have ended, kept by this node in case that the store loses the end.
+"""Sessions that have ended, noted by this node in case that the store loses the end.
 
-Replication is asynchronous: a primary that dies can take its last writes along, a logout among them, and then
-the session lives on the next one. Every node that has committed a logout, or has received the message of one,
-keeps for a while the handle and the server that had it. When another server answers for that bucket, the
-store is asked about each of these sessions, and those that it still has are ended again. Until then this node
-serves none of them, whatever the store says. A handle is never used twice, so that nothing but the lost
+Replication is asynchronous: a primary that fails can lose its last writes, a logout among them, and then
+the session is still there on the next one. Every node that has committed a logout, or has received the
+message of one, keeps for a while the handle and the server that had it. When another server answers for
+that bucket, the node reads each of these sessions, and ends those that are still there. Until then it
+serves none of them, whatever the store has. A handle is never used twice, so that nothing but the lost
 session can be hit.
 
 A logout of all sessions of a user is kept in the same way, as the handles that it ended, and not by the
@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import Handle
-from asgi_cluster.sessions.store import SessionStore
+from asgi_cluster.sessions.store import RecordStore
 
 __all__ = ["Tombstones"]
 
@@ -31,21 +31,22 @@ _LIMIT = 10_000
 _KEPT = 600.0
 _LOOK_EVERY = 1.0
 _SPREAD = 1.0
-"""Seconds. All nodes with the handle ask after a failover; spread, most find that another has ended it."""
+"""Seconds. All nodes with the handle read it after a failover; spread, most find that another has ended it.
+"""
 _AT_ONCE = 64
 _UNKNOWN = "?"
-"""No server has this run id: the store is asked about the session at the next look."""
+"""No server has this run id: the session is read at the next look."""
 
 
 class Tombstones:
-    """Handles that were ended: at most ``limit``, for ``kept`` seconds, the oldest forgotten first.
+    """Handles that were ended: at most ``limit``, for ``kept`` seconds, the oldest dropped first.
 
     ``end`` ends a session once more, everywhere; raises ``StoreUnavailable``.
     """
 
     def __init__(
         self,
-        store: SessionStore,
+        store: RecordStore,
         end: Callable[[Handle], Awaitable[None]],
         *,
         deadline: float,
@@ -74,7 +75,7 @@ class Tombstones:
     def remember(self, handle: Handle, run_id: str) -> None:
         """``handle`` was ended on the server ``run_id``; ``""``: one that loses nothing.
 
-        Only for ends that are committed. A session whose end is in doubt may rightly be alive.
+        Only for ends that are committed. A session whose end is uncertain may rightly be there.
         """
         self._forget(handle)
         if not run_id:
@@ -104,7 +105,7 @@ class Tombstones:
         while True:
             await asyncio.sleep(_LOOK_EVERY * random.uniform(0.5, 1.0))
             self._expire()
-            if self._doubtful_servers():
+            if self._uncertain_servers():
                 await asyncio.sleep(random.uniform(0, _SPREAD))
                 await self._check()
 
@@ -116,7 +117,7 @@ class Tombstones:
                 return
             self._forget(handle)
 
-    def _doubtful_servers(self) -> set[tuple[int, str]]:
+    def _uncertain_servers(self) -> set[tuple[int, str]]:
         """Those that do not answer for their bucket any more. Cheap: the buckets are counted, not walked."""
         return {
             (bucket, run_id)
@@ -125,12 +126,12 @@ class Tombstones:
         }
 
     async def _check(self) -> None:
-        doubtful = self._doubtful_servers()
+        uncertain = self._uncertain_servers()
         # The newest first: they are the likeliest to be lost.
         handles = [
             handle
             for handle, (run_id, _) in reversed(self._stones.items())
-            if (_bucket(handle), run_id) in doubtful
+            if (_bucket(handle), run_id) in uncertain
         ]
         ended = 0
         for start in range(0, len(handles), _AT_ONCE):
@@ -138,13 +139,13 @@ class Tombstones:
             outcomes = await asyncio.gather(*map(self._end_again, some))
             ended += outcomes.count(True)
             if None in outcomes:
-                break  # the rest at the next look: until then they are as doubtful as before
+                break  # the rest at the next look: until then they are as uncertain as before
         if ended:
             logger.warning("%d sessions that are over were in the store: ended again", ended)
 
     async def _end_again(self, handle: Handle) -> bool | None:
         """Whether it had to be; ``None``: the store did not answer."""
-        # Before the question: if the server changes again meanwhile, it will be asked again.
+        # Read before the session: if the server changes again meanwhile, the session is read again.
         run_id = self._store.run_id(_bucket(handle))
         if run_id is None:
             return None
@@ -156,7 +157,7 @@ class Tombstones:
             return None
         stone = self._stones.get(handle)
         if stone is not None:
-            # In its old place, with its old time: it was not ended anew.
+            # In its old place, with its old time: this is no new end.
             self._uncount(handle, stone[0])
             self._servers[_bucket(handle), run_id] += 1
             self._stones[handle] = (run_id, stone[1])

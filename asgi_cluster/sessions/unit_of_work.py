@@ -64,9 +64,11 @@ class UnitOfWork:
     credentials: Credentials | None = None
     """What the cookie of an ``unread`` or ``degraded`` session holds."""
     raised: StoreUnavailable | SessionConflict | None = None
-    """The last error of ours that the app got from this session: what a 500 of the app's is really about."""
+    """The last error of this package that the app got from this session: what a 500 of the app's is really
+    about.
+    """
     watched: SessionEnded | None = None
-    """What the app was given to wait for the session's end; ``None`` when it never asked."""
+    """What the app was given to wait for the session's end; ``None`` when it never used that."""
     touched: Set[str] = frozenset()
     """The keys that the app assigned or removed since the last save. They are sent even when the record that
     was read shows the same: the store may have another value by now.
@@ -126,7 +128,7 @@ class UnitOfWork:
         return self.pending_end or (None if self.record is None else self.record.handle)
 
     def holds(self, handle: Handle) -> bool:
-        """Whether that is the request's session, still: asked after each answer of the store, since another
+        """Whether that is the request's session, still: checked after each reply of the store, since another
         task of the request may have ended or replaced it meanwhile.
         """
         return self.record is not None and self.record.handle == handle
@@ -217,7 +219,7 @@ class UnitOfWork:
         return self.deadline(node).spending(self._note)
 
     def deadline(self, node: Node) -> Deadline:
-        """That of the request until its response starts. After that the session lives on, for hours on a
+        """That of the request until its response starts. After that the session goes on, for hours on a
         WebSocket, and each call has a deadline of its own.
         """
         if self._deadline is None or self.phase != "open":
@@ -289,7 +291,7 @@ class UnitOfWork:
         if self.record is None or now < self.touch_at:
             return False
         # A request that does not use the session leaves the renewal of the cookie to one that does, for a
-        # while: its response may be cached for everyone.
+        # while: its response may be cached for all visitors.
         wait = self.record.idle * _TOUCH_AFTER if self.config.cookie.rolling and not accessed else 0.0
         return now >= self.touch_at + wait
 
@@ -311,5 +313,5 @@ class UnitOfWork:
         return None
 
     def __repr__(self) -> str:
-        ending = f", {self.pending_end} to be ended" if self.pending_end else ""
-        return f"<UnitOfWork {self.state}{ending}>"
+        rest = f", {self.pending_end} to be ended" if self.pending_end else ""
+        return f"<UnitOfWork {self.state}{rest}>"

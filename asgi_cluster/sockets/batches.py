@@ -12,7 +12,7 @@ from asgi_cluster.sockets.prepared import PreparedMessage
 
 __all__ = ["Flusher", "SlowPolicy"]
 
-_SLICE = 0.01  # seconds the flusher may hold the loop: a large room must not make everything else wait
+_SLICE = 0.01  # seconds for which the flusher may block the loop: other work must not wait for a large room
 _BATCH_BYTES = 1 << 16
 
 SlowPolicy = Literal["disconnect", "drop", "latest"]
@@ -26,7 +26,7 @@ class Outgoing(Protocol):
     one.
     """
 
-    def put(self, packet: PreparedMessage, slow: SlowPolicy, key: Hashable) -> None: ...
+    def put(self, message: PreparedMessage, slow: SlowPolicy, key: Hashable) -> None: ...
     def write(self, frames: bytes, count: int) -> bool: ...
     def flush(self) -> None: ...
     def fail(self, error: Exception) -> None: ...
@@ -75,7 +75,7 @@ class Flusher:
     def broadcast(
         self,
         members: Mapping[ConnectionId, Outgoing],
-        packet: PreparedMessage,
+        message: PreparedMessage,
         slow: SlowPolicy,
         key: Hashable,
     ) -> None:
@@ -87,10 +87,10 @@ class Flusher:
             # Several rooms may have members in common, and theirs belong in one write: not in a shared batch.
             self.scatter()
             for outbox in members.values():
-                outbox.put(packet, slow, key)
+                outbox.put(message, slow, key)
             return
-        batch.messages.append((packet, slow, key))
-        batch.size += packet.size
+        batch.messages.append((message, slow, key))
+        batch.size += message.size
         self._schedule()
 
     def scatter(self) -> None:
@@ -123,14 +123,16 @@ class Flusher:
         if batch is None:
             return True
         members = list(batch.members.values()) if batch.started is None else batch.started
-        packets = [packet for packet, _, _ in batch.messages]
-        frames = packets[0].frame if len(packets) == 1 else b"".join([packet.frame for packet in packets])
+        messages = [message for message, _, _ in batch.messages]
+        frames = (
+            messages[0].frame if len(messages) == 1 else b"".join([message.frame for message in messages])
+        )
         missed: list[Outgoing] = []
         failed: list[tuple[Outgoing, Exception]] = []
         done = len(members)
         for index, outbox in enumerate(members):
             try:
-                if not outbox.write(frames, len(packets)):
+                if not outbox.write(frames, len(messages)):
                     missed.append(outbox)
             except Exception as error:
                 failed.append((outbox, error))  # later: closing a socket would break the shared batch

@@ -42,7 +42,7 @@ class Watcher(Protocol):
         """The session has ended. False: it does not count as a socket."""
         ...
 
-    def doubt(self) -> None:
+    def may_have_ended(self) -> None:
         """The session may have ended."""
         ...
 
@@ -201,7 +201,7 @@ class Hub:
             if each.owner != user or each.handle == keep:
                 continue
             if not isinstance(each, Socket):
-                each.doubt()
+                each.may_have_ended()
             elif each.close_code is None:
                 found.append(each)
         return tuple(found)
@@ -227,7 +227,7 @@ class Hub:
         once.
         """
         sockets = tuple(self._sockets.values())
-        # 20 steps a second, and more where a step would hold the loop for long.
+        # 20 steps a second, and more where a step would block the loop for long.
         steps = min(len(sockets), max(1, round(seconds * 20), len(sockets) // _AT_ONCE))
         for step in range(steps):
             for socket in sockets[step::steps]:
@@ -307,9 +307,9 @@ def _send_to(sockets: Iterable[Socket], message: PersonalMessage) -> int:
         outbox = socket.outbox
         if socket.connection is None or outbox is None:
             continue
-        packet = prepared.get(outbox.wire)
-        if packet is None:
-            packet = prepared[outbox.wire] = outbox.wire.message(message.kind, message.data)
-        socket.call(outbox.push, packet)
+        variant = prepared.get(outbox.wire)
+        if variant is None:
+            variant = prepared[outbox.wire] = outbox.wire.message(message.kind, message.data)
+        socket.call(outbox.push, variant)
         count += 1
     return count

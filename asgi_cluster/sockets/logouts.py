@@ -16,7 +16,8 @@ _LIMIT = 10_000
 class RecentLogouts:
     """Logouts of users that this node has processed: the latest of each user, at most ``limit`` users.
 
-    ``last`` numbers them: take it before the decision begins, and ask with it when the decision is made.
+    ``last`` numbers them: take it before the decision begins, and pass it to ``since`` when the decision is
+    made.
     """
 
     __slots__ = ("_forgotten", "_limit", "_users", "last")
@@ -32,7 +33,7 @@ class RecentLogouts:
 
     def record(self, user: str, keep: str | None, name: str = "") -> None:
         """``user`` is being logged out everywhere but in the session ``keep``. ``name`` is the logout's in
-        the store, ``""`` when it is not known here.
+        the store, ``""`` when this node has not received it.
         """
         self.last += 1
         before = self._users.pop(user, None)

@@ -1,4 +1,4 @@
-"""Which pages may open a WebSocket here: ``Origin`` against the host that the browser asked for."""
+"""Which pages may open a WebSocket here: ``Origin`` against the host that the browser connected to."""
 
 from __future__ import annotations
 

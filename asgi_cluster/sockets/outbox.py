@@ -84,37 +84,37 @@ class Outbox:
         self.closed = False
         self.direct = socket.server is not None and not socket.why_not_direct
 
-    def push(self, packet: PreparedMessage, slow: SlowPolicy = "disconnect", key: Hashable = None) -> None:
-        """Send ``packet`` after what was pushed before; ``slow`` says what happens when too much waits
+    def push(self, message: PreparedMessage, slow: SlowPolicy = "disconnect", key: Hashable = None) -> None:
+        """Send ``message`` after what was pushed before; ``slow`` says what happens when too much waits
         already.
         """
         if self._flusher.batch is not None:
             self._flusher.scatter()
-        self.put(packet, slow, key)
+        self.put(message, slow, key)
 
-    def put(self, packet: PreparedMessage, slow: SlowPolicy = "disconnect", key: Hashable = None) -> None:
+    def put(self, message: PreparedMessage, slow: SlowPolicy = "disconnect", key: Hashable = None) -> None:
         """``push`` where no batch is under way."""
-        if self.blocked or self._bytes + packet.size > self._limit:
-            self._push_slowly(packet, slow, key)
+        if self.blocked or self._bytes + message.size > self._limit:
+            self._push_slowly(message, slow, key)
             return
         if self.closed:
             return
-        self._pending.append(packet)
-        self._bytes += packet.size
+        self._pending.append(message)
+        self._bytes += message.size
         if not self._dirty:
             self._dirty = True
             self._flusher.add(self)
 
     def push_threadsafe(
-        self, packet: PreparedMessage, slow: SlowPolicy = "disconnect", key: Hashable = None
+        self, message: PreparedMessage, slow: SlowPolicy = "disconnect", key: Hashable = None
     ) -> None:
         """``push`` from any thread."""
         try:
-            self._socket.loop.call_soon_threadsafe(self.push, packet, slow, key)
+            self._socket.loop.call_soon_threadsafe(self.push, message, slow, key)
         except RuntimeError:
             self.closed = True  # its loop is closed, and so is the socket
 
-    def _push_slowly(self, packet: PreparedMessage, slow: SlowPolicy, key: Hashable) -> None:
+    def _push_slowly(self, message: PreparedMessage, slow: SlowPolicy, key: Hashable) -> None:
         if self.closed:
             return
         if not self.blocked:
@@ -130,18 +130,18 @@ class Outbox:
             if replaced is not None:
                 self._bytes -= replaced.size
                 self._counters.dropped += 1
-        if self._bytes + packet.size > self._limit and (self.blocked or self._bytes):
+        if self._bytes + message.size > self._limit and (self.blocked or self._bytes):
             if slow == "disconnect":
                 self._counters.slow += 1
                 self._socket.give_up(CloseCode.SLOW, None)
             else:
                 self._counters.dropped += 1
             return
-        self._bytes += packet.size
+        self._bytes += message.size
         if slow == "latest" and self.blocked and self._latest is not None:
-            self._latest[key] = packet
+            self._latest[key] = message
         else:
-            self._pending.append(packet)
+            self._pending.append(message)
             if not self.blocked and not self._dirty:
                 self._dirty = True
                 self._flusher.add(self)
@@ -187,7 +187,7 @@ class Outbox:
                     if len(pending) == 1:
                         transport.write(pending[0].frame)
                     else:
-                        transport.write(b"".join([packet.frame for packet in pending]))
+                        transport.write(b"".join([message.frame for message in pending]))
                     pending.clear()
                     self._bytes = 0
                     return
@@ -213,7 +213,7 @@ class Outbox:
             waiting = room_to_write(server)
             if waiting is not None:
                 return waiting
-            server.transport.write(b"".join([packet.frame for packet in self._take()]))
+            server.transport.write(b"".join([message.frame for message in self._take()]))
         return None
 
     def _take(self) -> list[PreparedMessage]:
@@ -242,11 +242,11 @@ class Outbox:
 
     def _next_event(self) -> dict[str, Any]:
         if not self.wire.joins or len(self._pending) == 1:
-            packet = self._pending.pop(0)
-            self._bytes -= packet.size
+            message = self._pending.pop(0)
+            self._bytes -= message.size
             self._counters.sent += 1
-            return packet.event
-        text = b"\n".join([packet.data for packet in self._take()])
+            return message.event
+        text = b"\n".join([message.data for message in self._take()])
         return {"type": "websocket.send", "text": text.decode()}
 
     async def _go_on(self, rest: Awaitable[None] | None) -> None:
@@ -279,7 +279,7 @@ class Outbox:
         self.blocked = self._held = not self.closed
 
     def release(self, first: PreparedMessage | None) -> None:
-        """Send ``first``, and what was held after it; ``None``: forget what was held. Harmless when nothing
+        """Send ``first``, and what was held after it; ``None``: drop what was held. Harmless when nothing
         is held.
         """
         if not self._held:
@@ -322,7 +322,7 @@ class Outbox:
             waiting.set_result(None)
 
     def close(self) -> None:
-        """Forget what waits, and take no more."""
+        """Drop what waits, and take no more."""
         self.release(None)
         self.closed = True
         self._pending.clear()

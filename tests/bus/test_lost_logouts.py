@@ -284,7 +284,7 @@ async def test_what_is_remembered_is_bounded(valkey: Server, prefix: str) -> Non
         running = asyncio.ensure_future(stones.run())
         try:
             # No server has them: each is asked about once, and then belongs to the server that answered.
-            await eventually(lambda: not stones._doubtful_servers(), timeout=5)
+            await eventually(lambda: not stones._uncertain_servers(), timeout=5)
             assert len(stones) == 100
             now = 60.0
             await eventually(lambda: len(stones) == 1)

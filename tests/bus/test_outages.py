@@ -38,7 +38,7 @@ async def hears(node: Node) -> None:
 
 
 async def test_no_lease_before_every_subscription_is_acknowledged(prefix: str) -> None:
-    """Not a beat is sent before the last ack, and not a lease is granted before the beat's echo."""
+    """No heartbeat is sent before the last ack, and no lease is granted before the heartbeat's reply."""
     held: list[list[bytes]] = []
 
     def hold(command: list[bytes]) -> bytes:
@@ -85,7 +85,7 @@ async def test_a_stopped_server_is_noticed_and_trusted_again(prefix: str) -> Non
             await eventually(lambda: gaps(node))
             _, reason, buckets, told_at, leased = gaps(node)[0]
             assert told_at - stopped_at <= KNOWN_WITHIN
-            assert (reason, buckets, leased) == ("no echo for 1 s", None, False)
+            assert (reason, buckets, leased) == ("no reply to a heartbeat for 1 s", None, False)
             assert not node.live
 
             async def spared() -> bool:
@@ -149,7 +149,7 @@ async def test_flights_of_an_outage_are_detached_at_the_subscribe_ack(valkey: Se
 
 
 async def test_a_black_hole_is_noticed(valkey: Server, prefix: str) -> None:
-    """No RST, no FIN, no bytes: the missing echo shows it within 2 s."""
+    """No RST, no FIN, no bytes: the missing reply shows it within 2 s."""
     async with Proxy(valkey.url) as proxy, opened(proxy.url, prefix) as node:
         holed_at = time.monotonic()
         proxy.blackhole()
@@ -162,7 +162,7 @@ async def test_a_black_hole_is_noticed(valkey: Server, prefix: str) -> None:
 
 
 async def test_only_the_subscriber_is_cut_off(valkey: Server, prefix: str) -> None:
-    """The store answers and the echo does not: the node is not ready, until the echo comes again."""
+    """The store answers and the heartbeat does not: the node is not ready, until it is answered again."""
     async with Proxy(valkey.url) as proxy, opened(proxy.url, prefix) as node:
         proxy.blackhole(only=b"SUBSCRIBE")
         await eventually(lambda: not node.backend.ready, timeout=3)

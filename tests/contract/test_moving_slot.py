@@ -15,8 +15,8 @@ import redis
 
 from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.scripts import Script
-from asgi_cluster.backends.redis.single import Topology
 from asgi_cluster.backends.redis.store import RedisSessionStore
+from asgi_cluster.backends.redis.topology import Topology
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import UserId, bucket_of, new_token
 from asgi_cluster.sessions.store import UNKNOWN_NODES, NewSession

@@ -87,7 +87,6 @@ class MemoryBackend:
         return True
 
     def stats(self) -> BusStats:
-        """See ``Backend.stats``."""
         return BusStats(
             connected=True,
             lease_remaining=self._lease.remaining,

@@ -20,19 +20,15 @@ class MemorySessionBus:
         self._lease = lease
 
     def lease(self, bucket: int) -> Lease:
-        """See ``SessionBus.lease``."""
         return self._lease
 
     def run_id(self, bucket: int) -> str:
-        """See ``SessionBus.run_id``."""
         return ""
 
     async def publish(self, bucket: int, payload: bytes, *, timeout: float) -> None:
-        """See ``SessionBus.publish``."""
         self._broker.publish_sessions(payload)
 
     def post(self, node: str, payload: bytes) -> None:
-        """See ``SessionBus.post``."""
         self._broker.post(node, payload)
 
     async def reachable(self, *, timeout: float) -> None:
@@ -68,23 +64,18 @@ class MemoryRoomBus:
 
     @property
     def incarnation(self) -> str:
-        """See ``RoomBus.incarnation``."""
         return self._attachment.incarnation
 
     def lease(self, room: str) -> Lease:
-        """See ``RoomBus.lease``."""
         return self._lease
 
     async def subscribe(self, room: str) -> None:
-        """See ``RoomBus.subscribe``."""
         with self._broker.lock:
             self._attachment.rooms.add(room)
 
     def unsubscribe(self, room: str) -> None:
-        """See ``RoomBus.unsubscribe``."""
         with self._broker.lock:
             self._attachment.rooms.discard(room)
 
     async def publish(self, room: str, payload: bytes, *, timeout: float) -> None:
-        """See ``RoomBus.publish``."""
         self._broker.publish_room(room, payload)

@@ -57,7 +57,7 @@ class Expiring(Generic[K, V]):
         self._sweep(2)
 
     def pop(self, key: K) -> V | None:
-        """Remove; the value if it was still alive."""
+        """Remove; the value if it had not expired."""
         value = self.get(key)
         self._entries.pop(key, None)
         return value
@@ -93,5 +93,5 @@ class Expiring(Generic[K, V]):
         return iter(list(self._entries))
 
     def __len__(self) -> int:
-        """Entries held, expired ones that were not yet removed among them."""
+        """Entries, expired ones that were not yet removed among them."""
         return len(self._entries)

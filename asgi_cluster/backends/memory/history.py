@@ -32,40 +32,39 @@ class _Numbering(msgspec.Struct):
 
 
 class _Logs:
-    def __init__(self, world: MemoryBroker) -> None:
-        self.numbering: Expiring[str, _Numbering] = Expiring(world.clock)
-        self.entries: Expiring[str, deque[Entry]] = Expiring(world.clock)
-        self.once: Expiring[str, Position] = Expiring(world.clock)
+    def __init__(self, broker: MemoryBroker) -> None:
+        self.numbering: Expiring[str, _Numbering] = Expiring(broker.clock)
+        self.entries: Expiring[str, deque[Entry]] = Expiring(broker.clock)
+        self.once: Expiring[str, Position] = Expiring(broker.clock)
         self.declared: dict[str, bytes] = {}
-        self.epoch: Expiring[str, str] = Expiring(world.clock)
+        self.epoch: Expiring[str, str] = Expiring(broker.clock)
 
 
 class MemoryHistory:
     """``rooms.history.HistoryStore`` for ``memory://``."""
 
-    def __init__(self, world: MemoryBroker) -> None:
-        self._world = world
-        self._logs: _Logs = world.part(_Logs)
+    def __init__(self, broker: MemoryBroker) -> None:
+        self._broker = broker
+        self._logs: _Logs = broker.part(_Logs)
 
     in_process = True
 
     async def declare(
         self, digest: str, rules: bytes, *, node: str, view: float, timeout: float
     ) -> Declarations:
-        """See ``HistoryStore.declare``."""
         logs = self._logs
-        with self._world.lock:
+        with self._broker.lock:
             epoch = logs.epoch.get("")
             if epoch is None:
                 epoch = new_token()
-                logs.epoch.set("", epoch, self._world.clock() + EPOCH_LASTS)
+                logs.epoch.set("", epoch, self._broker.clock() + EPOCH_LASTS)
             if digest:
                 logs.declared[node] = rules
-            living = self._world.nodes().keys() & logs.declared.keys()
+            living = self._broker.nodes().keys() & logs.declared.keys()
             if living:
                 logs.declared = {node: logs.declared[node] for node in living}
-            others = {told: node for node, told in logs.declared.items() if told != rules}
-            return Declarations(epoch, 0.0, [(node, told) for told, node in others.items()])
+            others = {declared: node for node, declared in logs.declared.items() if declared != rules}
+            return Declarations(epoch, 0.0, [(node, declared) for declared, node in others.items()])
 
     async def publish(
         self,
@@ -78,14 +77,13 @@ class MemoryHistory:
         epoch: str,
         timeout: float,
     ) -> Position:
-        """See ``HistoryStore.publish``."""
         logs = self._logs
         # Room names hold no control characters, so no two pairs make one key.
         once = None if idempotency_key is None else f"{room}\n{idempotency_key}"
-        with self._world.lock:
+        with self._broker.lock:
             if once is not None and (done := logs.once.get(once)) is not None:
                 return done
-            now = self._world.clock()
+            now = self._broker.clock()
             numbering = self._numbering(room, epoch)
             previous = numbering.offset
             numbering.offset = (previous or JUMP * (1 + secrets.randbelow(JUMP))) + 1
@@ -98,7 +96,7 @@ class MemoryHistory:
             logs.entries.set(room, entries, now + ttl)
             if once is not None:
                 logs.once.set(once, position, now + ONCE)
-            self._world.publish_room(room, seal_envelope(position, previous, payload))
+            self._broker.publish_room(room, seal_envelope(position, previous, payload))
             return position
 
     def _numbering(self, room: str, epoch: str) -> _Numbering:
@@ -119,11 +117,10 @@ class MemoryHistory:
         ttl: float,
         timeout: float,
     ) -> Page:
-        """See ``HistoryStore.read``."""
-        with self._world.lock:
+        with self._broker.lock:
             numbering = self._numbering(room, epoch)
             if numbering.offset:
-                self._logs.numbering.set(room, numbering, self._world.clock() + ttl + NUMBERING_OUTLIVES)
+                self._logs.numbering.set(room, numbering, self._broker.clock() + ttl + NUMBERING_OUTLIVES)
             top = Position(numbering.offset, numbering.epoch)
             held = self._logs.entries.get(room) or deque()
             if since is None:

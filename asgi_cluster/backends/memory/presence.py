@@ -43,7 +43,6 @@ class MemoryPresence:
     async def enter(
         self, room: str, client: str, info: bytes, *, limit: int | None = None, timeout: float
     ) -> bool:
-        """See ``PresenceStore.enter``."""
         with self._broker.lock:
             incarnation = self._attachment.incarnation
             if not incarnation:
@@ -56,7 +55,6 @@ class MemoryPresence:
             return True
 
     async def leave(self, room: str, client: str, *, timeout: float) -> bool:
-        """See ``PresenceStore.leave``."""
         with self._broker.lock:
             members = self._rooms.members.get(room, {})
             found = members.pop(client, None) is not None
@@ -65,7 +63,6 @@ class MemoryPresence:
             return found
 
     async def members(self, room: str, *, timeout: float) -> Mapping[str, bytes]:
-        """See ``PresenceStore.members``."""
         with self._broker.lock:
             return self._living(room)
 
@@ -78,7 +75,6 @@ class MemoryPresence:
         }
 
     async def stats(self, room: str, *, timeout: float) -> tuple[int, int]:
-        """See ``PresenceStore.stats``."""
         return count_people(await self.members(room, timeout=timeout))
 
     async def reap(self, room: str, node: str, incarnation: str, *, timeout: float) -> Mapping[str, bytes]:

@@ -1,4 +1,4 @@
-"""Sessions in memory: what the scripts do in Redis, under the world's lock."""
+"""Sessions in memory: what the scripts do in Redis, under the broker's lock."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class _Logout(msgspec.Struct, kw_only=True):
 class _Sessions:
     """All records, and which of them belong to whom."""
 
-    def __init__(self, world: MemoryBroker) -> None:
-        self.records: Expiring[Handle, _Stored] = Expiring(world.clock, on_expired=self.forget)
+    def __init__(self, broker: MemoryBroker) -> None:
+        self.records: Expiring[Handle, _Stored] = Expiring(broker.clock, on_expired=self.forget)
         self.of_user: dict[UserId, set[Handle]] = {}
-        self.locks: Expiring[Handle, str] = Expiring(world.clock)
-        self.logouts: Expiring[UserId, _Logout] = Expiring(world.clock)
+        self.locks: Expiring[Handle, str] = Expiring(broker.clock)
+        self.logouts: Expiring[UserId, _Logout] = Expiring(broker.clock)
 
     def forget(self, handle: Handle, stored: _Stored) -> None:
         """Take a record that is gone out of its user's index."""
@@ -79,21 +79,20 @@ class MemorySessionStore:
     reached.
     """
 
-    def __init__(self, world: MemoryBroker) -> None:
-        self._world = world
-        self._sessions: _Sessions = world.part(_Sessions)
+    def __init__(self, broker: MemoryBroker) -> None:
+        self._broker = broker
+        self._sessions: _Sessions = broker.part(_Sessions)
 
     def run_id(self, bucket: int) -> str:
-        """See ``SessionStore.run_id``: what is lost here is lost with the process."""
+        """See ``RecordStore.run_id``: what is lost here is lost with the process."""
         return ""
 
     async def read(self, handle: Handle, *, timeout: float) -> Record | None:
-        """See ``SessionStore.read``."""
-        with self._world.lock:
+        with self._broker.lock:
             stored = self._sessions.records.get(handle)
             if stored is None:
                 return None
-            now = self._world.clock()
+            now = self._broker.clock()
             previous_for = max(0.0, stored.previous_until - now)
             return Record(
                 handle=handle,
@@ -111,27 +110,26 @@ class MemorySessionStore:
                 fields=dict(stored.fields),
             )
 
-    async def create(self, draft: NewSession, *, timeout: float) -> float:
-        """See ``SessionStore.create``."""
-        with self._world.lock:
-            now = self._world.clock()
-            self._sessions.remove(draft.handle)
+    async def create(self, new: NewSession, *, timeout: float) -> float:
+        with self._broker.lock:
+            now = self._broker.clock()
+            self._sessions.remove(new.handle)
             stored = _Stored(
-                secret=draft.secret,
-                user=draft.user,
-                fields=dict(draft.fields),
-                write_id=draft.write_id,
-                created=self._world.unix(),
-                seen=self._world.unix(),
-                idle=draft.idle,
-                absolute_at=now + draft.absolute,
-                persistent=draft.persistent,
-                agent=draft.agent,
-                address=draft.address,
+                secret=new.secret,
+                user=new.user,
+                fields=dict(new.fields),
+                write_id=new.write_id,
+                created=self._broker.unix(),
+                seen=self._broker.unix(),
+                idle=new.idle,
+                absolute_at=now + new.absolute,
+                persistent=new.persistent,
+                agent=new.agent,
+                address=new.address,
             )
-            self._sessions.records.set(draft.handle, stored, now + min(draft.idle, draft.absolute))
-            if draft.user is not None:
-                self._sessions.of_user.setdefault(draft.user, set()).add(draft.handle)
+            self._sessions.records.set(new.handle, stored, now + min(new.idle, new.absolute))
+            if new.user is not None:
+                self._sessions.of_user.setdefault(new.user, set()).add(new.handle)
             return stored.created
 
     async def write(
@@ -143,8 +141,7 @@ class MemorySessionStore:
         ended: bytes = b"",
         timeout: float,
     ) -> WriteOutcome:
-        """See ``SessionStore.write``."""
-        with self._world.lock:
+        with self._broker.lock:
             stored = self._sessions.records.get(handle)
             if stored is None:
                 return "gone"
@@ -156,10 +153,10 @@ class MemorySessionStore:
                 self._extend(handle, stored)
                 return "unchanged"
             if ended and not fields and stored.user is None:
-                self._world.publish_sessions(ended)
+                self._broker.publish_sessions(ended)
                 self._sessions.remove(handle)
                 return "ended"
-            self._world.publish_sessions(message)
+            self._broker.publish_sessions(message)
             stored.fields = fields
             stored.write_id = change.write_id
             stored.version += 1
@@ -167,12 +164,13 @@ class MemorySessionStore:
             return "written"
 
     def _extend(self, handle: Handle, stored: _Stored) -> None:
-        stored.seen = self._world.unix()
-        self._sessions.records.set(handle, stored, min(self._world.clock() + stored.idle, stored.absolute_at))
+        stored.seen = self._broker.unix()
+        self._sessions.records.set(
+            handle, stored, min(self._broker.clock() + stored.idle, stored.absolute_at)
+        )
 
     async def touch(self, handle: Handle, *, timeout: float) -> bool:
-        """See ``SessionStore.touch``."""
-        with self._world.lock:
+        with self._broker.lock:
             stored = self._sessions.records.get(handle)
             if stored is None:
                 return False
@@ -190,15 +188,14 @@ class MemorySessionStore:
         message: bytes,
         timeout: float,
     ) -> WriteOutcome:
-        """See ``SessionStore.rotate``."""
-        with self._world.lock:
+        with self._broker.lock:
             stored = self._sessions.records.get(handle)
             if stored is None:
                 return "gone"
             if stored.secret != current:
                 return "conflict"
-            self._world.publish_sessions(message)
-            stored.previous, stored.previous_until = current, self._world.clock() + grace
+            self._broker.publish_sessions(message)
+            stored.previous, stored.previous_until = current, self._broker.clock() + grace
             stored.secret = secret
             stored.write_id = write_id
             stored.version += 1
@@ -207,19 +204,17 @@ class MemorySessionStore:
     async def end(
         self, handle: Handle, *, message: bytes, expected: str | None = None, timeout: float
     ) -> EndResult:
-        """See ``SessionStore.end``."""
-        with self._world.lock:
-            nodes = list(self._world.nodes())
+        with self._broker.lock:
+            nodes = list(self._broker.nodes())
             stored = self._sessions.records.get(handle)
             if stored is not None and expected not in (None, stored.write_id):
                 return EndResult(sessions=0, nodes=(), overtaken=stored.write_id, fields=dict(stored.fields))
-            self._world.publish_sessions(message)
+            self._broker.publish_sessions(message)
             return EndResult(sessions=int(self._sessions.remove(handle)), nodes=nodes)
 
     async def devices(self, user: UserId, *, timeout: float) -> Sequence[Device]:
-        """See ``SessionStore.devices``."""
-        with self._world.lock:
-            now = self._world.clock()
+        with self._broker.lock:
+            now = self._broker.clock()
             records = self._sessions.records
             living = [
                 (handle, stored)
@@ -242,28 +237,27 @@ class MemorySessionStore:
     async def end_all(
         self, user: UserId, *, keep: Handle | None, epoch: str, message: bytes, timeout: float
     ) -> EndResult:
-        """See ``SessionStore.end_all``. Removing the records is all it takes here: nothing can come in
+        """See ``UserStore.end_all``. Removing the records is all it takes here: nothing can come in
         between.
         """
-        with self._world.lock:
-            nodes = list(self._world.nodes())
+        with self._broker.lock:
+            nodes = list(self._broker.nodes())
             mine = self._sessions.of_user.get(user, set())
             ended = sorted(mine - {keep})
             self._logged_out(user, epoch, None if keep in mine else keep)
-            self._world.publish_sessions(name_ended(message, [handle[3:] for handle in ended]))
+            self._broker.publish_sessions(name_ended(message, [handle[3:] for handle in ended]))
             count = sum(self._sessions.remove(handle) for handle in ended)
             return EndResult(sessions=count, nodes=nodes, handles=ended)
 
     def _logged_out(self, user: UserId, name: str, keep: Handle | None) -> None:
-        logouts, now = self._sessions.logouts, self._world.clock()
+        logouts, now = self._sessions.logouts, self._broker.clock()
         last = logouts.get(user)
         before = None if keep is None or last is None else last.before if last.keep == keep else last.at
         logouts.set(user, _Logout(id=name, at=now, keep=keep, before=before), now + LOGOUT_KEPT)
 
     async def logouts(self, users: Sequence[UserId], *, timeout: float) -> Mapping[UserId, UserLogout]:
-        """See ``SessionStore.logouts``."""
-        with self._world.lock:
-            now = self._world.clock()
+        with self._broker.lock:
+            now = self._broker.clock()
             return {
                 user: UserLogout(
                     id=last.id,
@@ -276,16 +270,14 @@ class MemorySessionStore:
             }
 
     async def lock(self, handle: Handle, *, token: str, hold: float, timeout: float) -> bool:
-        """See ``SessionStore.lock``."""
-        with self._world.lock:
+        with self._broker.lock:
             if self._sessions.locks.get(handle) is not None:
                 return False
-            self._sessions.locks.set(handle, token, self._world.clock() + hold)
+            self._sessions.locks.set(handle, token, self._broker.clock() + hold)
             return True
 
     async def unlock(self, handle: Handle, *, token: str, timeout: float) -> bool:
-        """See ``SessionStore.unlock``."""
-        with self._world.lock:
+        with self._broker.lock:
             if self._sessions.locks.get(handle) != token:
                 return False
             self._sessions.locks.pop(handle)

@@ -12,7 +12,7 @@
           |                  [client primary]
           v
     Topology                 which primary has which key: a server, a Sentinel service, a Redis Cluster
-          |                  [single sentinel sharded shard slots]
+          |                  [topology single sentinel sharded shard slots]
           v
     Subscriber               one connection to one primary: its channels, and the heartbeats of its lease
           |                  [subscriber subscriptions heartbeat quorum listener]

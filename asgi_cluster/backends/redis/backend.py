@@ -16,9 +16,10 @@ from asgi_cluster.backends.redis.registration import Registration
 from asgi_cluster.backends.redis.registry import Registry
 from asgi_cluster.backends.redis.sentinel import SentinelTopology
 from asgi_cluster.backends.redis.sharded import ClusterTopology
-from asgi_cluster.backends.redis.single import Topology, single_server
+from asgi_cluster.backends.redis.single import single_server
 from asgi_cluster.backends.redis.store import RedisSessionStore
 from asgi_cluster.backends.redis.subscribers import SubscriberSet
+from asgi_cluster.backends.redis.topology import Topology
 from asgi_cluster.backends.redis.urls import Target, parse_targets
 from asgi_cluster.bus.room_bus import RoomReceiver
 from asgi_cluster.bus.session_bus import SessionReceiver
@@ -92,7 +93,6 @@ class RedisBackend:
 
     @asynccontextmanager
     async def open(self, node: Node, sessions: SessionReceiver, rooms: RoomReceiver) -> AsyncIterator[None]:
-        """See ``Backend.open``."""
         async with AsyncExitStack() as stack:
             for subscribers in self._sets():
                 await stack.enter_async_context(subscribers.topology.opened(node.failing))
@@ -132,12 +132,10 @@ class RedisBackend:
 
     @property
     def ready(self) -> bool:
-        """See ``Backend.ready``."""
         sessions = self._subscribers
         return not (sessions.open and not sessions.trusted and self._topology.answering)
 
     def stats(self) -> BusStats:
-        """See ``Backend.stats``."""
         sets = self._sets()
         last = max((each.last_gap for each in sets if each.last_gap is not None), default=None)
         return BusStats(

@@ -12,8 +12,8 @@ from asgi_cluster.backends.redis.channels import ChannelListener
 from asgi_cluster.backends.redis.inbox import Inbox
 from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.registry import Registry
-from asgi_cluster.backends.redis.single import Topology
 from asgi_cluster.backends.redis.subscribers import SubscriberSet
+from asgi_cluster.backends.redis.topology import Commands
 from asgi_cluster.bus.lease import Lease
 from asgi_cluster.bus.messages import Ack, encode
 from asgi_cluster.bus.room_bus import RoomReceiver
@@ -50,28 +50,22 @@ class RedisSessionBus:
         return _SessionChannels(buckets, receiver, sharded=self._names.sharded), [*buckets, inbox]
 
     def lease(self, bucket: int) -> Lease:
-        """See ``SessionBus.lease``."""
         return self._subscribers.lease(self._channels[bucket])
 
     def run_id(self, bucket: int) -> str:
-        """See ``SessionBus.run_id``."""
         return self._subscribers.run_id(self._channels[bucket])
 
     async def publish(self, bucket: int, payload: bytes, *, timeout: float) -> None:
-        """See ``SessionBus.publish``."""
         await _publish(self._topology, self._names, self._channels[bucket], payload, timeout)
 
     def post(self, node: str, payload: bytes) -> None:
-        """See ``SessionBus.post``."""
         channel = self._names.node_channel(node)
         self._topology.post(channel, self._names.publish, channel, payload)
 
     async def reachable(self, *, timeout: float) -> None:
-        """See ``SessionBus.reachable``."""
         await self._inbox.reachable(timeout=timeout)
 
     async def nodes(self, *, timeout: float) -> Mapping[NodeId, NodeInfo]:
-        """See ``SessionBus.nodes``."""
         return await self._registry.nodes(timeout=timeout)
 
 
@@ -84,17 +78,14 @@ class _SessionChannels:
         self._sharded = sharded
 
     def message(self, channel: str, payload: bytes) -> None:
-        """See ``ChannelListener.message``."""
         self._receiver.session_message(payload)
 
     def gap(self, reason: str, channels: frozenset[str]) -> None:
-        """See ``ChannelListener.gap``."""
         buckets = frozenset(self._buckets[channel] for channel in channels if channel in self._buckets)
         if buckets:
             self._receiver.sessions_gap(reason, buckets if self._sharded else None)
 
     def restored(self, channels: frozenset[str]) -> None:
-        """See ``ChannelListener.restored``."""
         # What was read between the gap and now may have changed without a message: it must not be kept.
         self.gap(SUBSCRIBED_AGAIN, channels)
 
@@ -123,25 +114,20 @@ class RedisRoomBus:
 
     @property
     def incarnation(self) -> str:
-        """See ``RoomBus.incarnation``."""
         return self._registry.incarnation
 
     def lease(self, room: str) -> Lease:
-        """See ``RoomBus.lease``."""
         return self._subscribers.lease(self._names.room_channel(room))
 
     async def subscribe(self, room: str) -> None:
-        """See ``RoomBus.subscribe``."""
         if self._listener is None:
             raise NotStarted("joining a room")
         await self._subscribers.subscribe(self._names.room_channel(room), self._listener)
 
     def unsubscribe(self, room: str) -> None:
-        """See ``RoomBus.unsubscribe``."""
         self._subscribers.unsubscribe(self._names.room_channel(room))
 
     async def publish(self, room: str, payload: bytes, *, timeout: float) -> None:
-        """See ``RoomBus.publish``."""
         await _publish(self._topology, self._names, self._names.room_channel(room), payload, timeout)
 
 
@@ -153,30 +139,27 @@ class _RoomChannels:
         self._receiver = receiver
 
     def message(self, channel: str, payload: bytes) -> None:
-        """See ``ChannelListener.message``."""
         room = self._room_of(channel)
         if room is not None:
             self._receiver.room_message(room, payload)
 
     def gap(self, reason: str, channels: frozenset[str]) -> None:
-        """See ``ChannelListener.gap``."""
         rooms = frozenset(filter(None, map(self._room_of, channels)))
         if rooms:
             self._receiver.rooms_gap(rooms)
 
     def restored(self, channels: frozenset[str]) -> None:
-        """See ``ChannelListener.restored``."""
         self._receiver.rooms_restored(frozenset(filter(None, map(self._room_of, channels))))
 
 
-async def _publish(topology: Topology, names: Names, channel: str, payload: bytes, timeout: float) -> None:
+async def _publish(topology: Commands, names: Names, channel: str, payload: bytes, timeout: float) -> None:
     try:
         await topology.call(channel, names.publish, channel, payload, timeout=timeout)
     except StoreUnavailable as error:
         raise BusUnavailable(error.reason, outcome_unknown=error.outcome_unknown) from error
 
 
-async def _check_right(topology: Topology, names: Names, channel: str, payload: bytes, what: str) -> None:
+async def _check_right(topology: Commands, names: Names, channel: str, payload: bytes, what: str) -> None:
     # A right that is missing should stop the start, and not the first logout.
     try:
         await _publish(topology, names, channel, payload, 1.0)

@@ -32,7 +32,7 @@ Channels = Sequence[tuple[ChannelListener, Sequence[str]]]
 
 
 class HeartbeatSource(Protocol):
-    """Where subscribers are needed, and what they beat with."""
+    """Where subscribers are needed, and which heartbeats they send."""
 
     def primaries(self) -> Sequence[Primary]:
         """Those that need a subscriber, as of the last look."""

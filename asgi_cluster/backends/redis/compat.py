@@ -7,7 +7,7 @@ An ``asyncio.Protocol`` with ``hiredis.Reader`` would need none of it. A message
 received took 55 µs of CPU with redis-py's parser, 19 µs with hiredis under redis-py, and 9 µs with that
 protocol (50 at a time, 128 bytes, Python 3.11); one at a time the three are within noise. It is not done,
 because ``hiredis`` would be required, or a second parser kept beside it, and TLS, unix sockets, credential
-providers and the handshake would be ours to write.
+providers and the handshake would have to be written here.
 """
 
 from __future__ import annotations

@@ -110,6 +110,8 @@ def is_timeout(error: BaseException) -> bool:
 
 
 def unavailable(error: BaseException, *, sent: bool) -> StoreUnavailable:
-    """The public error for ``error``. A reply of the server is a known outcome; silence is not."""
+    """The public error for ``error``. After a reply of the server the outcome is certain; without one it is
+    not.
+    """
     replied = isinstance(error, ResponseError)
     return StoreUnavailable(reason_of(error), outcome_unknown=sent and not replied)

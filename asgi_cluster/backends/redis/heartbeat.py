@@ -24,7 +24,7 @@ logger = logging.getLogger("asgi_cluster.bus")
 _BEAT_EVERY = 0.5
 _DEAD_AFTER = 1.0
 _LOOK_EVERY = 0.1
-_REMOVED_AFTER = 3.5  # seconds of silence after which other nodes may have removed this one
+_REMOVED_AFTER = 3.5  # seconds without a heartbeat after which other nodes may have removed this one
 _DEMOTED = frozenset(("READONLY", "MASTERDOWN"))
 
 
@@ -75,7 +75,7 @@ class HeartbeatLoop:
         while True:
             heartbeat = self._listener.heartbeat(self._primary)
             if self._quorum is not None:
-                # Asked before the beat: at the beat its epoch was this one or a newer one.
+                # Sent before the heartbeat: at the heartbeat its epoch was this one or a newer one.
                 asked = self._lease.clock()
                 connection.send("CLUSTER", "INFO").add_done_callback(
                     partial(self._reported, connection, asked)
@@ -93,7 +93,7 @@ class HeartbeatLoop:
                     continue  # the reply may be waiting to be read
                 since = self._beats.waiting_since
                 if since is not None and self._lease.clock() - since > _DEAD_AFTER:
-                    raise ConnectionBroken(f"no echo for {_DEAD_AFTER:g} s")
+                    raise ConnectionBroken(f"no reply to a heartbeat for {_DEAD_AFTER:g} s")
 
     def lost(self) -> None:
         """The connection is gone: nothing that was sent on it proves anything."""
@@ -138,8 +138,8 @@ class HeartbeatLoop:
             connection.abort("the server is a replica now")
 
     def _unregistered(self, connection: MultiplexedConnection) -> None:
-        # Removed by a FLUSHALL, or by another node because this one sent no beat for long: until it is
-        # registered again, a logout does not wait for this node.
+        # Removed by a FLUSHALL, or by another node because this one sent no heartbeat for long: until it
+        # is registered again, a logout does not wait for this node.
         reason = "the registration was gone"
         seconds, ended = self._blocked
         if seconds >= _REMOVED_AFTER and self._loop.time() - ended < _REMOVED_AFTER:

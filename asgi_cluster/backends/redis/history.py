@@ -7,7 +7,7 @@ from typing import Any
 
 from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.scripts import load
-from asgi_cluster.backends.redis.single import Topology
+from asgi_cluster.backends.redis.topology import Commands
 from asgi_cluster.exceptions import BusUnavailable, StoreUnavailable
 from asgi_cluster.ids import new_token
 from asgi_cluster.rooms.history import (
@@ -37,7 +37,7 @@ class RedisHistory:
 
     in_process = False
 
-    def __init__(self, topology: Topology, names: Names) -> None:
+    def __init__(self, topology: Commands, names: Names) -> None:
         self._topology = topology
         self._names = names
         self._publish = "SPUBLISH" if topology.sharded else "PUBLISH"
@@ -45,7 +45,6 @@ class RedisHistory:
     async def declare(
         self, digest: str, rules: bytes, *, node: str, view: float, timeout: float
     ) -> Declarations:
-        """See ``HistoryStore.declare``."""
         keys = [self._names.room_rules(), self._names.room_views(), self._names.room_epoch()]
         args: list[str | bytes | int] = [
             digest,
@@ -58,7 +57,7 @@ class RedisHistory:
         ]
         epoch, wait, others = await self._run("room_rules", keys, args, timeout)
         pairs = zip(others[::2], others[1::2], strict=True)
-        named = [(name.decode("utf-8", "replace"), told) for name, told in pairs]
+        named = [(name.decode("utf-8", "replace"), declared) for name, declared in pairs]
         return Declarations(_name(epoch), wait / 1000, named)
 
     async def publish(
@@ -72,7 +71,6 @@ class RedisHistory:
         epoch: str,
         timeout: float,
     ) -> Position:
-        """See ``HistoryStore.publish``."""
         keys = [self._names.room_log(room), self._names.room_meta(room)]
         if idempotency_key is not None:
             keys.append(self._names.room_once(room, idempotency_key))
@@ -101,7 +99,6 @@ class RedisHistory:
         ttl: float,
         timeout: float,
     ) -> Page:
-        """See ``HistoryStore.read``."""
         args: list[str | bytes | int] = [
             "" if since is None else since.offset,
             "" if since is None else since.epoch,

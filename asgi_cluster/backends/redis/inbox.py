@@ -12,8 +12,8 @@ from asgi_cluster.backends.redis.lifetime import background
 from asgi_cluster.backends.redis.listener import Command, Heartbeat
 from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.primary import Primary
-from asgi_cluster.backends.redis.single import Topology
 from asgi_cluster.backends.redis.subscribers import SubscriberSet
+from asgi_cluster.backends.redis.topology import Topology
 from asgi_cluster.bus.messages import Ack, encode
 from asgi_cluster.bus.session_bus import SessionReceiver
 from asgi_cluster.exceptions import BusUnavailable
@@ -62,7 +62,6 @@ class Inbox:
             await asyncio.sleep(_RETRY)
 
     async def reachable(self, *, timeout: float) -> None:
-        """See ``SessionBus.reachable``."""
         if self._wanted is None:
             return  # this node listens: it is
         self._wanted.set()
@@ -86,14 +85,13 @@ class _Answers:
         self._command = (names.publish, self.channel, encode(Ack("", node, 0)))
 
     def message(self, channel: str, payload: bytes) -> None:
-        """See ``ChannelListener.message``."""
         self._receiver.session_message(payload)
 
     def gap(self, reason: str, channels: frozenset[str]) -> None:
         """See ``ChannelListener.gap``: the logout's receipt names the answers that did not come."""
 
     def restored(self, channels: frozenset[str]) -> None:
-        """See ``ChannelListener.restored``."""
+        pass
 
     def primaries(self) -> Sequence[Primary]:
         """See ``HeartbeatSource.primaries``: the one that has the channel."""
@@ -101,7 +99,6 @@ class _Answers:
         return [] if home is None else [home]
 
     def heartbeat(self, primary: Primary) -> Heartbeat:
-        """See ``HeartbeatSource.heartbeat``."""
         return self
 
     def registration(self) -> Command:
@@ -109,7 +106,6 @@ class _Answers:
         return ("PING",)
 
     def beat(self) -> Command:
-        """See ``Heartbeat.beat``."""
         return self._command
 
     def interrupted(self) -> None:

@@ -13,7 +13,7 @@ Command = tuple[str | bytes | int, ...]
 
 
 class Heartbeat(Protocol):
-    """What is written on the subscriber's connection, over and over."""
+    """The commands that a subscriber writes on its connection, over and over."""
 
     def registration(self) -> Command:
         """Registers the node; answers anything but an error."""
@@ -35,7 +35,7 @@ class Listener(Protocol):
     """
 
     def heartbeat(self, primary: Primary) -> Heartbeat:
-        """What to beat with, at this moment."""
+        """Which heartbeat to send at this moment."""
         ...
 
     def message(self, channel: str, payload: bytes) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.registry import Registry
 from asgi_cluster.backends.redis.scripts import load
-from asgi_cluster.backends.redis.single import Topology
+from asgi_cluster.backends.redis.topology import Commands
 from asgi_cluster.exceptions import BusUnavailable, StoreUnavailable
 from asgi_cluster.rooms.presence import count_people
 
@@ -20,7 +20,9 @@ _ROOM_TTL = 7 * 24 * 3600 * 1000
 left to clean it up: longer than sockets live."""
 
 _TRUSTED_FOR = 1.0
-"""Seconds for which a list of the living nodes is good enough: a dead one counts for four seconds anyhow."""
+"""Seconds for which a list of the registered nodes is good enough: a dead one counts for four seconds
+anyhow.
+"""
 
 _STRANGER_FOR = 10.0
 """Seconds for which a node has to be unknown to the registry before a look at a room removes what it left
@@ -37,7 +39,7 @@ class RedisPresence:
     incarnation.
     """
 
-    def __init__(self, topology: Topology, names: Names, registry: Registry) -> None:
+    def __init__(self, topology: Commands, names: Names, registry: Registry) -> None:
         self._topology = topology
         self._names = names
         self._registry = registry
@@ -63,7 +65,6 @@ class RedisPresence:
         return bool(await self._run("presence_enter", room, [*args, *strangers], left))
 
     async def leave(self, room: str, client: str, *, timeout: float) -> bool:
-        """See ``PresenceStore.leave``."""
         key = self._names.room_in(room)
         try:
             return bool(await self._topology.call(key, "HDEL", key, client, timeout=timeout))
@@ -71,7 +72,6 @@ class RedisPresence:
             raise BusUnavailable(error.reason, outcome_unknown=error.outcome_unknown) from error
 
     async def members(self, room: str, *, timeout: float) -> Mapping[str, bytes]:
-        """See ``PresenceStore.members``."""
         found, strangers = await self._look(room, asyncio.get_running_loop().time() + timeout)
         return {client: info for client, owner, info in found if owner not in strangers}
 
@@ -114,11 +114,9 @@ class RedisPresence:
         self._asked_at = asked_at
 
     async def stats(self, room: str, *, timeout: float) -> tuple[int, int]:
-        """See ``PresenceStore.stats``."""
         return count_people(await self.members(room, timeout=timeout))
 
     async def reap(self, room: str, node: str, incarnation: str, *, timeout: float) -> Mapping[str, bytes]:
-        """See ``PresenceStore.reap``."""
         removed = await self._run("presence_reap", room, [_owner(node, incarnation)], timeout)
         return {
             client.decode("utf-8", "replace"): entry.partition(b"\n")[2] for client, entry in _pairs(removed)

@@ -54,7 +54,7 @@ class Primary:
                 line.split(":", 1) for line in (await info).decode().splitlines() if ":" in line
             )
         except ResponseError as error:
-            raise ConnectionBroken(f"cannot ask the server what it is: {error}", sent=False) from error
+            raise ConnectionBroken(f"the server does not say what it is: {error}", sent=False) from error
         version = facts.get("redis_version", "0")
         if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < self._minimum:
             needed = "{}.{}".format(*self._minimum)

@@ -2,7 +2,7 @@
 
 A primary that is cut off from its peers takes writes until the node timeout is over, and answers heartbeats.
 Meanwhile the others may have replaced it. Its successor needed the votes of a majority, and each vote raised
-that voter's epoch before. So a majority that stands at the newest epoch known, the primary in question among
+that voter's epoch before. So a majority that stands at the newest known epoch, the primary in question among
 them, proves that it had not been replaced at that moment: a successor's voters and this majority have one
 member in common.
 """
@@ -22,7 +22,7 @@ class PrimaryReport(msgspec.Struct, frozen=True):
     """What a primary reports of the Cluster (``CLUSTER INFO``)."""
 
     sent_at: float
-    """When it was asked, on the lease's clock."""
+    """When the command was sent, on the lease's clock."""
     epoch: int
     """The newest epoch that it reports."""
     size: int
@@ -43,21 +43,20 @@ def common_ground(reports: Sequence[PrimaryReport], primaries: int) -> tuple[int
 
 
 class QuorumHeartbeats(Heartbeats):
-    """An echo that renews nothing before it is proven that the primary has not been replaced."""
+    """Heartbeats whose replies renew nothing before it is proven that the primary has not been replaced."""
 
     __slots__ = ("proven",)
 
     def __init__(self, lease: Lease) -> None:
         super().__init__(lease)
         self.proven: float | None = None
-        """When the last beat was sent whose echo counts; ``None`` since the last gap."""
+        """When the last heartbeat was sent whose reply counts; ``None`` since the last gap."""
 
     def prove(self, sent_at: float) -> None:
         """See ``Heartbeats.prove``: the lease is renewed by ``confirm``."""
         self.proven = sent_at
 
     def gap(self) -> None:
-        """See ``Heartbeats.gap``."""
         self.proven = None
         super().gap()
 

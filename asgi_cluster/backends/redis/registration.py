@@ -1,10 +1,10 @@
 """This node's own place in the registry, and the removal of nodes that have died.
 
-If an observer sees no change of a node's beat for four seconds, while the observer's own lease was live
-without a break, the server answered for four seconds and that node did not write. To go by the beat key's
+If the expiry time of a node's heartbeat key has not moved for four seconds, while the observer's own lease
+was live without a break, the server answered for four seconds and that node did not write. To go by the
 expiry itself would remove running nodes after a stall. A node that may serve sessions for longer than that
-after its last beat (its lease, and then ``stale_for``) says so in its entry, and is given that time: a logout
-does not wait for a node that was removed.
+after its last heartbeat (its lease, and then ``stale_for``) has this time in its entry, and is removed only
+after it: a logout does not wait for a node that was removed.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Registration:
                 lease = partial(subscribers.lease_of, self._names.nodes())
                 tasks.keep(partial(self._run, lease), name="registry")
                 yield
-            # Only now: a beat of ours must not find the registration gone and renew it.
+            # Only now: a heartbeat of this node must not find the registration gone and renew it.
             if self._topology.answering:
                 await self._leave()
         finally:
@@ -100,7 +100,6 @@ class Registration:
         return self._topology.primaries()
 
     def heartbeat(self, primary: Primary) -> Heartbeat:
-        """See ``HeartbeatSource.heartbeat``."""
         if self._topology.home(self._names.nodes()) is primary:
             return self
         tag = self._topology.tag_at(primary)
@@ -122,7 +121,7 @@ class Registration:
         return ("PEXPIRE", self._names.beat(self._node), BEAT_TTL)
 
     def interrupted(self) -> None:
-        """Our lease had lapsed: a beat that did not move may have been unable to."""
+        """This node's lease had lapsed: an expiry time that did not move may not have been able to."""
         self._seen.clear()
 
     def _entry(self) -> bytes:
@@ -144,7 +143,7 @@ class Registration:
     async def _run(self, lease: Callable[[], Lease]) -> None:
         """Observe, and refresh this node's own entry, until cancelled.
 
-        ``lease()`` is the lease of our own heartbeat.
+        ``lease()`` is the lease of this node's own heartbeat.
         """
         loop = asyncio.get_running_loop()
         refreshed_at = loop.time()
@@ -217,11 +216,9 @@ class _SideBeat:
         self._key = names.beat(node, tag)
 
     def registration(self) -> Command:
-        """See ``Heartbeat.registration``."""
         return ("SET", self._key, "", "PX", BEAT_TTL)
 
     def beat(self) -> Command:
-        """See ``Heartbeat.beat``."""
         return ("PEXPIRE", self._key, BEAT_TTL)
 
     def interrupted(self) -> None:

@@ -1,8 +1,8 @@
 """Which nodes are registered.
 
-A node's beat key carries no value: its *expiry time* is the beat. Every heartbeat pushes it into the future.
-The entry of the node, a field of the hash of all nodes, says what it carries and for how long it may serve
-sessions after its last beat.
+A node's heartbeat key has no value: what counts is its *expiry time*, which every heartbeat moves on. The
+entry of the node, a field of the hash of all nodes, says what the node carries and for how long it may
+serve sessions after its last heartbeat.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import msgspec
 
 from asgi_cluster.backends.redis.names import Names
 from asgi_cluster.backends.redis.scripts import load
-from asgi_cluster.backends.redis.single import Topology
+from asgi_cluster.backends.redis.topology import Topology
 from asgi_cluster.bus.stats import NodeInfo
 from asgi_cluster.exceptions import NotStarted
 from asgi_cluster.ids import NodeId
@@ -21,8 +21,8 @@ from asgi_cluster.ids import NodeId
 __all__ = ["BEAT_TTL", "Entry", "Listed", "Registry"]
 
 BEAT_TTL = 300_000
-"""Milliseconds a registration outlives its last beat: long, so that a stopped server does not expire the
-living.
+"""Milliseconds by which a registration outlives its last heartbeat: long, so that running nodes do not expire
+while the server is stopped.
 """
 
 
@@ -44,16 +44,16 @@ class Listed:
 
     info: NodeInfo
     expiry: int
-    """When its beat key expires, by the server's clock in milliseconds; 0: it has none."""
+    """When its heartbeat key expires, by the server's clock in milliseconds; 0: it has none."""
     serves_after_beat: float
-    """Seconds for which it may serve after its last beat, what it serves stale included."""
+    """Seconds for which it may serve after its last heartbeat, what it serves stale included."""
 
 
 class Registry:
     """The list of nodes at the servers of one topology.
 
-    ``lease`` and ``stale_for``: seconds for which this node may serve sessions from its cache after a beat; 0
-    where only rooms are, because no logout waits there.
+    ``lease`` and ``stale_for``: seconds for which this node may serve sessions from its cache after a
+    heartbeat; 0 where only rooms are, because no logout waits there.
     """
 
     def __init__(self, topology: Topology, names: Names, *, lease: float, stale_for: float) -> None:
@@ -83,7 +83,7 @@ class Registry:
         return {each.info.id: each.info for each in await self.read(timeout=timeout)}
 
     async def read(self, *, timeout: float) -> list[Listed]:
-        """All registered nodes, with their beats. Raises ``StoreUnavailable``."""
+        """All registered nodes, with their last heartbeats. Raises ``StoreUnavailable``."""
         now_ms, rows = await self.topology.run(
             load("nodes_observe"), [self.names.nodes()], [self.names.beat("")], timeout=timeout
         )

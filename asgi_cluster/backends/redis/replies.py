@@ -53,7 +53,7 @@ class Batch:
     def closed(self, reply: Any) -> None:
         """The reply to the PING.
 
-        Raises ``ConnectionBroken`` when it is none, or acks are missing: then nothing can be trusted.
+        Raises ``ConnectionBroken`` when it is none, or acks are missing: then no later reply can be matched.
         """
         subscribing = self.verb in (b"subscribe", b"ssubscribe")
         if reply != self.nonce or (subscribing and self.commands):

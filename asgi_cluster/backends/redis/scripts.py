@@ -12,7 +12,7 @@ __all__ = ["Script", "load"]
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """A script and the SHA-1 by which Redis knows it (EVALSHA)."""
+    """A script and the SHA-1 that names it in Redis (EVALSHA)."""
 
     name: str
     source: str

@@ -1,4 +1,5 @@
-"""A primary that the sentinels name: they are asked before every connection, and publish a change.
+"""A primary that the sentinels name: before every connection the node reads its address from them, and they
+publish a change.
 
 The node subscribes to ``+switch-master`` at every sentinel; a retry at the old address would notice the
 change late.
@@ -121,7 +122,6 @@ class SentinelTopology(OnePrimary):
 
     @asynccontextmanager
     async def opened(self, failing: Failing | None = None) -> AsyncIterator[None]:
-        """See ``Topology.opened``."""
         async with background(failing) as tasks:
             self._sentinels = [_Sentinel(address, self) for address in self._addresses]
             for sentinel in self._sentinels:
@@ -144,7 +144,7 @@ class SentinelTopology(OnePrimary):
     # Locating the primary
 
     async def _dial(self, on_push: OnPush | None) -> MultiplexedConnection:
-        error = ConnectionBroken("no sentinel was asked", sent=False)
+        error = ConnectionBroken("no sentinel was tried", sent=False)
         for place in await self._locate():
             dialing = asyncio.timeout(None)  # runs out when the sentinels name another one meanwhile
             self._dialing[dialing] = place

@@ -57,7 +57,6 @@ class ClusterTopology(Routed):
 
     @asynccontextmanager
     async def opened(self, failing: Failing | None = None) -> AsyncIterator[None]:
-        """See ``Topology.opened``."""
         async with background(failing) as tasks:
             self._tasks = tasks
             self._refresh_wanted = asyncio.Event()
@@ -133,7 +132,6 @@ class ClusterTopology(Routed):
     # The port
 
     async def call(self, key: str, *args: str | bytes | int, timeout: float) -> Any:
-        """See ``Topology.call``."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         slot = slot_of(key)
@@ -162,13 +160,12 @@ class ClusterTopology(Routed):
                 self.refresh_soon()
                 asking, failure, hops = None, error, hops + 5
             hops += 1
-            if hops > 5:  # two nodes that send us to and fro, or one that is not ready
+            if hops > 5:  # two servers that redirect to each other, or one that is not ready
                 if loop.time() + _RETRY_PAUSE >= deadline:
                     raise unavailable(failure, sent=False) from failure
                 await asyncio.sleep(_RETRY_PAUSE)
 
     def post(self, key: str, *args: str | bytes | int) -> bool:
-        """See ``Topology.post``."""
         shard = self._home(key)
         return shard is not None and shard.commands.post(*args)
 
@@ -177,7 +174,6 @@ class ClusterTopology(Routed):
         return None if place is None else self._shards.get(place)
 
     def run_id(self, key: str) -> str:
-        """See ``Topology.run_id``."""
         shard = self._home(key)
         if shard is None:
             raise StoreUnavailable("no primary has this slot")
@@ -185,20 +181,16 @@ class ClusterTopology(Routed):
 
     @property
     def answering(self) -> bool:
-        """See ``Topology.answering``."""
         return bool(self._shards) and all(shard.commands.answering for shard in self._shards.values())
 
     def primaries(self) -> Sequence[Primary]:
-        """See ``Topology.primaries``."""
         return [shard.primary for shard in self._shards.values()]
 
     def home(self, key: str) -> Primary | None:
-        """See ``Topology.home``."""
         shard = self._home(key)
         return None if shard is None else shard.primary
 
     def tag_at(self, primary: Primary) -> str | None:
-        """See ``Topology.tag_at``."""
         shard = next((each for each in self._shards.values() if each.primary is primary), None)
         if shard is None:
             return None
@@ -207,15 +199,12 @@ class ClusterTopology(Routed):
         return shard.tag
 
     def watch(self, changed: Callable[[], None] | None) -> None:
-        """See ``Topology.watch``."""
         self._changed = changed
 
     def refresh_soon(self) -> None:
-        """See ``Topology.refresh_soon``."""
         self._refresh_wanted.set()
 
     def reconnect_now(self, primary: Primary) -> None:
-        """See ``Topology.reconnect_now``."""
         for shard in self._shards.values():
             if shard.primary is primary:
                 shard.commands.reconnect_now()

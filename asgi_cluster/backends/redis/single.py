@@ -6,8 +6,8 @@ import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, Protocol
+from contextlib import asynccontextmanager
+from typing import Any
 
 from redis.exceptions import NoScriptError, RedisError
 
@@ -20,86 +20,11 @@ from asgi_cluster.backends.redis.scripts import Script
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.tasks import Failing
 
-__all__ = ["OnePrimary", "Topology", "single_server"]
+__all__ = ["OnePrimary", "Routed", "single_server"]
 
 logger = logging.getLogger("asgi_cluster.redis")
 
 _RETRY_PAUSE = 0.02
-
-
-class Topology(Protocol):
-    """One or more primaries that together hold all keys."""
-
-    sharded: bool
-    """Redis Cluster: channels live in slots, publish with SPUBLISH."""
-
-    def opened(self, failing: Failing | None = None) -> AbstractAsyncContextManager[None]:
-        """Connected while entered.
-
-        Raises ``StoreUnavailable`` on entering: cannot be reached, refuses us, is too old.
-        """
-        ...
-
-    async def call(self, key: str, *args: str | bytes | int, timeout: float) -> Any:
-        """One command, to the primary that has ``key``. Replies are bytes, int, list, dict or ``None``.
-
-        Only what provably did not run is tried again, while there is time.
-
-        Raises:
-            StoreUnavailable: no reply within ``timeout`` seconds, or the server refused.
-        """
-        ...
-
-    async def run(
-        self, script: Script, keys: Sequence[str], args: Sequence[str | bytes | int], *, timeout: float
-    ) -> Any:
-        """A script, all of whose keys share a slot. As ``call``."""
-        ...
-
-    def post(self, key: str, *args: str | bytes | int) -> bool:
-        """One command whose reply is not needed, to the primary that has ``key``; False when it could not be
-        sent.
-        """
-        ...
-
-    def run_id(self, key: str) -> str:
-        """The run id of the server that has ``key``: another one has not necessarily the same last writes.
-
-        Raises:
-            StoreUnavailable: not connected.
-        """
-        ...
-
-    @property
-    def answering(self) -> bool:
-        """Whether every primary is connected and has answered lately."""
-        ...
-
-    # For the subscribers
-
-    def primaries(self) -> Sequence[Primary]:
-        """All of them, as of the last look."""
-        ...
-
-    def home(self, key: str) -> Primary | None:
-        """The primary that has ``key`` (or a channel), as of the last look; ``None`` while none has it."""
-        ...
-
-    def tag_at(self, primary: Primary) -> str | None:
-        """A hash tag whose keys live on ``primary``; ``None`` when it has no slots."""
-        ...
-
-    def watch(self, changed: Callable[[], None] | None) -> None:
-        """``changed`` is called whenever homes may have changed."""
-        ...
-
-    def refresh_soon(self) -> None:
-        """A command was redirected or a connection cut: look again where everything is, soon. Never waits."""
-        ...
-
-    def reconnect_now(self, primary: Primary) -> None:
-        """A subscriber has reached ``primary`` again: its client need not wait before it connects."""
-        ...
 
 
 class Routed(ABC):
@@ -107,12 +32,11 @@ class Routed(ABC):
 
     @abstractmethod
     async def call(self, key: str, *args: str | bytes | int, timeout: float) -> Any:
-        """See ``Topology.call``."""
+        """See ``Commands.call``."""
 
     async def run(
         self, script: Script, keys: Sequence[str], args: Sequence[str | bytes | int], *, timeout: float
     ) -> Any:
-        """See ``Topology.run``."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         try:
@@ -134,7 +58,6 @@ class OnePrimary(Routed):
 
     @asynccontextmanager
     async def opened(self, failing: Failing | None = None) -> AsyncIterator[None]:
-        """See ``Topology.opened``."""
         commands = PrimaryClient(self.primary)
         async with background(failing) as tasks:
             tasks.keep(commands.reconnecting.run, name="commands")
@@ -151,7 +74,6 @@ class OnePrimary(Routed):
         return self._commands
 
     async def call(self, key: str, *args: str | bytes | int, timeout: float) -> Any:
-        """See ``Topology.call``."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         while True:
@@ -171,38 +93,31 @@ class OnePrimary(Routed):
                 await asyncio.sleep(_RETRY_PAUSE)
 
     def post(self, key: str, *args: str | bytes | int) -> bool:
-        """See ``Topology.post``."""
         return self._commands is not None and self._commands.post(*args)
 
     def run_id(self, key: str) -> str:
-        """See ``Topology.run_id``."""
         return self._client().run_id
 
     @property
     def answering(self) -> bool:
-        """See ``Topology.answering``."""
         return self._commands is not None and self._commands.answering
 
     def primaries(self) -> Sequence[Primary]:
-        """See ``Topology.primaries``."""
         return [self.primary]
 
     def home(self, key: str) -> Primary:
-        """See ``Topology.home``."""
         return self.primary
 
     def tag_at(self, primary: Primary) -> str:
-        """See ``Topology.tag_at``."""
         return "nodes"
 
     def watch(self, changed: Callable[[], None] | None) -> None:
-        """See ``Topology.watch``: homes never change."""
+        """See ``Primaries.watch``: homes never change."""
 
     def refresh_soon(self) -> None:
-        """See ``Topology.refresh_soon``: every new connection looks anew anyhow."""
+        """See ``Primaries.refresh_soon``: every new connection looks anew anyhow."""
 
     def reconnect_now(self, primary: Primary) -> None:
-        """See ``Topology.reconnect_now``."""
         if self._commands is not None:
             self._commands.reconnect_now()
 

@@ -41,7 +41,7 @@ def slot_of(key: str) -> int:
 def parse_slots(reply: Sequence[Any], asked: HostPort) -> View:
     """The reply to ``CLUSTER SLOTS``.
 
-    An entry without an address means the one that was ``asked``.
+    An entry without an address means the server ``asked`` itself.
     """
     view: View = [None] * SLOTS
     for first, last, primary, *_ in reply:
@@ -66,12 +66,12 @@ def parse_redirect(error: Any, asked: HostPort) -> tuple[int, HostPort]:
 
 
 def tags(start: int = 0) -> list[str]:
-    """Hash tags to choose from; a thousand of them meet any primary with more than a few slots."""
+    """Hash tags to choose from; a thousand of them reach every primary with more than a few slots."""
     return [f"beat{number}" for number in range(start, start + 1000)]
 
 
 async def ask_for_slots(seeds: Sequence[Address]) -> View:
-    """What the addresses in the URL report, asked one after the other. Raises ``StoreUnavailable``."""
+    """What the addresses in the URL report, tried one after the other. Raises ``StoreUnavailable``."""
     reasons: list[str] = []
     for seed in seeds:
         try:

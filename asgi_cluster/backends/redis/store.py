@@ -18,7 +18,7 @@ from asgi_cluster.backends.redis.records import (
     milliseconds,
 )
 from asgi_cluster.backends.redis.scripts import load
-from asgi_cluster.backends.redis.single import Topology
+from asgi_cluster.backends.redis.topology import Commands
 from asgi_cluster.exceptions import StoreUnavailable
 from asgi_cluster.ids import Handle, UserId, bucket_of
 from asgi_cluster.sessions.corrupt import CorruptRecords
@@ -59,11 +59,11 @@ class RedisSessionStore:
     """``sessions.store.SessionStore`` on Redis ≥ 6.2 or Valkey.
 
     Meta fields of a session's hash start with ``@``, the application's with ``.``. Times are milliseconds of
-    the server's clock. ``wait_replicas`` above 0 asks, after a logout, how many replicas have it
+    the server's clock. ``wait_replicas`` above 0 finds out, after a logout, how many replicas have it
     (``EndResult.replicas``).
     """
 
-    def __init__(self, topology: Topology, names: Names, *, wait_replicas: int = 0) -> None:
+    def __init__(self, topology: Commands, names: Names, *, wait_replicas: int = 0) -> None:
         self._topology = topology
         self._names = names
         self._wait_replicas = wait_replicas
@@ -71,14 +71,13 @@ class RedisSessionStore:
         self._corrupt = CorruptRecords()
 
     def run_id(self, bucket: int) -> str | None:
-        """See ``SessionStore.run_id``."""
         try:
             return self._topology.run_id(self._names.bucket(f"{bucket:02x}")) or None
         except StoreUnavailable:
             return None
 
     def read(self, handle: Handle, *, timeout: float) -> Coroutine[Any, Any, Record | None]:
-        """See ``SessionStore.read``. A record that cannot be understood is logged, counted and treated as
+        """See ``RecordStore.read``. A record that cannot be understood is logged, counted and treated as
         missing.
         """
         return self._run("session_read", handle, [], self._record, timeout=timeout)
@@ -103,25 +102,24 @@ class RedisSessionStore:
     def _corrupted(self, handle: Handle) -> None:
         self._corrupt.found(handle, "has a corrupt record")
 
-    async def create(self, draft: NewSession, *, timeout: float) -> float:
-        """See ``SessionStore.create``."""
+    async def create(self, new: NewSession, *, timeout: float) -> float:
         args: list[str | bytes | int] = [
-            draft.handle[3:],
-            draft.user or "",
-            draft.epoch,
-            milliseconds(draft.idle),
-            milliseconds(draft.absolute),
-            draft.secret,
-            draft.write_id,
-            int(draft.persistent),
-            draft.agent,
-            draft.address,
-            *field_pairs(draft.fields),
+            new.handle[3:],
+            new.user or "",
+            new.epoch,
+            milliseconds(new.idle),
+            milliseconds(new.absolute),
+            new.secret,
+            new.write_id,
+            int(new.persistent),
+            new.agent,
+            new.address,
+            *field_pairs(new.fields),
         ]
-        keys = [self._names.session(draft.handle)]
-        if draft.user is not None:
-            keys += self._of_user(draft.user)[1]
-        args.insert(0, self._names.bucket(draft.handle[:2]))
+        keys = [self._names.session(new.handle)]
+        if new.user is not None:
+            keys += self._of_user(new.user)[1]
+        args.insert(0, self._names.bucket(new.handle[:2]))
         created = await self._topology.run(load("session_create"), keys, args, timeout=timeout)
         return int(created) / 1000
 
@@ -134,7 +132,6 @@ class RedisSessionStore:
         ended: bytes = b"",
         timeout: float,
     ) -> Coroutine[Any, Any, WriteOutcome]:
-        """See ``SessionStore.write``."""
         args: list[str | bytes | int] = [
             handle[3:],
             self._publish,
@@ -150,7 +147,6 @@ class RedisSessionStore:
         return self._run("session_write", handle, args, self._outcome, timeout=timeout)
 
     async def touch(self, handle: Handle, *, timeout: float) -> bool:
-        """See ``SessionStore.touch``."""
         args = [handle[3:]]
         return await self._run("session_touch", handle, args, self._outcome, timeout=timeout) == "written"
 
@@ -165,7 +161,6 @@ class RedisSessionStore:
         message: bytes,
         timeout: float,
     ) -> Coroutine[Any, Any, WriteOutcome]:
-        """See ``SessionStore.rotate``."""
         channel = self._names.sessions_channel(handle[:2])
         args = [self._publish, channel, message, write_id, secret, current, milliseconds(grace)]
         return self._run("session_rotate", handle, args, self._outcome, timeout=timeout)
@@ -179,15 +174,14 @@ class RedisSessionStore:
     async def end(
         self, handle: Handle, *, message: bytes, expected: str | None = None, timeout: float
     ) -> EndResult:
-        """See ``SessionStore.end``."""
         channel = self._names.sessions_channel(handle[:2])
         args = [handle[3:], self._publish, channel, message, self._registry(), expected or ""]
         clock = asyncio.get_running_loop().time
         deadline = clock() + timeout
-        ending = await self._run("session_end", handle, args, self._end_result, timeout=timeout)
-        if ending.overtaken:
-            return ending
-        return await self._asked_on(self._names.session(handle), ending, deadline - clock())
+        result = await self._run("session_end", handle, args, self._end_result, timeout=timeout)
+        if result.overtaken:
+            return result
+        return await self._after_replication(self._names.session(handle), result, deadline - clock())
 
     def _end_result(self, handle: Handle, reply: Any) -> EndResult:
         ended, nodes, *found = reply
@@ -202,7 +196,6 @@ class RedisSessionStore:
         return EndResult(sessions=0, nodes=(), overtaken=_text(write_id), fields=fields)
 
     async def devices(self, user: UserId, *, timeout: float) -> Sequence[Device]:
-        """See ``SessionStore.devices``."""
         bucket, keys = self._of_user(user)
         rows = await self._topology.run(
             load("session_devices"), keys, [self._names.bucket(bucket)], timeout=timeout
@@ -223,7 +216,6 @@ class RedisSessionStore:
     async def end_all(
         self, user: UserId, *, keep: Handle | None, epoch: str, message: bytes, timeout: float
     ) -> EndResult:
-        """See ``SessionStore.end_all``."""
         bucket, keys = self._of_user(user)
         args: list[str | bytes | int] = [
             self._names.bucket(bucket),
@@ -242,15 +234,15 @@ class RedisSessionStore:
         deadline = clock() + timeout
         reply = await self._topology.run(load("session_end_all"), keys, args, timeout=timeout)
         tokens, nodes = reply
-        ending = EndResult(
+        result = EndResult(
             sessions=len(tokens),
             nodes=[_text(node) for node in nodes],
             handles=[Handle(f"{bucket}.{_text(token)}") for token in tokens],
         )
-        return await self._asked_on(keys[0], ending, deadline - clock())
+        return await self._after_replication(keys[0], result, deadline - clock())
 
     async def logouts(self, users: Sequence[UserId], *, timeout: float) -> Mapping[UserId, UserLogout]:
-        """See ``SessionStore.logouts``. On a Cluster one script for each user: those of several do not share
+        """See ``UserStore.logouts``. On a Cluster one script for each user: those of several do not share
         a slot.
         """
         script = load("user_logouts")
@@ -270,7 +262,7 @@ class RedisSessionStore:
         return found
 
     async def lock(self, handle: Handle, *, token: str, hold: float, timeout: float) -> bool:
-        """See ``SessionStore.lock`` (SET NX PX, given back by compare and delete: the pattern of the Redis
+        """See ``LockStore.lock`` (SET NX PX, given back by compare and delete: the pattern of the Redis
         manual).
         """
         key = self._names.lock(handle)
@@ -280,7 +272,6 @@ class RedisSessionStore:
         return reply is not None
 
     async def unlock(self, handle: Handle, *, token: str, timeout: float) -> bool:
-        """See ``SessionStore.unlock``."""
         key = self._names.lock(handle)
         return bool(await self._topology.run(load("unlock"), [key], [token], timeout=timeout))
 
@@ -303,7 +294,7 @@ class RedisSessionStore:
         if isinstance(reply, list) and reply[0] == _UNSURE:
             # The user's epoch is missing: revoked, or in a slot that is moving. With the epoch among the keys
             # the server decides: in the second case it answers TRYAGAIN, and the topology tries again.
-            # A name that is no UTF-8 is no user's: there is no such epoch, whatever name is asked for.
+            # A name that is no UTF-8 is no user's: there is no such epoch, whatever name was given.
             keys.append(self._names.epoch(bucket, _text(reply[1])))
             reply = await self._topology.run(script, keys, args, timeout=deadline - clock())
         return decode(handle, reply)
@@ -316,12 +307,12 @@ class RedisSessionStore:
         # On a Cluster the registry is in another slot, and a script must not touch it.
         return "" if self._topology.sharded else self._names.nodes()
 
-    async def _asked_on(self, key: str, ending: EndResult, timeout: float) -> EndResult:
+    async def _after_replication(self, key: str, result: EndResult, timeout: float) -> EndResult:
         """With what the script could not find out: the nodes of a Redis Cluster, and the replicas that have
         the change.
         """
         # The change is committed: whatever fails from here on is reported, and does not make the logout fail.
-        nodes, replicas = ending.nodes, None
+        nodes, replicas = result.nodes, None
         if self._topology.sharded:
             registry = self._names.nodes()
             try:
@@ -334,7 +325,7 @@ class RedisSessionStore:
                 nodes = [UNKNOWN_NODES]
         if self._wait_replicas:
             replicas = await self._replicated(key, timeout)
-        return msgspec.structs.replace(ending, nodes=nodes, replicas=replicas)
+        return msgspec.structs.replace(result, nodes=nodes, replicas=replicas)
 
     async def _replicated(self, key: str, timeout: float) -> int:
         try:
@@ -344,7 +335,7 @@ class RedisSessionStore:
                 )
             )
         except StoreUnavailable as error:
-            logger.debug("replicas could not be asked: %s", error)
+            logger.debug("WAIT failed, so that no replica counts: %s", error)
             return 0
 
 

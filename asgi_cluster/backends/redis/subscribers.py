@@ -1,6 +1,6 @@
 """What the primaries of one topology push to this node: which channel is subscribed where, and its lease.
 
-Only channels are known here: a listener turns its channels into buckets or rooms.
+It deals with channels alone: a listener turns its channels into buckets or rooms.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from asgi_cluster.backends.redis.lifetime import Background, background
 from asgi_cluster.backends.redis.listener import Heartbeat
 from asgi_cluster.backends.redis.primary import Primary
 from asgi_cluster.backends.redis.quorum import common_ground
-from asgi_cluster.backends.redis.single import Topology
 from asgi_cluster.backends.redis.subscriber import Subscriber
+from asgi_cluster.backends.redis.topology import Topology
 from asgi_cluster.bus.lease import Lease
 from asgi_cluster.tasks import Failing
 
@@ -146,7 +146,7 @@ class SubscriberSet:
         if not self.topology.sharded:
             return self._lease
         home = self._homes.get(channel)
-        # A primary's lease says nothing of a channel that has yet to be subscribed there.
+        # A primary's lease does not cover a channel that has yet to be subscribed there.
         return home.lease if home is not None and home.is_subscribed(channel) else self._no_lease
 
     def run_id(self, channel: str) -> str:
@@ -180,20 +180,17 @@ class SubscriberSet:
     # Events of the subscribers
 
     def heartbeat(self, primary: Primary) -> Heartbeat:
-        """See ``Listener.heartbeat``."""
         assert self._source is not None
         return self._source.heartbeat(primary)
 
     def message(self, channel: str, payload: bytes) -> None:
-        """See ``Listener.message``."""
         listener = self._wanted.get(channel)
         if listener is not None:
             listener.message(channel, payload)
 
     def gap(self, reason: str, channels: frozenset[str]) -> None:
-        """See ``Listener.gap``."""
         self.topology.refresh_soon()
-        fresh = channels - self._lost  # the others' gap was reported, and nothing was trusted since
+        fresh = channels - self._lost  # the others' gap was reported, and no lease was live since
         self._lost |= channels & self._wanted.keys()
         if not self._open or not fresh:
             return
@@ -203,7 +200,6 @@ class SubscriberSet:
             listener.gap(reason, self._of(listener, fresh))
 
     def acknowledged(self, primary: Primary, channels: frozenset[str]) -> None:
-        """See ``Listener.acknowledged``."""
         self.topology.reconnect_now(primary)
         back = channels & self._lost
         self._lost -= back
@@ -218,7 +214,6 @@ class SubscriberSet:
         return frozenset(channel for channel in channels if self._wanted.get(channel) is listener)
 
     def reported(self) -> None:
-        """See ``Listener.reported``."""
         heartbeats = [each.heartbeats for each in self._subscribers.values()]
         reports = [each.report for each in heartbeats if each.report is not None]
         ground = common_ground(reports, len(heartbeats))
@@ -233,7 +228,6 @@ class SubscriberSet:
                 each.confirm(moment)
 
     def moved(self) -> None:
-        """See ``Listener.moved``."""
         self.topology.refresh_soon()
 
     # Figures

@@ -30,7 +30,7 @@ class Target:
     addresses: tuple[Address, ...]
     """The server; the sentinels; or some of the Cluster's nodes."""
     primary: Address
-    """How to connect to a primary, once it is known where it is; for ``single`` the address itself."""
+    """How to connect to a primary, once its address has been found; for ``single`` the address itself."""
     service: str = ""
     """What the sentinels call the primary."""
 
