@@ -83,8 +83,8 @@ class Logins:
                 if replaced is not None:
                     record = await self._replace(session, replaced, record, known, own)
         except (StoreUnavailable, asyncio.CancelledError) as error:
-            in_doubt = not isinstance(error, StoreUnavailable) or error.outcome_unknown
-            if stored or in_doubt:
+            unknown = not isinstance(error, StoreUnavailable) or error.outcome_unknown
+            if stored or unknown:
                 await self._logouts.discard(new.handle, work.deadline(self._node))
             raise
         work.created_as(record, secret, sent_at)
