@@ -17,7 +17,7 @@ __all__ = ["RedisPresence"]
 
 _ROOM_TTL = 7 * 24 * 3600 * 1000
 """Milliseconds after the last arrival, or the last look, for which a room's presence stays when no node is
-left to clean it up: longer than sockets live."""
+left to clean it up: longer than sockets stay open."""
 
 _LIST_LASTS = 1.0
 """Seconds for which a list of the registered nodes is good enough: a dead one counts for four seconds

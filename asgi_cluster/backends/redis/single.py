@@ -1,4 +1,4 @@
-"""Where the keys live, and how to reach them."""
+"""Where the keys are, and how to reach them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Topology(Protocol):
     """One or more primaries that together hold all keys."""
 
     sharded: bool
-    """Redis Cluster: channels live in slots, publish with SPUBLISH."""
+    """Redis Cluster: channels belong to slots, publish with SPUBLISH."""
 
     def opened(self, failing: Failing | None = None) -> AbstractAsyncContextManager[None]:
         """Connected while entered.
@@ -86,7 +86,7 @@ class Topology(Protocol):
         ...
 
     def tag_at(self, primary: Primary) -> str | None:
-        """A hash tag whose keys live on ``primary``; ``None`` when it has no slots."""
+        """A hash tag whose keys are on ``primary``; ``None`` when it has no slots."""
         ...
 
     def watch(self, changed: Callable[[], None] | None) -> None:
