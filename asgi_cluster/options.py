@@ -58,7 +58,7 @@ class Options:
         if not 0 < self.deadline <= lease:
             raise ValueError(
                 f"deadline must be above 0, at most the lease {lease:g}, not {self.deadline!r}: "
-                "a write whose outcome is unknown has to be settled before a cached read may be trusted again"
+                "a write whose outcome is unknown has to be settled before the cache may be used again"
             )
         if not re.fullmatch(r"[A-Za-z0-9_.:-]{1,64}", self.prefix):
             raise ValueError(f"prefix must be 1 to 64 of A-Z a-z 0-9 _ . : -, not {self.prefix!r}")

@@ -120,8 +120,8 @@ class RemoteUser:
         """End every session of this user but ``exclude`` (a session or its handle), and close their sockets
         with 4501.
 
-        Sockets of this user without a session of ours (``identify=``) are closed too. One round trip, and
-        then the acknowledgements, at most ``timeout`` (seconds or a ``timedelta``). Raises
+        Sockets of this user without a session of the cluster (``identify=``) are closed too. One round
+        trip, and then the acknowledgements, at most ``timeout`` (seconds or a ``timedelta``). Raises
         ``StoreUnavailable`` as ``Session.logout``.
         """
         keep = exclude.handle if isinstance(exclude, Session) else exclude

@@ -22,15 +22,15 @@ SCOPE_KEY = "asgi_cluster"
 class ScopeState:
     """The middleware's own place: the app may replace ``scope["session"]``, and this stays as it is.
 
-    ``socket`` is ``None`` on HTTP.
+    ``socket`` is set by the middleware on a WebSocket; it stays ``None`` on HTTP.
     """
 
     __slots__ = ("node", "session", "socket")
 
-    def __init__(self, node: Node, session: Session, socket: Socket | None = None) -> None:
+    def __init__(self, node: Node, session: Session) -> None:
         self.node = node
         self.session = session
-        self.socket = socket
+        self.socket: Socket | None = None
 
     def __copy__(self) -> ScopeState:
         return self

@@ -18,7 +18,7 @@ logger = logging.getLogger("asgi_cluster.lifespan")
 class Lifespan:
     """One run of the lifespan protocol (ASGI lifespan specification 2.0) around ``app``.
 
-    Answered by us when the app has no lifespan: some raise (Django), some just return.
+    Answered here when the app has no lifespan: some raise (Django), some just return.
     """
 
     def __init__(self, app: ASGIApp, cluster: Cluster) -> None:

@@ -72,8 +72,8 @@ class ClusterMiddleware:
                 return
         scope_key = self._scope_key
         if scope_key is not None and scope_key in scope:
-            # Another session middleware is around us: it must not find our session in its scope, and sign it
-            # into its cookie.
+            # Another session middleware is around this one: it must not find this session in its scope, and
+            # sign it into its cookie.
             scope = {**scope}
         session = Session(self._service, scope)
         credentials = self._cookie.read(scope["headers"])

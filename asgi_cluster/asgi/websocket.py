@@ -93,7 +93,7 @@ class WebSockets:
             await app(scope, socket.guard_receive(receive), handshake)
         except Exception as error:
             if socket.close_code is not None and _is_disconnect(error):
-                return  # closed by us: to the app, and to the server's log, an ordinary disconnect
+                return  # closed by the cluster: to the app, and to the server's log, an ordinary disconnect
             ours = error_of_ours(error)
             if ours is None or handshake.answered:
                 raise
@@ -162,7 +162,7 @@ class Handshake:
                 user = None if found is None else check_user(found)
             socket.handle = None if record is None else record.handle
             socket.user = user
-            # Register, then read: a logout that the read does not see finds the socket in the hub.
+            # Register, then read: a logout that comes after the read finds the socket in the hub.
             shared.hub.register(socket)
             if user != socket.owner:
                 shared.hub.close_if_logged_out(socket, since=socket.began)

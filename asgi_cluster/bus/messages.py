@@ -158,7 +158,7 @@ Message = (
 
 
 class MalformedMessage(ValueError):
-    """Bytes on the bus that are no message of ours, or of an unknown version."""
+    """Bytes on the bus that are no message of this package, or of an unknown version."""
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -126,7 +126,7 @@ def _rpc_result(answer: Any) -> Result:
 
 
 def ping(client: Client, request: Empty) -> Result:
-    """The client's own ping (not the pong to ours)."""
+    """The client's own ping (not the pong to the server's)."""
     return _EMPTY
 
 

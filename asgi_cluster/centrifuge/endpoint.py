@@ -149,7 +149,7 @@ def _header(scope: Mapping[str, Any], name: bytes) -> bytes | None:
 
 @cache
 def _content(name: str) -> tuple[bytes, bytes] | None:
-    """A file of ours as the endpoint serves it, and its entity tag."""
+    """A file of this package as the endpoint serves it, and its entity tag."""
     if name not in _FILES:
         return None
     try:

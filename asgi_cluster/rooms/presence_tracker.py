@@ -1,11 +1,11 @@
-"""Where this node's connections are present, and the entries that dead nodes left."""
+"""Where this node's connections are present, as the store has it or is to have it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 from asgi_cluster.bus.room_bus import RoomBus
@@ -37,7 +37,7 @@ class PresenceTracker:
         self._bus = bus
         self._info = info
         self._timeout = timeout
-        self._ghosts: set[tuple[str, str]] = set()
+        self._left_over: set[tuple[str, str]] = set()
         self._incarnation: str | None = None
 
     async def add(self, connection: Connection, room: str, *, limit: int | None = None) -> bool:
@@ -66,23 +66,11 @@ class PresenceTracker:
         try:
             await self._store.leave(room, connection.id, timeout=self._timeout)
         except ClusterError:
-            self._ghosts.add((room, connection.id))
+            self._left_over.add((room, connection.id))
 
     async def remove_from(self, connection: Connection, rooms: Iterable[str]) -> None:
         """``remove`` from several rooms at once."""
         await _together(lambda room: self.remove(connection, room), rooms)
-
-    async def members(self, room: str) -> Mapping[str, bytes]:
-        """Connection ids with their client info, of all registered nodes. Raises ``BusUnavailable``."""
-        return await self._store.members(room, timeout=self._timeout)
-
-    async def stats(self, room: str) -> tuple[int, int]:
-        """Connections and distinct users. Raises ``BusUnavailable``."""
-        return await self._store.stats(room, timeout=self._timeout)
-
-    async def reap(self, room: str, node: str, incarnation: str) -> Mapping[str, bytes]:
-        """Remove a dead node's members; returns those that this very call removed."""
-        return await self._store.reap(room, node, incarnation, timeout=self._timeout)
 
     async def restore(self, connections: Callable[[], Iterable[Connection]]) -> None:
         """The bus is back: remove the entries that could not be removed; and where this node had to register
@@ -91,11 +79,11 @@ class PresenceTracker:
         """
         for _ in range(_TRIES):
             try:
-                await self._bury()
+                await self._remove_left_over()
                 incarnation = self._bus.incarnation
                 if self._incarnation not in (None, incarnation):
                     present = [(found, room) for found in connections() for room in tuple(found._present)]
-                    await _together(lambda pair: self._appear_again(*pair), present)
+                    await _together(lambda pair: self._enter_again(*pair), present)
                     self._incarnation = incarnation
             except ClusterError as error:
                 logger.debug("presence could not be restored (%s)", type(error).__name__)
@@ -106,17 +94,17 @@ class PresenceTracker:
             "presence of this node could not be restored: the next restoration of the bus tries again"
         )
 
-    async def _bury(self) -> None:
-        ghosts, self._ghosts = self._ghosts, set()
-        while ghosts:
-            room, connection = ghosts.pop()
+    async def _remove_left_over(self) -> None:
+        left_over, self._left_over = self._left_over, set()
+        while left_over:
+            room, connection = left_over.pop()
             try:
                 await self._store.leave(room, connection, timeout=self._timeout)
             except ClusterError:
-                self._ghosts |= ghosts | {(room, connection)}
+                self._left_over |= left_over | {(room, connection)}
                 raise
 
-    async def _appear_again(self, connection: Connection, room: str) -> None:
+    async def _enter_again(self, connection: Connection, room: str) -> None:
         if room not in connection._present:
             return
         await self._store.enter(room, connection.id, self._info(connection), timeout=self._timeout)
@@ -125,7 +113,7 @@ class PresenceTracker:
             await self._store.leave(room, connection.id, timeout=self._timeout)
 
     def __repr__(self) -> str:
-        return f"<PresenceTracker, {len(self._ghosts)} ghosts>"
+        return f"<PresenceTracker, {len(self._left_over)} entries to remove>"
 
 
 async def _together(work: Callable[[T], Coroutine[Any, Any, None]], items: Iterable[T]) -> None:

@@ -57,7 +57,8 @@ class Rooms:
     ) -> None:
         self._bus = bus
         self._history = history
-        self._presence = PresenceTracker(presence, bus, info=client_info, timeout=node.deadline)
+        self._presence = presence
+        self._tracker = PresenceTracker(presence, bus, info=client_info, timeout=node.deadline)
         self._local = LocalRooms(bus, hub, crosses_loops=node.crosses_loops)
         self._config = config
         self.node = node
@@ -67,7 +68,7 @@ class Rooms:
             node=node,
             rules=config.rules,
             rooms=self._local,
-            presence=self._presence,
+            presence=self._tracker,
             retention=self.retention,
             publish=self._send,
             stream=self._stream,
@@ -167,14 +168,14 @@ class Rooms:
     async def present(self, room: str) -> Mapping[str, bytes]:
         """Connection ids, with their client info as JSON. As ``Room.presence``."""
         self._check_presence(room)
-        found = await self._presence.members(room)
+        found = await self._presence.members(room, timeout=self.node.deadline)
         # Entries go to clients as they are, so one that is malformed is left out.
         return {client: info for client, info in found.items() if read_info(info) is not None}
 
     async def presence_stats(self, room: str) -> tuple[int, int]:
         """Connections and distinct users. Raises as ``Room.presence``."""
         self._check_presence(room)
-        return await self._presence.stats(room)
+        return await self._presence.stats(room, timeout=self.node.deadline)
 
     def _check_presence(self, room: str) -> None:
         self.node.ensure_started("presence")
@@ -241,7 +242,7 @@ class Rooms:
         for local_room in self._local:
             if local_room.stream is not None and local_room.name in rooms:
                 local_room.stream.restored()
-        self._start(None, self._presence.restore(self._local.connections))
+        self._start(None, self._tracker.restore(self._local.connections))
 
     def node_died(self, node: str, incarnation: str) -> None:
         """A node is dead, as the registry found: take its members out of the rooms that have members here."""
@@ -255,7 +256,8 @@ class Rooms:
         try:
             # Every node with members of the room does this; the one that removed an entry publishes the
             # leave.
-            for client, info in (await self._presence.reap(room, node, incarnation)).items():
+            removed = await self._presence.reap(room, node, incarnation, timeout=self.node.deadline)
+            for client, info in removed.items():
                 if publish_leaves:
                     await self._send(room, Left(client, info))
         except ClusterError as error:

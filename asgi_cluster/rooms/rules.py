@@ -29,7 +29,7 @@ _PARAMETER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConnectRequest:
-    """A client of the built-in endpoint wants to connect, or to go on after ``expires_in`` with a new token.
+    """A client of the built-in endpoint connects, or goes on after ``expires_in`` with a new token.
 
     ``data`` is what the client sent along, decoded; ``None`` when it sent nothing. ``user_id`` is the
     session's user, or the one that ``identify`` found, if any: in a refresh too, whoever the hook named when
@@ -74,7 +74,7 @@ class Connected:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoomRequest:
-    """A client wants to subscribe to a room, publish in it, or see its presence or history.
+    """A client is about to subscribe to a room, publish in it, or see its presence or history.
 
     ``params`` holds what the pattern's ``{names}`` matched; ``data`` what the client sent along, decoded, or
     ``None``.

@@ -178,7 +178,7 @@ class RoomStream:
         """
         self._reads += 1
         last, trusted_before = self.last, self._trusted
-        self._trusted = True  # unless another gap comes while we read
+        self._trusted = True  # unless another gap comes during the read
         limit = 0 if last is None and not full else None
         return Read(None if full else last, limit, full, trusted_before)
 

@@ -73,7 +73,7 @@ class SessionCache:
         return None
 
     def lease(self, handle: Handle) -> Lease:
-        """The lease that vouches for this session's bucket."""
+        """The lease of this session's bucket."""
         return self._lease(int(handle[:2], 16))
 
     def stale(self, handle: Handle) -> Entry | None:
@@ -172,7 +172,7 @@ class SessionCache:
         for handle in [h for h, e in self._flushed.items() if e.record is not None and e.record.user == user]:
             if handle != keep:
                 del self._flushed[handle]
-        # A read has no user yet, but the user's sessions live in the user's bucket.
+        # A read has no user yet, but the user's sessions are in the user's bucket.
         self._detach_bucket(bucket_of(user))
 
     def flush(self, buckets: frozenset[int] | None = None) -> None:

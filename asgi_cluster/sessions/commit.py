@@ -168,7 +168,7 @@ class Committer:
         return exists
 
     async def _renew_cookie(self, session: SessionData) -> None:
-        # The only Set-Cookie by a request that did not make the session. The store is asked now: a login, a
+        # The only Set-Cookie by a request that did not make the session. The store is read now: a login, a
         # logout or a rotation since this request was read must not be undone in the browser. What remains is
         # a response that is overtaken on its way.
         work, record = session.work, session.work.record
@@ -180,7 +180,8 @@ class Committer:
         except StoreUnavailable as error:
             logger.debug("the cookie of session %s was not renewed: %s", record.handle, error.reason)
             return
-        if not work.holds(record.handle) or fresh is None:
+        record = work.record  # another task of the request may have saved meanwhile
+        if record is None or fresh is None or record.handle != fresh.handle:
             return
         if compare_digest(fresh.secret, secret_hash(work.secret.encode())):
             work.record = msgspec.structs.replace(record, absolute_in=fresh.absolute_in)

@@ -17,7 +17,9 @@ __all__ = ["Cookie"]
 _CREDENTIALS = rb"([0-9a-f]{2}\.[A-Za-z0-9_-]{22})\.([A-Za-z0-9_-]{43})"
 
 _MOST = 4
-"""Cookies of our name that one request may have looked up: more are invented, and each may cost a read."""
+"""Cookies of the session's name that one request may have looked up: more are invented, and each may cost a
+read.
+"""
 
 Headers = Iterable[tuple[bytes, bytes]]
 Credentials = tuple[Handle, bytes]
@@ -31,8 +33,8 @@ class Cookie:
     def __init__(self, config: CookieConfig) -> None:
         self._name = config.wire_name
         # Only ";" separates cookies (RFC 6265 section 5.4). A browser lets a sibling subdomain set a cookie
-        # whose value holds a blank, our name and a value of ours: that is no cookie of ours. No blank either
-        # between name and "=": a browser guards the prefix of the exact name.
+        # whose value holds a blank, the session's name and a well-formed value: that is no session cookie.
+        # No blank either between name and "=": a browser guards the prefix of the exact name.
         name = re.escape(self._name.encode("latin-1"))
         pattern = re.compile(rb"(?:\A|;)[ \t]*" + name + rb"=" + _CREDENTIALS + rb"[ \t]*(?=;|\Z)")
         self._find = pattern.search

@@ -83,8 +83,8 @@ class Logins:
                 if replaced is not None:
                     record = await self._replace(session, replaced, record, known, own)
         except (StoreUnavailable, asyncio.CancelledError) as error:
-            in_doubt = not isinstance(error, StoreUnavailable) or error.outcome_unknown
-            if stored or in_doubt:
+            unknown = not isinstance(error, StoreUnavailable) or error.outcome_unknown
+            if stored or unknown:
                 await self._logouts.discard(new.handle, work.deadline(self._node))
             raise
         work.created_as(record, secret, sent_at)
@@ -165,17 +165,21 @@ class Logins:
         if outcome == "gone":
             raise StoreUnavailable("the user was logged out meanwhile")
         # A value that the app may hold stays the one that it sees, and counts as changed only when the app
-        # changes it.
+        # changes it. What another task of the request has assigned or removed meanwhile stays, too.
         kept = {
-            key: value for key in (*changed, *removed) if work.held_by_app(value := dict.get(session, key))
+            key
+            for key in (*changed, *removed)
+            if key in work.touched or work.held_by_app(dict.get(session, key))
         }
+        mine = {key: dict.__getitem__(session, key) for key in kept if dict.__contains__(session, key)}
         values.into(session)
         fields = {**record.fields, **changed}
         for key in removed:
-            dict.pop(session, key, None)
             fields.pop(key, None)
-        dict.update(session, kept)
-        fields.update({key: record.fields[key] for key in kept})
+        for key in (*removed, *kept):
+            dict.pop(session, key, None)
+        dict.update(session, mine)
+        fields.update({key: record.fields[key] for key in mine if key in record.fields})
         return msgspec.structs.replace(
             record, fields=fields, write_id=change.write_id, version=record.version + 1
         )

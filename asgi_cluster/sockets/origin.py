@@ -53,8 +53,8 @@ class Origins:
         return True
 
     def cors(self, scope: Mapping[str, Any]) -> list[tuple[bytes, bytes]]:
-        """Headers that let a page of ``allowed_origins`` read an answer of ours (Fetch standard, "CORS
-        protocol"). Empty where nothing was configured.
+        """Headers that let a page of ``allowed_origins`` read an answer of the middleware (Fetch standard,
+        "CORS protocol"). Empty where nothing was configured.
         """
         if self._allowed is None:
             return []

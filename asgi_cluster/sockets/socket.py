@@ -47,8 +47,8 @@ class Socket:
     """A WebSocket between handshake and end.
 
     ``send`` is the server's own ASGI ``send``. ``state`` is ``connecting`` until the handshake is answered,
-    then ``open``, and ``closed`` when it was closed by us or is gone. ``close_code`` is the code of a close
-    that *we* began; ``None`` without one.
+    then ``open``, and ``closed`` when it was closed by the cluster or is gone. ``close_code`` is the code
+    of a close that the cluster began; ``None`` without one.
     """
 
     __slots__ = (
@@ -212,7 +212,9 @@ class Socket:
         return True
 
     async def finished(self) -> None:
-        """Return when a close that we began has gone out, or was given up after ``close_timeout`` seconds."""
+        """Return when a close that the cluster began has gone out, or was given up after ``close_timeout``
+        seconds.
+        """
         if self.close_code is not None and self._closing is not None and not self._closing.done():
             await asyncio.wait((self._closing,))
 
@@ -287,7 +289,7 @@ class Socket:
         self.connection = None
 
     def call(self, function: Callable[..., object], *arguments: Any) -> None:
-        """Call something that belongs to this socket: at once, or on its own loop when we may be on
+        """Call something that belongs to this socket: at once, or on its own loop when the caller may be on
         another.
         """
         if not self.crosses_loops:
@@ -301,7 +303,7 @@ class Socket:
     # Receiving
 
     def guard_receive(self, receive: Receive) -> Receive:
-        """``receive`` for the app: it ends with the close code when we close the socket.
+        """``receive`` for the app: it ends with the close code when the cluster closes the socket.
 
         uvicorn wakes a pending ``receive`` itself when ``websocket.close`` is sent, and gets its own
         ``receive`` back. Other servers leave it waiting for the client.

@@ -139,7 +139,7 @@ async def test_remains_that_nobody_reaped(server_site: Site, monkeypatch: pytest
         key = f"{server_site.prefix}:{{room:r}}:in"
         assert set(await members(a)) == set(await members(a)) == {"c1"}
         assert set(server.hkeys(key)) == {b"c1", b"c2"}
-        monkeypatch.setattr(presence, "_STRANGER_FOR", 0.0)
+        monkeypatch.setattr(presence, "_UNREGISTERED_FOR", 0.0)
         assert set(await members(a)) == {"c1"}
         assert set(server.hkeys(key)) == {b"c1"}
 

@@ -138,7 +138,7 @@ async def test_presence_with_rooms_apart_is_not_tidied_away(
     apart: Apart, apart_site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Looking at a room removes nothing that belongs to a living node."""
-    monkeypatch.setattr("asgi_cluster.backends.redis.presence._STRANGER_FOR", 0.0)
+    monkeypatch.setattr("asgi_cluster.backends.redis.presence._UNREGISTERED_FOR", 0.0)
     node = await start(apart_site, apart, rules=[KEPT])
     async with node.client(await sign_in(node, "ada")) as client:
         await client.call("subscribe", {"channel": "kept:a"})

@@ -31,7 +31,7 @@ class Browser:
         """Another browser that has the same cookie now, and does not get what this one is sent later."""
         return Browser(self.cookies)
 
-    async def on(self, cluster: Cluster, work: Work) -> httpx.Response:
+    async def on(self, cluster: Cluster, work: Work, *, raise_app_exceptions: bool = False) -> httpx.Response:
         """Real Starlette inside the middleware, so that an exception of ``work`` is answered as in an app."""
 
         async def endpoint(request: Request) -> JSONResponse:
@@ -39,7 +39,7 @@ class Browser:
             return JSONResponse(await result if inspect.isawaitable(result) else result)
 
         app = Starlette(routes=[Route("/", endpoint)])
-        async with client_for(cluster, app, raise_app_exceptions=False) as client:
+        async with client_for(cluster, app, raise_app_exceptions=raise_app_exceptions) as client:
             client.cookies = self.cookies
             response = await client.get("/")
             self.cookies = client.cookies

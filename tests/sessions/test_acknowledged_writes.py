@@ -395,3 +395,35 @@ async def test_save_during_a_login_of_the_same_request(
         assert (await browser.on(cluster, work)).status_code == 200
         assert await browser.truth(cluster) == {"old": 1, "late": 2}
         assert (await browser.on(cluster, lambda session: session.user_id)).json() == "ada"
+
+
+@pytest.mark.parametrize("mine", [["mine"], "mine", None])
+async def test_assignment_during_a_login_that_another_request_overtakes(
+    redis_url: str, prefix: str, monkeypatch: pytest.MonkeyPatch, mine: object
+) -> None:
+    """Of the same key, by another task of the request that signs in: its value, or its removal, is kept."""
+    create = RedisSessionStore.create
+
+    async with nodes(redis_url, 1, prefix=prefix) as (cluster,):
+        browser = Browser()
+        await browser.on(cluster, put(old=1, both=["old"]))
+
+        async def work(session: Session) -> None:
+            assert session["old"] == 1
+
+            async def create_beside_others(self: RedisSessionStore, *arguments: Any, **options: Any) -> Any:
+                monkeypatch.setattr(RedisSessionStore, "create", create)
+                created = await create(self, *arguments, **options)
+                await browser.tab().on(cluster, put(both=["theirs"], new=["theirs"]))
+                if mine is None:
+                    del session["both"]
+                else:
+                    session.update(both=mine, new=mine)
+                return created
+
+            monkeypatch.setattr(RedisSessionStore, "create", create_beside_others)
+            await session.login("ada")
+
+        assert (await browser.on(cluster, work)).status_code == 200
+        kept = {"new": ["theirs"]} if mine is None else {"both": mine, "new": mine}
+        assert await browser.truth(cluster) == {"old": 1, **kept}

@@ -21,12 +21,14 @@ from asgi_cluster import (
     Cluster,
     ClusterMiddleware,
     CookieConfig,
+    Session,
     SessionConfig,
     StoreUnavailable,
     get_session,
 )
 from asgi_cluster.bus.lease import boot_clock
 from tests.sessions.app import Gate, client_for, make_app, nodes
+from tests.sessions.requests import Browser
 
 pytestmark = pytest.mark.quick
 
@@ -290,3 +292,29 @@ async def test_created_at_is_the_same_for_every_request(cluster_url: str, prefix
             assert [(await client.get("/")).json() for client in (here, there)] == [made.json()] * 2
         (info,) = await first.user("ada").sessions()
         assert info.created_at == datetime.fromisoformat(made.json())
+
+
+async def test_save_while_the_cookie_is_renewed(rolling: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another task of the request: it stays saved, and the response does not fail because of it."""
+    browser = Browser()
+    await browser.on(rolling, lambda session: session.login("ada"))
+    later(rolling, 1000)
+    store = type(rolling._parts.backend.store)
+    read = store.read
+
+    async def work(session: Session) -> None:
+        session.get("late")
+
+        async def read_beside_a_save(self: Any, *arguments: Any, **options: Any) -> Any:
+            monkeypatch.setattr(store, "read", read)
+            record = await read(self, *arguments, **options)
+            session["late"] = [2]
+            assert await session.save()
+            return record
+
+        monkeypatch.setattr(store, "read", read_beside_a_save)
+
+    response = await browser.on(rolling, work, raise_app_exceptions=True)
+    assert response.status_code == 200
+    assert "set-cookie" in response.headers
+    assert await browser.truth(rolling) == {"late": [2]}

@@ -120,19 +120,10 @@ class MemoryBroker:
                     callback(attachment)
             attachment.node, attachment.listens, attachment.incarnation = None, False, ""
 
-    def publish_sessions(self, payload: bytes) -> None:
-        """To every node."""
-        self._publish(payload)
-
-    def post(self, node: str, payload: bytes) -> None:
-        """To one node or publisher, if it is there."""
-        self._publish(payload, node=node)
-
-    def publish_room(self, room: str, payload: bytes) -> None:
-        """To every node that is subscribed to the room."""
-        self._publish(payload, room=room)
-
-    def _publish(self, payload: bytes, *, node: str | None = None, room: str | None = None) -> None:
+    def publish(self, payload: bytes, *, node: str | None = None, room: str | None = None) -> None:
+        """To every node; with ``node`` to that node or publisher, if it is there; with ``room`` to those
+        that are subscribed to it.
+        """
         with self.lock:
             self._queue.append((payload, node, room))
             if self._delivering:

@@ -26,10 +26,10 @@ class MemorySessionBus:
         return ""
 
     async def publish(self, bucket: int, payload: bytes, *, timeout: float) -> None:
-        self._broker.publish_sessions(payload)
+        self._broker.publish(payload)
 
     def post(self, node: str, payload: bytes) -> None:
-        self._broker.post(node, payload)
+        self._broker.publish(payload, node=node)
 
     async def reachable(self, *, timeout: float) -> None:
         """See ``SessionBus.reachable``: whatever is attached is."""
@@ -78,4 +78,4 @@ class MemoryRoomBus:
             self._attachment.rooms.discard(room)
 
     async def publish(self, room: str, payload: bytes, *, timeout: float) -> None:
-        self._broker.publish_room(room, payload)
+        self._broker.publish(payload, room=room)

@@ -96,7 +96,7 @@ class MemoryHistory:
             logs.entries.set(room, entries, now + ttl)
             if once is not None:
                 logs.once.set(once, position, now + ONCE)
-            self._broker.publish_room(room, seal_envelope(position, previous, payload))
+            self._broker.publish(seal_envelope(position, previous, payload), room=room)
             return position
 
     def _numbering(self, room: str, epoch: str) -> _Numbering:

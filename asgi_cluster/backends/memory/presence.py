@@ -48,7 +48,7 @@ class MemoryPresence:
             if not incarnation:
                 raise NotStarted("presence")
             if limit is not None:
-                there = self._living(room)
+                there = self._registered(room)
                 if client not in there and len(there) >= limit:
                     return False
             self._rooms.members.setdefault(room, {})[client] = (incarnation, info)
@@ -64,9 +64,9 @@ class MemoryPresence:
 
     async def members(self, room: str, *, timeout: float) -> Mapping[str, bytes]:
         with self._broker.lock:
-            return self._living(room)
+            return self._registered(room)
 
-    def _living(self, room: str) -> dict[str, bytes]:
+    def _registered(self, room: str) -> dict[str, bytes]:
         living = {each.incarnation for each in self._broker.nodes().values()}
         return {
             client: info

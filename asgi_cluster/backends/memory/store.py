@@ -153,10 +153,10 @@ class MemorySessionStore:
                 self._extend(handle, stored)
                 return "unchanged"
             if ended and not fields and stored.user is None:
-                self._broker.publish_sessions(ended)
+                self._broker.publish(ended)
                 self._sessions.remove(handle)
                 return "ended"
-            self._broker.publish_sessions(message)
+            self._broker.publish(message)
             stored.fields = fields
             stored.write_id = change.write_id
             stored.version += 1
@@ -194,7 +194,7 @@ class MemorySessionStore:
                 return "gone"
             if stored.secret != current:
                 return "conflict"
-            self._broker.publish_sessions(message)
+            self._broker.publish(message)
             stored.previous, stored.previous_until = current, self._broker.clock() + grace
             stored.secret = secret
             stored.write_id = write_id
@@ -209,7 +209,7 @@ class MemorySessionStore:
             stored = self._sessions.records.get(handle)
             if stored is not None and expected not in (None, stored.write_id):
                 return EndResult(sessions=0, nodes=(), overtaken=stored.write_id, fields=dict(stored.fields))
-            self._broker.publish_sessions(message)
+            self._broker.publish(message)
             return EndResult(sessions=int(self._sessions.remove(handle)), nodes=nodes)
 
     async def devices(self, user: UserId, *, timeout: float) -> Sequence[Device]:
@@ -245,7 +245,7 @@ class MemorySessionStore:
             mine = self._sessions.of_user.get(user, set())
             ended = sorted(mine - {keep})
             self._logged_out(user, epoch, None if keep in mine else keep)
-            self._broker.publish_sessions(name_ended(message, [handle[3:] for handle in ended]))
+            self._broker.publish(name_ended(message, [handle[3:] for handle in ended]))
             count = sum(self._sessions.remove(handle) for handle in ended)
             return EndResult(sessions=count, nodes=nodes, handles=ended)
 

@@ -35,7 +35,7 @@ class PrimaryClient:
     """Commands to one primary.
 
     A breaker spares callers the wait: when the server has not answered for a second, or cannot be reached for
-    as long, calls fail at once until a probe of ours is answered.
+    as long, calls fail at once until a probe is answered.
     """
 
     def __init__(self, primary: Primary) -> None:

@@ -121,7 +121,7 @@ class MultiplexedConnection:
             return
         self._writer.write(b"".join(chunks))
         if self._writer.transport.get_write_buffer_size() > _MAX_UNSENT:
-            # Bounded in bytes too: a server that reads nothing gets no more of our memory.
+            # Bounded in bytes too: a server that reads nothing gets no more of this process's memory.
             self.abort("the server does not read")
 
     async def run(self) -> None:

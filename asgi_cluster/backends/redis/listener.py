@@ -39,7 +39,7 @@ class Listener(Protocol):
         ...
 
     def message(self, channel: str, payload: bytes) -> None:
-        """It came on one of our channels."""
+        """It came on one of the subscriber's channels."""
         ...
 
     def gap(self, reason: str, channels: frozenset[str]) -> None:

@@ -2,7 +2,7 @@
 
 The hash tag ``{…}`` puts what belongs together into one Redis Cluster slot: everything of a user, everything
 of a room. Pub/Sub ignores the database, so channel names carry its number. On a Cluster channels are sharded
-and live in a slot.
+and belong to a slot.
 
 No two names are equal by accident. A prefix ends at the first ``{``, which it cannot contain; in a channel
 without a hash tag at the first ``:``, so that those of the prefix are written ``%3A`` there. What follows the
@@ -15,9 +15,9 @@ __all__ = ["Names"]
 
 
 class Names:
-    """Names for one prefix and database. ``sharded``: Redis Cluster, channels live in slots. ``apart``: where
-    the rooms are, when they have a URL of their own. A node is registered there as well, under other names:
-    both URLs may lead to one server.
+    """Names for one prefix and database. ``sharded``: Redis Cluster, channels belong to slots. ``apart``:
+    where the rooms are, when they have a URL of their own. A node is registered there as well, under other
+    names: both URLs may lead to one server.
     """
 
     __slots__ = ("_apart", "_channels", "_prefix", "apart", "publish", "sharded")

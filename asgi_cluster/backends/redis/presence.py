@@ -17,15 +17,15 @@ __all__ = ["RedisPresence"]
 
 _ROOM_TTL = 7 * 24 * 3600 * 1000
 """Milliseconds after the last arrival, or the last look, for which a room's presence stays when no node is
-left to clean it up: longer than sockets live."""
+left to clean it up: longer than sockets stay open."""
 
-_TRUSTED_FOR = 1.0
+_LIST_LASTS = 1.0
 """Seconds for which a list of the registered nodes is good enough: a dead one counts for four seconds
 anyhow.
 """
 
-_STRANGER_FOR = 10.0
-"""Seconds for which a node has to be unknown to the registry before a look at a room removes what it left
+_UNREGISTERED_FOR = 10.0
+"""Seconds for which a node has to be missing from the registry before a look at a room removes what it left
 there.
 """
 
@@ -43,9 +43,9 @@ class RedisPresence:
         self._topology = topology
         self._names = names
         self._registry = registry
-        self._living: frozenset[bytes] = frozenset()
-        self._asked_at = -_TRUSTED_FOR
-        self._strangers: dict[bytes, float] = {}
+        self._registered: frozenset[bytes] = frozenset()
+        self._listed_at = -_LIST_LASTS
+        self._missing_since: dict[bytes, float] = {}
 
     async def enter(
         self, room: str, client: str, info: bytes, *, limit: int | None = None, timeout: float
@@ -58,11 +58,11 @@ class RedisPresence:
         args: list[str | bytes | int] = [client, entry, _ROOM_TTL, "" if limit is None else limit]
         if await self._run("presence_enter", room, args, timeout):
             return True
-        _, strangers = await self._look(room, deadline)
-        if not strangers:
+        _, unregistered = await self._look(room, deadline)
+        if not unregistered:
             return False
         left = deadline - asyncio.get_running_loop().time()
-        return bool(await self._run("presence_enter", room, [*args, *strangers], left))
+        return bool(await self._run("presence_enter", room, [*args, *unregistered], left))
 
     async def leave(self, room: str, client: str, *, timeout: float) -> bool:
         key = self._names.room_in(room)
@@ -72,11 +72,11 @@ class RedisPresence:
             raise BusUnavailable(error.reason, outcome_unknown=error.outcome_unknown) from error
 
     async def members(self, room: str, *, timeout: float) -> Mapping[str, bytes]:
-        found, strangers = await self._look(room, asyncio.get_running_loop().time() + timeout)
-        return {client: info for client, owner, info in found if owner not in strangers}
+        found, unregistered = await self._look(room, asyncio.get_running_loop().time() + timeout)
+        return {client: info for client, owner, info in found if owner not in unregistered}
 
     async def _look(self, room: str, deadline: float) -> tuple[list[tuple[str, bytes, bytes]], set[bytes]]:
-        """The entries (connection id, owner, client info), and which owners are no living nodes."""
+        """The entries (connection id, owner, client info), and which owners are not registered."""
         clock = asyncio.get_running_loop().time
         found: list[tuple[str, bytes, bytes]] = []
         for client, entry in _pairs(
@@ -86,32 +86,34 @@ class RedisPresence:
             found.append((client.decode("utf-8", "replace"), owner + newline, info))
         owners = {owner for _, owner, _ in found}
         # A node that is not in the last list may have registered since: only then is it read early.
-        if not owners <= self._living or clock() - self._asked_at >= _TRUSTED_FOR:
-            await self._ask(deadline - clock())
-        strangers = owners - self._living
-        await self._tidy(room, strangers, deadline - clock())
-        return found, strangers
+        if not owners <= self._registered or clock() - self._listed_at >= _LIST_LASTS:
+            await self._list_nodes(deadline - clock())
+        unregistered = owners - self._registered
+        await self._tidy(room, unregistered, deadline - clock())
+        return found, unregistered
 
-    async def _tidy(self, room: str, strangers: set[bytes], timeout: float) -> None:
+    async def _tidy(self, room: str, unregistered: set[bytes], timeout: float) -> None:
         # No running node was in the room when a node died: its entries were not reaped, and no client waits
-        # for a leave. A node that has just started may be a stranger for a moment, so only one that stays a
-        # stranger is taken out.
+        # for a leave. A node that has just started may be missing from the list for a moment, so only one
+        # that stays missing is taken out.
         now = asyncio.get_running_loop().time()
-        self._strangers = {
-            owner: since for owner, since in self._strangers.items() if now - since < 10 * _STRANGER_FOR
+        self._missing_since = {
+            owner: since
+            for owner, since in self._missing_since.items()
+            if now - since < 10 * _UNREGISTERED_FOR
         }
-        for owner in strangers:
-            if now - self._strangers.setdefault(owner, now) >= _STRANGER_FOR:
+        for owner in unregistered:
+            if now - self._missing_since.setdefault(owner, now) >= _UNREGISTERED_FOR:
                 await self._run("presence_reap", room, [owner], timeout)
 
-    async def _ask(self, timeout: float) -> None:
-        asked_at = asyncio.get_running_loop().time()
+    async def _list_nodes(self, timeout: float) -> None:
+        listed_at = asyncio.get_running_loop().time()
         try:
             nodes = await self._registry.nodes(timeout=timeout)
         except StoreUnavailable as error:
             raise BusUnavailable(error.reason) from error
-        self._living = frozenset(_owner(node, info.incarnation) for node, info in nodes.items())
-        self._asked_at = asked_at
+        self._registered = frozenset(_owner(node, info.incarnation) for node, info in nodes.items())
+        self._listed_at = listed_at
 
     async def stats(self, room: str, *, timeout: float) -> tuple[int, int]:
         return count_people(await self.members(room, timeout=timeout))

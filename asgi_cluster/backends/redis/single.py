@@ -1,4 +1,4 @@
-"""Where the keys live, and how to reach them."""
+"""Where the keys are, and how to reach them."""
 
 from __future__ import annotations
 

@@ -218,7 +218,7 @@ class SubscriberSet:
         reports = [each.report for each in heartbeats if each.report is not None]
         ground = common_ground(reports, len(heartbeats))
         if len({report.epoch for report in reports}) > 1:
-            # A primary has been replaced, maybe one in our table: look it up soon.
+            # A primary has been replaced, maybe one in this node's table: look it up soon.
             self.topology.refresh_soon()
         if ground is None:
             return

@@ -17,7 +17,7 @@ class Commands(Protocol):
     """Commands, each to the primary that has its key."""
 
     sharded: bool
-    """Redis Cluster: channels live in slots, publish with SPUBLISH."""
+    """Redis Cluster: channels belong to slots, publish with SPUBLISH."""
 
     async def call(self, key: str, *args: str | bytes | int, timeout: float) -> Any:
         """One command, to the primary that has ``key``. Replies are bytes, int, list, dict or ``None``.
@@ -67,7 +67,7 @@ class Primaries(Protocol):
         ...
 
     def tag_at(self, primary: Primary) -> str | None:
-        """A hash tag whose keys live on ``primary``; ``None`` when it has no slots."""
+        """A hash tag whose keys are on ``primary``; ``None`` when it has no slots."""
         ...
 
     def watch(self, changed: Callable[[], None] | None) -> None:
