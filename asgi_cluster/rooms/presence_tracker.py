@@ -47,6 +47,7 @@ class PresenceTracker:
         if connection.outbox.closed:
             return True
         connection._present[room] = None  # before: an entry whose reply was lost has to go, too
+        self._ghosts.discard((room, connection.id))  # it is no ghost any more
         if self._incarnation is None:
             self._incarnation = self._bus.incarnation
         info = self._info(connection)
@@ -67,6 +68,9 @@ class PresenceTracker:
             await self._store.leave(room, connection.id, timeout=self._timeout)
         except ClusterError:
             self._ghosts.add((room, connection.id))
+        except asyncio.CancelledError:
+            self._ghosts.add((room, connection.id))  # it may not have been sent
+            raise
 
     async def remove_from(self, connection: Connection, rooms: Iterable[str]) -> None:
         """``remove`` from several rooms at once."""
@@ -107,14 +111,10 @@ class PresenceTracker:
         )
 
     async def _bury(self) -> None:
-        ghosts, self._ghosts = self._ghosts, set()
-        while ghosts:
-            room, connection = ghosts.pop()
-            try:
-                await self._store.leave(room, connection, timeout=self._timeout)
-            except ClusterError:
-                self._ghosts |= ghosts | {(room, connection)}
-                raise
+        for ghost in tuple(self._ghosts):
+            if ghost in self._ghosts:  # else it has entered again meanwhile
+                await self._store.leave(*ghost, timeout=self._timeout)
+                self._ghosts.discard(ghost)
 
     async def _appear_again(self, connection: Connection, room: str) -> None:
         if room not in connection._present:
