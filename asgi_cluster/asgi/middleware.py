@@ -7,6 +7,7 @@ its shutdown.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -99,7 +100,7 @@ class ClusterMiddleware:
         response = Response(self._headers, scope, send, session)
         try:
             await app(scope, receive, response.message)
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             ours = error_of_ours(error)
             if not response.started:
                 if ours is not None:

@@ -188,7 +188,8 @@ class Memberships:
             except RuntimeError:
                 return  # the node is stopping: the one that removes it from the registry publishes the leave
 
-        connection.socket.call(start)
+        # Its own loop may be about to end the socket's tasks: what waits for a turn there would be too late.
+        connection.socket.call(start, at_once=True)
 
 
 def client_info(connection: Connection) -> bytes:

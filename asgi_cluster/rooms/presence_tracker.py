@@ -47,6 +47,7 @@ class PresenceTracker:
         if connection.outbox.closed:
             return True
         connection._present[room] = None  # before: an entry whose reply was lost has to go, too
+        self._left_over.discard((room, connection.id))  # it is there again
         if self._incarnation is None:
             self._incarnation = self._bus.incarnation
         info = self._info(connection)
@@ -67,6 +68,9 @@ class PresenceTracker:
             await self._store.leave(room, connection.id, timeout=self._timeout)
         except ClusterError:
             self._left_over.add((room, connection.id))
+        except asyncio.CancelledError:
+            self._left_over.add((room, connection.id))  # it may not have been sent
+            raise
 
     async def remove_from(self, connection: Connection, rooms: Iterable[str]) -> None:
         """``remove`` from several rooms at once."""
@@ -95,14 +99,10 @@ class PresenceTracker:
         )
 
     async def _remove_left_over(self) -> None:
-        left_over, self._left_over = self._left_over, set()
-        while left_over:
-            room, connection = left_over.pop()
-            try:
-                await self._store.leave(room, connection, timeout=self._timeout)
-            except ClusterError:
-                self._left_over |= left_over | {(room, connection)}
-                raise
+        for entry in tuple(self._left_over):
+            if entry in self._left_over:  # else it has entered again meanwhile
+                await self._store.leave(*entry, timeout=self._timeout)
+                self._left_over.discard(entry)
 
     async def _enter_again(self, connection: Connection, room: str) -> None:
         if room not in connection._present:

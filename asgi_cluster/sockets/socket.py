@@ -288,11 +288,12 @@ class Socket:
         # What is left refers to the app's scope and buffers, and a stored socket would keep them alive.
         self.connection = None
 
-    def call(self, function: Callable[..., object], *arguments: Any) -> None:
+    def call(self, function: Callable[..., object], *arguments: Any, at_once: bool = False) -> None:
         """Call something that belongs to this socket: at once, or on its own loop when the caller may be on
-        another.
+        another. There it waits for its turn, or one call could overtake another, unless ``at_once`` and the
+        caller is on that loop.
         """
-        if not self.crosses_loops:
+        if not self.crosses_loops or (at_once and _running_loop() is self.loop):
             function(*arguments)
             return
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 
 import pytest
 from starlette.applications import Starlette
@@ -10,13 +11,13 @@ from starlette.routing import WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from asgi_cluster import Cluster, ClusterMiddleware
-
-pytestmark = pytest.mark.quick
+from asgi_cluster import Cluster, ClusterMiddleware, RoomRule
+from tests.realtime.site import Site
 
 _ROUNDS = 20
 
 
+@pytest.mark.quick
 async def test_test_client_beside_another_loop(prefix: str) -> None:
     """Starlette's TestClient, on a thread and a loop of its own, works with a cluster that nobody started and
     that is used from here as well: its messages, broadcasts from here, and a close from here that its app
@@ -70,3 +71,23 @@ async def test_test_client_beside_another_loop(prefix: str) -> None:
     assert ended == [4000]
     assert groups == [False]
     assert not strangers
+
+
+async def test_the_last_leave_of_a_socket_is_published_without_a_start(prefix: str) -> None:
+    """Without a start a socket owns the tasks that publish its joins and leaves, and they end with it."""
+    async with AsyncExitStack() as stack:
+        site = Site(f"memory://{prefix}", prefix, stack)
+        node = await site.node(
+            server={"lifespan": "off"}, rules=[RoomRule("room", subscribe=True, join_leave=True)]
+        )
+        async with node.client() as stays:
+            await stays.call("subscribe", {"channel": "room"})
+            async with node.client() as goes:
+                await goes.call("subscribe", {"channel": "room"})
+            async with asyncio.timeout(5):
+                pushes = [await stays.push() for _ in range(3)]
+    assert [("join" in push, "leave" in push) for push in pushes] == [
+        (True, False),
+        (True, False),
+        (False, True),
+    ]

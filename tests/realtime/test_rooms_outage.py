@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import AsyncExitStack
 
 import pytest
@@ -44,3 +45,70 @@ async def test_client_that_leaves_while_redis_is_away(valkey: Server, prefix: st
                 return await present() == 1
 
             await eventually(one_left, timeout=20)
+
+
+async def test_client_that_leaves_during_an_outage_and_comes_back_stays_present(
+    valkey: Server, prefix: str
+) -> None:
+    """What could not be removed is removed when Redis is back, but for a client that is in the room again."""
+    async with AsyncExitStack() as stack:
+        proxy = await stack.enter_async_context(Proxy(valkey.url))
+        near = await Site(proxy.url, prefix, stack).node(rules=[ROOM])
+        far = await Site(valkey.url, prefix, stack).node(rules=[ROOM])
+
+        async def present() -> int:
+            return len(await far.cluster.room("room").presence())
+
+        async with near.client() as returning, near.client() as leaving:
+            for each in (returning, leaving):
+                await each.call("subscribe", {"channel": "room"})
+            proxy.stall("down", only=b"EVALSHA")
+            await returning.call("unsubscribe", {"channel": "room"})
+            assert await present() == 1
+            proxy.heal()
+
+            async def entered() -> bool:
+                return "subscribe" in await returning.call("subscribe", {"channel": "room"})
+
+            await eventually(entered)
+            assert await present() == 2
+            proxy.cut()
+            await leaving.call("unsubscribe", {"channel": "room"})
+            assert await present() == 2
+            proxy.heal()
+
+            async def one_left() -> bool:
+                return await present() == 1
+
+            await eventually(one_left, timeout=20)
+            # On the connection that removed the other, so after whatever else it was to remove.
+            assert len(await near.cluster.room("room").presence()) == 1
+
+
+async def test_leave_that_is_cancelled_while_redis_is_away(valkey: Server, prefix: str) -> None:
+    """It was not sent, and who left is not present for ever."""
+    async with AsyncExitStack() as stack:
+        proxy = await stack.enter_async_context(Proxy(valkey.url))
+        near = await Site(proxy.url, prefix, stack).node(rules=[ROOM])
+        far = await Site(valkey.url, prefix, stack).node(rules=[ROOM])
+
+        async def present() -> int:
+            return len(await far.cluster.room("room").presence())
+
+        async with near.client() as client:
+            await client.call("subscribe", {"channel": "room"})
+            (connection,) = near.connections
+            proxy.cut()
+            await eventually(lambda: not near.cluster.stats().bus.connected)
+            leaving = asyncio.create_task(connection.leave("room"))
+            await eventually(lambda: not connection.rooms)
+            leaving.cancel()
+            await asyncio.wait([leaving])
+            assert leaving.cancelled()
+            assert await present() == 1
+            proxy.heal()
+
+            async def nobody() -> bool:
+                return await present() == 0
+
+            await eventually(nobody, timeout=20)

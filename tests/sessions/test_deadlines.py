@@ -336,6 +336,26 @@ async def test_login_whose_request_fails_leaves_no_session(cluster_url: str, pre
         assert await cluster.user("ada").sessions() == []
 
 
+@pytest.mark.quick
+async def test_login_whose_request_is_cancelled_leaves_no_session(cluster_url: str, prefix: str) -> None:
+    """The server cancels a request that has signed in and not answered: nobody gets that cookie either."""
+    signed_in = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await get_session(scope).login("ada")
+        signed_in.set()
+        await asyncio.Event().wait()
+
+    async with nodes(cluster_url, 1, prefix=prefix) as (cluster,), client_for(cluster, app) as client:
+        request = asyncio.create_task(client.get("/"))
+        await signed_in.wait()
+        assert len(await cluster.user("ada").sessions()) == 1
+        request.cancel()
+        await asyncio.wait([request])
+        assert request.cancelled()
+        assert await cluster.user("ada").sessions() == []
+
+
 async def test_login_in_a_stall(prefix: str) -> None:
     """The server stands still and carries the login out later: 503 within the deadline, and when the server
     goes on nothing is left of it.
