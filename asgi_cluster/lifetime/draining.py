@@ -134,7 +134,7 @@ class Drainer:
 
     def _forward(self) -> None:
         # Every signal but the one that is held back.
-        with suppress(BlockingIOError):
+        with suppress(OSError):  # there is none, or the loop has closed its file descriptor
             numbers = self._reader.recv(4096).replace(bytes([signal.SIGTERM]), b"")
             if numbers:
                 os.write(self._fd, numbers)
@@ -145,7 +145,11 @@ class Drainer:
         if signal.getsignal(signal.SIGTERM) == self._handle:
             signal.signal(signal.SIGTERM, self._previous)
         if self._fd != -1:
-            fd = signal.set_wakeup_fd(self._fd, warn_on_full_buffer=False)
+            try:
+                fd = signal.set_wakeup_fd(self._fd, warn_on_full_buffer=False)
+            except (OSError, ValueError):
+                # uvloop closes its own each time it has run; the number may be another file's by now.
+                fd = signal.set_wakeup_fd(-1)
             if fd != self._writer.fileno():
                 signal.set_wakeup_fd(fd, warn_on_full_buffer=False)  # the loop has set its own already
             self._loop.remove_reader(self._reader)

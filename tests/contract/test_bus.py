@@ -1,4 +1,4 @@
-"""What every bus does when nothing goes wrong. Faults are in ``tests/faults`` and ``tests/bus``."""
+"""What every bus does when nothing goes wrong. Faults are in ``tests/bus``."""
 
 from __future__ import annotations
 

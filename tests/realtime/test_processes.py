@@ -6,6 +6,7 @@ import asyncio
 import signal
 from dataclasses import replace
 
+import psutil
 import pytest
 
 from asgi_cluster import Cluster
@@ -41,6 +42,27 @@ async def test_ctrl_c_without_lifespan(server: str, redis_url: str, prefix: str)
         node.signal(signal.SIGINT)
         assert node.process is not None
         await asyncio.to_thread(node.process.wait, 60)
+        assert len(await observer.nodes()) == 1
+        for bad in ("Traceback", "never retrieved", "was destroyed", "never awaited"):
+            assert bad not in node.log(), node.log()
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("server", ["granian", "gunicorn, uvicorn worker", "uvicorn, 2 workers"])
+async def test_ctrl_c_in_a_terminal(server: str, redis_url: str, prefix: str) -> None:
+    """It is for the server and its workers at once: the nodes sign off, and no error is logged.
+
+    granian's worker stops its event loop for it, and gets a SIGTERM from its parent meanwhile.
+    """
+    env = {"ASGI_CLUSTER_URL": redis_url, "PREFIX": prefix}
+    async with Cluster(redis_url, prefix=prefix) as observer, running(server, APP, env=env) as node:
+        client = Client(node)
+        async with client.socket("/realtime/websocket"), client.socket("/realtime/websocket"):
+            main = psutil.Process(node.pid)
+            for process in (*main.children(), main):
+                process.send_signal(signal.SIGINT)
+            assert node.process is not None
+            await asyncio.to_thread(node.process.wait, 60)
         assert len(await observer.nodes()) == 1
         for bad in ("Traceback", "never retrieved", "was destroyed", "never awaited"):
             assert bad not in node.log(), node.log()
