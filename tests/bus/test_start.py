@@ -61,9 +61,35 @@ async def test_a_wrong_password(prefix: str, caplog: pytest.LogCaptureFixture) -
 
 
 async def test_a_missing_password(prefix: str) -> None:
-    """It says so."""
+    """It says so, and not that the server refused one."""
     with start_valkey("--requirepass", "right") as server:
-        assert "password" in await refusal(f"redis://127.0.0.1:{server.port}", prefix)
+        told = await refusal(f"redis://127.0.0.1:{server.port}", prefix)
+        assert "wants a password and was given none (redis://:password@host" in told
+
+
+async def test_a_database_that_is_not_there(valkey: Server, prefix: str) -> None:
+    """The path of the URL is named as what is wrong."""
+    told = await refusal(f"redis://127.0.0.1:{valkey.port}/99", prefix)
+    assert "no database of the number in the URL's path" in told
+
+
+async def test_a_database_of_a_cluster_server(prefix: str) -> None:
+    """A server of a Redis Cluster has the database 0 only."""
+    async with FakeServer({b"SELECT": b"-ERR SELECT is not allowed in cluster mode\r\n"}) as server:
+        told = await refusal(f"{server.url.removesuffix('/0')}/1", prefix)
+    assert "no database of the number in the URL's path" in told
+
+
+async def test_a_sentinel_url_for_a_server(valkey: Server, prefix: str) -> None:
+    """A server that is no Sentinel is called so."""
+    told = await refusal(f"redis+sentinel://127.0.0.1:{valkey.port}/mymaster", prefix)
+    assert f"127.0.0.1:{valkey.port}: this is no Sentinel" in told
+
+
+async def test_another_kind_of_server(prefix: str) -> None:
+    """What answers like a web server is called no Redis server."""
+    async with FakeServer({b"HELLO": b"HTTP/1.1 400 Bad Request\r\n\r\n"}) as server:
+        assert "this is no Redis server" in await refusal(server.url, prefix)
 
 
 async def test_a_server_that_is_too_old(prefix: str) -> None:

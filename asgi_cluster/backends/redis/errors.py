@@ -12,6 +12,7 @@ from redis.exceptions import (
     AuthorizationError,
     BusyLoadingError,
     ConnectionError,
+    InvalidResponse,
     NoPermissionError,
     ResponseError,
 )
@@ -33,6 +34,22 @@ NOT_EXECUTED = ("MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN", "NOSCRIPT", "LOADING"
 
 _COMMAND = re.compile(r"no permissions to run the '([\w|-]+)' command")
 _IN_SCRIPT = re.compile(r"@user_script: ?\d+: -?([A-Z]{3,}) ")
+
+_NO_PASSWORD = re.compile(
+    "authentication required|must be called with the client already authenticated", re.I
+)
+_MISTAKES = (
+    (
+        re.compile(r"unknown command ['`]hello\b", re.I),
+        "the server is too old: Redis 6.2 or newer is needed (it has no HELLO)",
+    ),
+    (re.compile(r"unknown command ['`]sentinel\b", re.I), "this is no Sentinel"),
+    (
+        re.compile("DB index is out of range|invalid DB index|SELECT is not allowed"),
+        "it has no database of the number in the URL's path",
+    ),
+)
+"""Replies to a URL that names another server than it means, and what is wrong then."""
 
 
 class ConnectionBroken(Exception):
@@ -81,20 +98,25 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, AuthenticationError | AuthorizationError) and not isinstance(
         error, NoPermissionError
     ):
+        if _NO_PASSWORD.search(str(error)):
+            return "the server wants a password and was given none (redis://:password@host:6379/0)"
         return "the server refused the user name or password"
     if isinstance(error, NoPermissionError):
         return f"the user lacks a permission: {error}"
     if isinstance(error, BusyLoadingError):
         return "the server is loading its data"
     if isinstance(error, ResponseError):
-        if "unknown command" in str(error).lower() and "hello" in str(error).lower():
-            return "the server is too old: Redis 6.2 or newer is needed (it has no HELLO)"
+        for pattern, reason in _MISTAKES:
+            if pattern.search(str(error)):
+                return reason
         word = first_word(error)
         if word == "NOPERM":
             command = _COMMAND.search(str(error))
             what = f"to run '{command[1]}'" if command else "for a command that a script of this package runs"
             return f"the user lacks the permission {what}: docs/security.md lists what is needed"
         return f"the server answered {word}"
+    if isinstance(error, InvalidResponse):
+        return "this is no Redis server: what it answered is not Redis's protocol"
     if isinstance(error, RedisTimeoutError | TimeoutError):
         return "no answer in time"
     if isinstance(error, ConnectionError):
