@@ -8,7 +8,15 @@ import random
 from collections.abc import Callable, Coroutine, MutableMapping
 from typing import Any
 
-__all__ = ["Failing", "check_loop", "keep_running", "running_asyncio_loop", "spawn", "stop_if_cancelled"]
+__all__ = [
+    "Failing",
+    "cancellations",
+    "check_loop",
+    "keep_running",
+    "running_asyncio_loop",
+    "spawn",
+    "stop_if_cancelled",
+]
 
 logger = logging.getLogger("asgi_cluster.tasks")
 
@@ -95,8 +103,15 @@ async def keep_running(
         failing.pop(key, None)
 
 
-def stop_if_cancelled() -> None:
-    """For a loop that goes on after a ``TaskGroup`` of its own has failed.
+def cancellations() -> int:
+    """How often the running task has been cancelled, and goes on all the same."""
+    task = asyncio.current_task()
+    return 0 if task is None else task.cancelling()
+
+
+def stop_if_cancelled(before: int = 0) -> None:
+    """For what goes on after a ``TaskGroup`` of its own has failed. ``before``: ``cancellations`` when it
+    began, in a task that may have been cancelled before that.
 
     When a child fails and the task is cancelled in the same moment, Python before 3.13 raises the child's
     error and the cancellation is lost: a caller that waits for the loop's end waits for ever.
@@ -104,8 +119,7 @@ def stop_if_cancelled() -> None:
     Raises:
         asyncio.CancelledError: the task has been cancelled.
     """
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
+    if cancellations() > before:
         raise asyncio.CancelledError
 
 

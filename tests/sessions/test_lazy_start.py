@@ -116,6 +116,30 @@ def test_loop_that_ends(prefix: str, caplog: pytest.LogCaptureFixture, lost: boo
     assert caplog.records[-1].getMessage().startswith(last.format(cluster.node))
 
 
+@pytest.mark.parametrize("servers", ["sentinel_set", "redis_cluster"])
+def test_loop_that_ends_with_other_topologies(
+    request: pytest.FixtureRequest, prefix: str, caplog: pytest.LogCaptureFixture, servers: str
+) -> None:
+    """The node signs off there, too: it has to find the servers again, in a task that was cancelled."""
+    caplog.set_level(logging.INFO)
+    url = request.getfixturevalue(servers).url
+    cluster, app = make(url, prefix)
+
+    async def serve_one_request() -> None:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            assert (await http.get("/visit")).text == "1"
+
+    asyncio.run(serve_one_request())
+    assert f"node {cluster.node} stopped" in caplog.messages
+
+    async def registered() -> list[str]:
+        async with Cluster(url, prefix=prefix, listen=False) as publisher:
+            return [found.id for found in await publisher.nodes()]
+
+    assert asyncio.run(registered()) == []
+
+
 async def test_error_of_another_kind(
     redis_url: str, prefix: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from redis.exceptions import RedisError
 from asgi_cluster.backends.redis.connection import MultiplexedConnection
 from asgi_cluster.backends.redis.errors import ConnectionBroken, is_timeout, reason_of
 from asgi_cluster.exceptions import StoreUnavailable
-from asgi_cluster.tasks import stop_if_cancelled
+from asgi_cluster.tasks import cancellations, stop_if_cancelled
 
 __all__ = ["ReconnectLoop", "connected"]
 
@@ -27,6 +27,7 @@ async def connected(opening: Awaitable[MultiplexedConnection]) -> AsyncIterator[
     The first error, of the block or of the connection, ends both, and is raised as it is.
     """
     connection = await opening
+    before = cancellations()  # a node that signs off when its loop ends does it in a cancelled task
     error: Exception | None = None
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -37,7 +38,7 @@ async def connected(opening: Awaitable[MultiplexedConnection]) -> AsyncIterator[
         error = _first_of(group)
     finally:
         await connection.close()
-    stop_if_cancelled()
+    stop_if_cancelled(before)
     if error is not None:
         raise error
 
