@@ -142,8 +142,8 @@ class Handshake:
             self.answered = True
             self._shared.hub.unregister(self.socket)
         elif kind == "websocket.http.response.start":
-            self.answered = True
             await self._shared.service.committer.commit(self._state.session)
+            self.answered = True
             message = self._shared.headers.with_cookie(self._scope, self._state.session, message)
         await self._send(message)
 

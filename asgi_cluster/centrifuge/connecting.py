@@ -58,7 +58,7 @@ class Connecting:
     async def _connect(self, command_id: int, request: ConnectCommand) -> None:
         client, hub, connection = self._client, self._client.services.hub, self._client.connection
         began, since = hub.logouts.last, boot_clock()
-        answer = await self._ask(request.token, request.data, request.headers)
+        answer = await self._answer(request.token, request.data, request.headers)
         user = self._named_by(answer)
         if user != connection.user_id:
             hub.set_user(connection.socket, user, since=since)
@@ -103,7 +103,7 @@ class Connecting:
             }
         return result
 
-    async def _ask(self, token: str, data: Raw, headers: dict[str, str]) -> Connected:
+    async def _answer(self, token: str, data: Raw, headers: dict[str, str]) -> Connected:
         hook = self._client.services.config.connect
         if hook is None:
             return Connected()
@@ -143,7 +143,7 @@ class Connecting:
         """Call the app's hook again, with a new token. ``None``: the client was closed."""
         if self._client.services.config.connect is None or self._expiry is None:
             raise ReplyError(ErrorCode.NOT_AVAILABLE)
-        answer = await self._ask(request.token, Raw(), {})
+        answer = await self._answer(request.token, Raw(), {})
         if self._named_by(answer) != self._client.connection.user_id:
             # As the reference server: a connection keeps its user.
             self._client.end(CloseCode.INVALID_TOKEN)

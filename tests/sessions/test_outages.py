@@ -24,6 +24,7 @@ from asgi_cluster import (
     SessionConfig,
     SessionConflict,
     StoreUnavailable,
+    get_session,
 )
 from asgi_cluster.bus.lease import boot_clock
 from tests.bus.nodes import beats
@@ -303,6 +304,29 @@ async def test_handshake_and_open_sockets(own: Server, prefix: str) -> None:
                 assert early.close_code == 4101
             finally:
                 own.resume()
+
+
+async def test_denied_handshake_whose_session_cannot_be_saved(own: Server, prefix: str) -> None:
+    """The close code of every handshake that Redis cannot answer for, and not a 500."""
+
+    async def deny(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        get_session(scope)["denied"] = True
+        await send({"type": "websocket.http.response.start", "status": 401, "headers": []})
+        await send({"type": "websocket.http.response.body", "body": b""})
+
+    async with serve(ClusterMiddleware(deny, Cluster(own.url, prefix=prefix))) as node:
+        with pytest.raises(websockets.InvalidStatus) as denied:
+            await websockets.connect(node.ws_url)
+        assert denied.value.response.status_code == 401
+        own.pause()
+        try:
+            async with websockets.connect(node.ws_url) as late:
+                with pytest.raises(websockets.ConnectionClosed):
+                    await late.recv()
+                assert late.close_code == 4100
+        finally:
+            own.resume()
 
 
 @pytest.mark.parametrize("policy", ["raise", "local"])

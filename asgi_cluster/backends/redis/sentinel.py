@@ -78,7 +78,7 @@ class _Sentinel:
             service, _, _, host, port = payload.decode().split(" ")
             self._topology.switched(service, (host, int(port)))
 
-    async def ask(self, service: str) -> tuple[int, HostPort] | None:
+    async def primary_of(self, service: str) -> tuple[int, HostPort] | None:
         """Its config epoch for the service, and where the primary is; ``None`` when it has no such service or
         does not answer.
         """
@@ -86,9 +86,9 @@ class _Sentinel:
             return None
         try:
             async with asyncio.timeout(_ANSWER):
-                asked = self._connection.send("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
+                address = self._connection.send("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
                 details = self._connection.send("SENTINEL", "MASTER", service)
-                place = await asked
+                place = await address
                 if place is None:
                     self.reason, self.late = f"has no service {service!r}", False
                     return None
@@ -167,7 +167,9 @@ class SentinelTopology(OnePrimary):
         deadline = asyncio.get_running_loop().time() + _PATIENCE
         while True:
             changed = self._changed
-            answers = await asyncio.gather(*[sentinel.ask(self._service) for sentinel in self._sentinels])
+            answers = await asyncio.gather(
+                *[sentinel.primary_of(self._service) for sentinel in self._sentinels]
+            )
             known = sorted(filter(None, answers), reverse=True)
             if known:
                 self._epoch = known[0][0]
@@ -190,7 +192,7 @@ class SentinelTopology(OnePrimary):
 
     async def compare(self) -> None:
         """A sentinel is back: there may have been a failover while it was away."""
-        answers = await asyncio.gather(*[sentinel.ask(self._service) for sentinel in self._sentinels])
+        answers = await asyncio.gather(*[sentinel.primary_of(self._service) for sentinel in self._sentinels])
         epoch, place = max(filter(None, answers), default=(-1, ("", 0)))
         if self._epoch < epoch and self._place not in (None, place):
             self._epoch = epoch

@@ -20,8 +20,8 @@ from asgi_cluster.backends.redis.single import Routed
 from asgi_cluster.backends.redis.slots import (
     SLOTS,
     View,
-    ask_for_slots,
     parse_redirect,
+    read_slots,
     slot_of,
     tags,
 )
@@ -35,7 +35,7 @@ logger = logging.getLogger("asgi_cluster.redis")
 
 _LOOK_EVERY = 10.0
 _LOOK_WHILE_TROUBLED = 0.25
-_ASKED_AT_ONCE = 5
+_READ_AT_ONCE = 5
 _RETRY_PAUSE = 0.02
 
 
@@ -61,7 +61,7 @@ class ClusterTopology(Routed):
             self._tasks = tasks
             self._refresh_wanted = asyncio.Event()
             try:
-                self._adopt(await ask_for_slots(self._seeds))
+                self._adopt(await read_slots(self._seeds))
                 clients = [shard.commands for shard in self._shards.values()]
                 await asyncio.gather(*[client.reconnecting.started for client in clients])
                 tasks.keep(self._watch_slots, name="slots")
@@ -76,8 +76,8 @@ class ClusterTopology(Routed):
     async def _look(self) -> View | None:
         """By way of the shards, some at once: the healthy one with the newest epoch is right."""
         shards = [shard for shard in self._shards.values() if shard.commands.answering]
-        asked = random.sample(shards, min(len(shards), _ASKED_AT_ONCE))
-        views = await asyncio.gather(*[shard.look() for shard in asked])
+        some = random.sample(shards, min(len(shards), _READ_AT_ONCE))
+        views = await asyncio.gather(*[shard.look() for shard in some])
         known = [view for view in views if view is not None]
         return max(known, key=lambda seen: seen[0])[1] if known else None
 
@@ -91,7 +91,7 @@ class ClusterTopology(Routed):
                 pass
             self._refresh_wanted.clear()
             try:
-                view = await self._look() or await ask_for_slots(self._seeds)
+                view = await self._look() or await read_slots(self._seeds)
             except StoreUnavailable as error:
                 logger.debug("the slots could not be looked up: %s", error.reason)
                 continue

@@ -17,10 +17,10 @@ from asgi_cluster.exceptions import StoreUnavailable
 __all__ = [
     "SLOTS",
     "View",
-    "ask_for_slots",
     "facts_of",
     "parse_redirect",
     "parse_slots",
+    "read_slots",
     "slot_of",
     "tags",
 ]
@@ -70,7 +70,7 @@ def tags() -> list[str]:
     return [f"beat{number}" for number in range(1000)]
 
 
-async def ask_for_slots(seeds: Sequence[Address]) -> View:
+async def read_slots(seeds: Sequence[Address]) -> View:
     """What the addresses in the URL report, tried one after the other. Raises ``StoreUnavailable``."""
     reasons: list[str] = []
     for seed in seeds:
