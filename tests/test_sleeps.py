@@ -22,7 +22,6 @@ REASONS = {
     "bus/test_minority.py::test_primary_that_its_peers_replaced": NOTHING,
     "bus/test_outages.py::test_no_lease_before_every_subscription_is_acknowledged": NOTHING,
     "bus/test_registry.py::test_registration_lost_in_a_blocked_loop": "blocks the event loop: its subject",
-    "bus/test_rooms.py::test_join_and_leave_races_end_as_the_last_step_says": "ticks of the loop",
     "bus/traffic.py::Health": WORK,
     "bus/traffic.py::Traffic": WORK,
     "contract/test_moving_slot.py::Followed": "the pause before a command is repeated, as in the package",
