@@ -45,48 +45,54 @@ async def until(present: Callable[[], Awaitable[int]], count: int) -> None:
 @pytest.mark.parametrize("leaving", ["unsubscribes", "goes"])
 async def test_client_that_leaves_while_redis_is_away(valkey: Server, prefix: str, leaving: str) -> None:
     """Its presence ends when Redis is back, for the nodes that were not cut off, too."""
-    async with two_nodes(valkey, prefix) as (proxy, near, present):
-        async with near.client() as staying, near.client() as client:
-            for each in (staying, client):
-                await each.call("subscribe", {"channel": "room"})
-            assert await present() == 2
-            proxy.cut()
-            await eventually(lambda: near.cluster.stats().bus.lease_remaining == 0)
-            if leaving == "unsubscribes":
-                await client.call("unsubscribe", {"channel": "room"})
-            else:
-                await client.ws.close()
-                await eventually(lambda: near.cluster.stats().realtime.connections == 1)
-            assert await present() == 2
-            proxy.heal()
-            await until(present, 1)
+    async with (
+        two_nodes(valkey, prefix) as (proxy, near, present),
+        near.client() as staying,
+        near.client() as client,
+    ):
+        for each in (staying, client):
+            await each.call("subscribe", {"channel": "room"})
+        assert await present() == 2
+        proxy.cut()
+        await eventually(lambda: near.cluster.stats().bus.lease_remaining == 0)
+        if leaving == "unsubscribes":
+            await client.call("unsubscribe", {"channel": "room"})
+        else:
+            await client.ws.close()
+            await eventually(lambda: near.cluster.stats().realtime.connections == 1)
+        assert await present() == 2
+        proxy.heal()
+        await until(present, 1)
 
 
 async def test_client_that_leaves_during_an_outage_and_comes_back_stays_present(
     valkey: Server, prefix: str
 ) -> None:
     """What could not be removed is removed when Redis is back, but for a client that is in the room again."""
-    async with two_nodes(valkey, prefix) as (proxy, near, present):
-        async with near.client() as returning, near.client() as leaving:
-            for each in (returning, leaving):
-                await each.call("subscribe", {"channel": "room"})
-            proxy.stall("down", only=b"EVALSHA")
-            await returning.call("unsubscribe", {"channel": "room"})
-            assert await present() == 1
-            proxy.heal()
+    async with (
+        two_nodes(valkey, prefix) as (proxy, near, present),
+        near.client() as returning,
+        near.client() as leaving,
+    ):
+        for each in (returning, leaving):
+            await each.call("subscribe", {"channel": "room"})
+        proxy.stall("down", only=b"EVALSHA")
+        await returning.call("unsubscribe", {"channel": "room"})
+        assert await present() == 1
+        proxy.heal()
 
-            async def entered() -> bool:
-                return "subscribe" in await returning.call("subscribe", {"channel": "room"})
+        async def entered() -> bool:
+            return "subscribe" in await returning.call("subscribe", {"channel": "room"})
 
-            await eventually(entered)
-            assert await present() == 2
-            proxy.cut()
-            await leaving.call("unsubscribe", {"channel": "room"})
-            assert await present() == 2
-            proxy.heal()
-            await until(present, 1)
-            # On the connection that removed the other, so after whatever else it was to remove.
-            assert len(await near.cluster.room("room").presence()) == 1
+        await eventually(entered)
+        assert await present() == 2
+        proxy.cut()
+        await leaving.call("unsubscribe", {"channel": "room"})
+        assert await present() == 2
+        proxy.heal()
+        await until(present, 1)
+        # On the connection that removed the other, so after whatever else it was to remove.
+        assert len(await near.cluster.room("room").presence()) == 1
 
 
 async def test_leave_that_is_cancelled_while_redis_is_away(valkey: Server, prefix: str) -> None:
